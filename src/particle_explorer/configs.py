@@ -1,0 +1,218 @@
+"""Every setting of the product, declared once.
+
+The command line, the forms of the window and the `config.json` of a run all read these classes, so a
+default, a bound or a help text exists in one place. No torch here: forms and `--help` are instant.
+
+Two habits make one class fit all readers: every number has bounds, and "off" or "automatic" is a value
+(`0`, `"none"`, `"auto"`) rather than `None`. A field marked `advanced` is folded away in the window.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def setting(
+    default: Any, title: str, *, advanced: bool = False, unit: str = "", **bounds: Any
+) -> Any:
+    """A field with the title, unit and place that forms show; its attribute docstring is the help."""
+    return Field(default, title=title, json_schema_extra={"advanced": advanced, "unit": unit}, **bounds)
+
+
+class Config(BaseModel):
+    """A frozen group of settings; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PreprocessConfig(Config):
+    """How original images become the cached images that models see."""
+
+    diameter_A: float = setting(0.0, "Particle diameter", unit="Å", ge=0, le=100_000)
+    """Longest diameter of the particle. 0 takes 0.9 of the box. The mask, the background ring, the shift
+    range and the box follow from it. For images without a pixel size, this number is in pixels."""
+
+    box_px: int = setting(0, "Box", unit="px", ge=0, le=512)
+    """Side of the cached images; larger originals are cropped in Fourier space. 0 chooses: the original
+    box, at most 64 px."""
+
+    contrast: Literal["auto", "keep", "invert"] = setting("auto", "Contrast")
+    """`auto` makes the particle bright by what the file says of its sign, or, where it says nothing, by
+    comparing the centre of the images with their border."""
+
+    background: Literal["ring", "none"] = setting("ring", "Background", advanced=True)
+    """`ring` brings the pixels outside the particle to mean 0 and standard deviation 1 in every image."""
+
+    ctf: Literal["auto", "phase-flip", "none"] = setting("auto", "CTF", advanced=True)
+    """`auto` flips the phases unless the file says that they are flipped or premultiplied already."""
+
+
+class ClassMapConfig(Config):
+    """2D classification whose classes lie on a smooth map: exact search over angle and shift, no encoder
+    to train. The one to start with: minutes on a laptop."""
+
+    kind: Literal["class-map"] = "class-map"
+
+    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=2)
+    """1 orders the particles along one motion, 2 lays them out on a square."""
+
+    nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64)
+    """Classes along each side of the map. 0 chooses: 24 in one dimension, 12 in two."""
+
+    angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
+    """Step of the angular search while fitting; reported angles are refined far below it."""
+
+    shift_range_px: float = setting(0.0, "Shift range", unit="px", advanced=True, ge=0, le=64)
+    """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
+
+
+class SpatialVAEConfig(Config):
+    """spatial-VAE (Bepler et al., NeurIPS 2019): a network infers angle, shift and content, another draws
+    the image pixel by pixel. Hours on a laptop, minutes on a GPU."""
+
+    kind: Literal["spatial-vae"] = "spatial-vae"
+
+    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=64)
+    """Number of content coordinates per particle."""
+
+    hidden: int = setting(500, "Width of the networks", advanced=True, ge=8, le=5000)
+    """Units per hidden layer of encoder and decoder; the paper takes 500 (simulated) or 1000 (recorded)."""
+
+    layers: int = setting(2, "Hidden layers", advanced=True, ge=1, le=8)
+    """Hidden layers of encoder and decoder."""
+
+    infer_shift: bool = setting(True, "Infer shifts")
+    """Infer a shift per particle beside the angle; the paper's 5HDB experiment has this off."""
+
+    shift_sd_px: float = setting(0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64)
+    """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box."""
+
+    content_freeze_epochs: int = setting(2, "Epochs of pose only", advanced=True, ge=0, le=100)
+    """The content is held at 0 for this many epochs, so that pose is learned first."""
+
+    augment_rotation: bool = setting(True, "Turn images for the encoder", advanced=True)
+    """Each image is turned by a random angle before encoding; without it, uniform angles are not learned."""
+
+    non_negative: bool = setting(False, "Non-negative mean", advanced=True)
+    """Softplus on the decoder's mean: keeps structure out of the background."""
+
+    pixel_fraction: float = setting(0.25, "Share of pixels per step", advanced=True, gt=0.01, le=1)
+    """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
+
+
+ModelConfig = Annotated[ClassMapConfig | SpatialVAEConfig, Field(discriminator="kind")]
+
+
+class TrainConfig(Config):
+    """How a model is trained."""
+
+    n_epochs: int = setting(0, "Epochs", ge=0, le=100_000)
+    """Passes over the particles. 0 takes the model's own number."""
+
+    seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
+    """The same seed on the same machine gives the same run."""
+
+    learning_rate: float = setting(0.0, "Learning rate", advanced=True, ge=0, le=1)
+    """Step size of Adam. 0 takes the model's own."""
+
+    batch_size: int = setting(0, "Batch size", advanced=True, ge=0, le=100_000)
+    """Particles per step. 0 takes the model's own."""
+
+    precision: Literal["auto", "float32", "bf16"] = setting("auto", "Precision", advanced=True)
+    """`auto` takes bf16 matrix products where the processor has them."""
+
+    devices: int = setting(1, "Devices", advanced=True, ge=1, le=64)
+    """Number of devices to train on; more than one needs the `multi` extra."""
+
+    checkpoint_minutes: float = setting(1.0, "Checkpoint every", unit="min", advanced=True, ge=0, le=600)
+    """A checkpoint is written at the end of an epoch when this much time has passed since the last."""
+
+
+class DataSpec(Config):
+    """What a model must know of the images it is built for; stored with every run."""
+
+    box_px: int = Field(ge=8, le=512)
+    """Side of the cached images."""
+    n_channels: int = Field(1, ge=1, le=3)
+    diameter_px: float = Field(gt=0)
+    """Particle diameter in pixels of the cached images."""
+    n_particles: int = Field(ge=1)
+    """Rows of the session, fitted or not."""
+
+
+class RunConfig(Config):
+    """Everything needed to repeat a run; the content of `config.json`."""
+
+    format_version: int = 1
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    data: DataSpec
+    where: str = ""
+    """The rows fitted, as `COLUMN OP VALUE [and …]`; empty fits all."""
+    device: str = "auto"
+    parent: str = ""
+    """Name of the run that this one continues, if any."""
+    version: str = ""
+    """Version of the package that made the run."""
+
+
+class EmbedConfig(Config):
+    """A 2-D picture of the latent coordinates."""
+
+    method: Literal["umap", "pca"] = setting("umap", "Method")
+    """`umap` keeps neighbours together; `pca` is a plain rotation onto the widest directions."""
+    n_neighbours: int = setting(15, "Neighbours", ge=2, le=500)
+    """UMAP: how many neighbours of each particle are kept close."""
+    min_distance: float = setting(0.1, "Least distance", advanced=True, ge=0, le=1)
+    """UMAP: how tightly points may be packed."""
+    seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
+    """Random seed."""
+
+
+class ClusterConfig(Config):
+    """Groups of particles by their latent coordinates."""
+
+    method: Literal["kmeans"] = setting("kmeans", "Method")
+    """k-means on the latent coordinates."""
+    n_clusters: int = setting(10, "Clusters", ge=2, le=1000)
+    """Number of clusters."""
+    seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
+    """Random seed."""
+
+
+class AverageConfig(Config):
+    """Class averages of original images, aligned by inferred poses."""
+
+    ctf: Literal["auto", "none", "phase-flip", "wiener"] = setting("auto", "CTF")
+    """`auto` takes `wiener` where the CTF is known and the images are not corrected yet, else `none`."""
+    box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=2048)
+    """Side of the averages; 0 keeps the original box."""
+
+
+class SimulateConfig(Config):
+    """A simulated stack of one molecule with a hinge, every truth known."""
+
+    n: int = setting(4000, "Particles", ge=1, le=10_000_000)
+    """Number of images."""
+    box_px: int = setting(64, "Box", unit="px", ge=16, le=512)
+    """Side of the images."""
+    pixel_size_A: float = setting(4.0, "Pixel size", unit="Å", gt=0, le=50)
+    """Pixel size."""
+    snr: float = setting(0.1, "Signal to noise", gt=0, le=1000)
+    """Variance of the signal over variance of the noise, over all pixels of all images."""
+    shift_sd_px: float = setting(1.0, "Spread of shifts", unit="px", ge=0, le=64)
+    """Standard deviation of the shifts, per axis."""
+    defocus_min_A: float = setting(10_000.0, "Least defocus", unit="Å", ge=0, le=100_000)
+    """Smallest defocus. Both at 0 leave the CTF out."""
+    defocus_max_A: float = setting(25_000.0, "Largest defocus", unit="Å", ge=0, le=100_000)
+    """Largest defocus."""
+    astigmatism_A: float = setting(300.0, "Astigmatism", unit="Å", advanced=True, ge=0, le=10_000)
+    """Standard deviation of the difference between the two defocus values."""
+    noise_colour: float = setting(0.5, "Colour of the noise", advanced=True, ge=0, le=2)
+    """0 is white; larger numbers put more of the noise at low frequencies."""
+    junk_fraction: float = setting(0.03, "Share of junk", advanced=True, ge=0, le=1)
+    """Share of images that are not the molecule."""
+    seed: int = setting(0, "Seed", ge=0, le=2**31 - 1)
+    """Random seed."""

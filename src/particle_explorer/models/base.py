@@ -1,0 +1,111 @@
+"""The contract of a model: three questions, and losses that are named terms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from particle_explorer.configs import Config, DataSpec
+
+
+class Batch(NamedTuple):
+    """Some particles as the model sees them."""
+
+    images: Tensor
+    """`(b, c, n, n)` float32; background about 0 with standard deviation about 1, particle bright."""
+    ctf: Tensor | None
+    """`(b, n, n // 2 + 1)` effective CTF of the cached images (|CTF| after phase flipping), or None."""
+    row: Tensor
+    """`(b,)` int64 rows of the session's table."""
+
+
+class Encoding(NamedTuple):
+    """What a model says of some particles; angles in radians, shifts in pixels of the batch, yx."""
+
+    z: Tensor
+    """`(b, d)`"""
+    z_std: Tensor | None
+    angle: Tensor | None
+    """`(b,)` placement angle, see `pose`"""
+    shift: Tensor | None
+    """`(b, 2)` placement shift"""
+    extras: dict[str, Tensor]
+    """Further numbers per particle, `(b,)` each: `log_likelihood`, `angle_std` (rad), `shift_std` (px),
+    `pose_entropy` (nats), `junk_probability`."""
+
+
+class Batches(Protocol):
+    """The particles that are fitted, by position 0 … `len` - 1 in the fitted set."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Tensor) -> Batch:
+        """The particles at these positions, on the model's device."""
+
+
+class Step(NamedTuple):
+    """One report of `start` or `finish`: what is being done, and how much of it is done (0 to 1)."""
+
+    what: str
+    fraction: float
+
+
+class ParticleModel(nn.Module, ABC):
+    """A model of particle images that keeps content and pose apart.
+
+    A subclass is built from its config and a `DataSpec` alone (weights come after), keeps its random
+    numbers in torch's global generator, and works on any device and in any box from 16 to 256 px.
+    """
+
+    latent_dim: int
+    learning_rate: float = 1e-4
+    """What `TrainConfig.learning_rate = 0` means for this model."""
+    batch_size: int = 100
+    n_epochs: int = 20
+
+    def __init__(self, config: Config, data: DataSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.data = data
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Encoding:
+        """Content and pose of each image; deterministic."""
+
+    @abstractmethod
+    def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """`(b, d)` → `(b, c, n, n)`; the canonical view, or the view at `angle` (rad) and `shift` (px yx)."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """Named scalar losses, averaged over the batch, whose sum is minimised."""
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Groups of parameters that are optimised in turn; more than one for an adversarial model."""
+        return {"model": list(self.parameters())}
+
+    def start(self, batches: Batches) -> Iterator[Step]:
+        """Prepare from data before the first step; yields often, so that a stop is obeyed."""
+        yield from ()
+
+    def schedule(self, fraction: float, epoch: int) -> None:
+        """Told before each step how much of the training is done (0 to 1)."""
+
+    def finish(self, batches: Batches) -> Iterator[Step]:
+        """Put the last touch to a fit (the class map's exact passes and gauge)."""
+        yield from ()
+
+    def nodes(self) -> Tensor:
+        """`(k, d)` latent positions worth showing while training; `(0, d)` where there are none."""
+        return torch.zeros(0, self.latent_dim)
+
+    def training_state(self) -> dict[str, Any]:
+        """Tensors and numbers beyond the weights that resuming needs; loadable with `weights_only=True`."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Undo `training_state`."""

@@ -1,0 +1,17 @@
+"""From a config to a model; each model's file is imported only when it is wanted."""
+
+from __future__ import annotations
+
+from particle_explorer.configs import ClassMapConfig, DataSpec, SpatialVAEConfig
+from particle_explorer.models.base import ParticleModel
+
+
+def build_model(config: ClassMapConfig | SpatialVAEConfig, data: DataSpec) -> ParticleModel:
+    """An untrained model."""
+    if isinstance(config, ClassMapConfig):
+        from particle_explorer.models.class_map import ClassMap
+
+        return ClassMap(config, data)
+    from particle_explorer.models.spatial_vae import SpatialVAE
+
+    return SpatialVAE(config, data)

@@ -1,0 +1,191 @@
+"""What the window shows, without a window: one selection, one handle, one open session and run.
+
+User acts → state changes → views redraw. A view never talks to a view.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from psygnal import Signal
+
+if TYPE_CHECKING:
+    from particle_explorer.session import Run, Session
+
+Mask = NDArray[np.bool_]
+
+UNDO_DEPTH = 50
+
+
+class Selection:
+    """Which of `n` particles are selected: one boolean mask, one signal, undo and redo.
+
+    Setting an equal mask again is silence, so no view needs a guard. `active` is the one particle that is
+    looked at (the slider of the layer, the ring in the scatter), or None.
+    """
+
+    changed = Signal(np.ndarray)
+    active_changed = Signal(object)
+
+    def __init__(self, n: int = 0) -> None:
+        self._mask: Mask = _read_only(np.zeros(n, bool))
+        self._undo: list[bytes] = []
+        self._redo: list[bytes] = []
+        self._active: int | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """`(n,)` bool, read-only."""
+        return self._mask
+
+    @property
+    def count(self) -> int:
+        return int(np.count_nonzero(self._mask))
+
+    @property
+    def rows(self) -> NDArray[np.intp]:
+        return np.flatnonzero(self._mask)
+
+    @property
+    def active(self) -> int | None:
+        return self._active
+
+    def reset(self, n: int) -> None:
+        """Start over for another table of `n` rows; forgets undo."""
+        self._undo.clear()
+        self._redo.clear()
+        self._mask = _read_only(np.zeros(n, bool))
+        self.set_active(None)
+        self.changed.emit(self._mask)
+
+    def set(self, mask: Mask) -> None:
+        if mask.shape != self._mask.shape:
+            raise ValueError(f"mask of {mask.shape} for {self._mask.shape} particles")
+        if np.array_equal(mask, self._mask):
+            return
+        self._undo.append(np.packbits(self._mask).tobytes())
+        del self._undo[:-UNDO_DEPTH]
+        self._redo.clear()
+        self._show(mask)
+
+    def add(self, mask: Mask) -> None:
+        self.set(self._mask | mask)
+
+    def subtract(self, mask: Mask) -> None:
+        self.set(self._mask & ~mask)
+
+    def intersect(self, mask: Mask) -> None:
+        self.set(self._mask & mask)
+
+    def invert(self) -> None:
+        self.set(~self._mask)
+
+    def clear(self) -> None:
+        self.set(np.zeros_like(self._mask))
+
+    def undo(self) -> None:
+        self._step(self._undo, self._redo)
+
+    def redo(self) -> None:
+        self._step(self._redo, self._undo)
+
+    def set_active(self, row: int | None) -> None:
+        if row != self._active:
+            self._active = row
+            self.active_changed.emit(row)
+
+    def _step(self, taken: list[bytes], kept: list[bytes]) -> None:
+        if not taken:
+            return
+        kept.append(np.packbits(self._mask).tobytes())
+        bits = np.frombuffer(taken.pop(), np.uint8)
+        self._show(np.unpackbits(bits, count=self._mask.size).astype(bool))
+
+    def _show(self, mask: Mask) -> None:
+        self._mask = _read_only(np.array(mask, bool))
+        self.changed.emit(self._mask)
+
+
+class AppState:
+    """Everything the docks of one viewer share."""
+
+    session_changed = Signal(object)
+    """Session or None"""
+    run_changed = Signal(object)
+    """Run or None: the run whose map is shown"""
+    features_changed = Signal()
+    """`features` has other columns or values"""
+    handle_changed = Signal(np.ndarray)
+    """`(d,)` latent position under the handle"""
+    pose_changed = Signal(float, np.ndarray)
+    """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
+    classes_changed = Signal(str)
+    """name of class averages newly written into the session"""
+    job_changed = Signal(str)
+    """folder of a background job that was started or has ended"""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.run: Run | None = None
+        self.features: pd.DataFrame = pd.DataFrame()
+        self.selection = Selection()
+        self.handle_z: NDArray[np.float64] = np.zeros(0)
+        self.angle_deg = 0.0
+        self.shift_yx_px: NDArray[np.float64] = np.zeros(2)
+
+    def open_session(self, session: Session | None) -> None:
+        """Show a session, with its newest finished run if there is one."""
+        self.session = session
+        self.run = None
+        self.handle_z = np.zeros(0)
+        self.selection.reset(0 if session is None else session.n_particles)
+        self._load_features()
+        self.session_changed.emit(session)
+        newest = None if session is None else session.newest_finished_run()
+        self.open_run(newest)
+
+    def open_run(self, run: Run | None) -> None:
+        """Show the map of a run; the selection stays, because rows are the session's."""
+        self.run = run
+        self._load_features()
+        latents = [] if run is None else [name for name in self.features if str(name).startswith("z_")]
+        dims = sum(str(name).removeprefix("z_").isdigit() for name in latents)
+        self.handle_z = np.zeros(dims)
+        self.run_changed.emit(run)
+        self.features_changed.emit()
+
+    def reload_features(self) -> None:
+        """Read the columns of session and run again, after a job has written some."""
+        self._load_features()
+        self.features_changed.emit()
+
+    def set_handle(self, z: NDArray[np.float64]) -> None:
+        z = np.asarray(z, float)
+        if not np.array_equal(z, self.handle_z):
+            self.handle_z = z
+            self.handle_changed.emit(z)
+
+    def set_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
+        shift = np.asarray(shift_yx_px, float)
+        if angle_deg != self.angle_deg or not np.array_equal(shift, self.shift_yx_px):
+            self.angle_deg, self.shift_yx_px = float(angle_deg), shift
+            self.pose_changed.emit(self.angle_deg, shift)
+
+    def _load_features(self) -> None:
+        if self.session is None:
+            self.features = pd.DataFrame()
+            return
+        tables = [self.session.table]
+        if self.run is not None:
+            tables.append(self.run.features(self.session.table.index))
+        joined = pd.concat(tables, axis=1)
+        # a run's own column wins over one of the same name in the file (angle_deg, class_id)
+        self.features = joined.loc[:, ~joined.columns.duplicated(keep="last")]
+
+
+def _read_only(mask: Mask) -> Mask:
+    mask.setflags(write=False)
+    return mask
