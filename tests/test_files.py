@@ -1,0 +1,88 @@
+"""A file is the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from particle_explorer.files import UserError, replacing, write_text
+
+
+def test_replaces_at_once(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one\n")
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "one\n"
+    assert path.read_text() == "half"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failure_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one\n")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "one\n"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_never_overwrites_unless_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("precious")
+    with pytest.raises(UserError, match="exists already"):
+        write_text(path, "new", overwrite=False)
+    assert path.read_text() == "precious"
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(UserError, match="exists already"), replacing(path, overwrite=False) as temporary:
+        temporary.write_text("new")
+        path.write_text("came first")
+    assert path.read_text() == "came first"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_unwritable_folder_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is a POSIX signal")
+def test_kill_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = textwrap.dedent(
+        f"""
+        import time
+        from particle_explorer.files import replacing
+        with replacing({str(path)!r}) as temporary:
+            temporary.write_text("half")
+            print("writing", flush=True)
+            time.sleep(60)
+        """
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "writing\n"
+    worker.send_signal(signal.SIGKILL)
+    worker.wait(10)
+    worker.stdout.close()
+    time.sleep(0.05)
+    assert path.read_text() == "old"
+
+
+def test_new_files_follow_the_umask(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "x")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
