@@ -15,10 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 def setting(
-    default: Any, title: str, *, advanced: bool = False, unit: str = "", **bounds: Any
+    default: Any, title: str, *, advanced: bool = False, unit: str = "", zero: str = "", **bounds: Any
 ) -> Any:
-    """A field with the title, unit and place that forms show; its attribute docstring is the help."""
-    return Field(default, title=title, json_schema_extra={"advanced": advanced, "unit": unit}, **bounds)
+    """A field with the title, unit and place that forms show; its attribute docstring is the help.
+
+    `zero` is what forms write instead of 0 where 0 means "choose for me".
+    """
+    extra = {"advanced": advanced, "unit": unit, "zero": zero}
+    return Field(default, title=title, json_schema_extra=extra, **bounds)
 
 
 class Config(BaseModel):
@@ -30,11 +34,11 @@ class Config(BaseModel):
 class PreprocessConfig(Config):
     """How original images become the cached images that models see."""
 
-    diameter_A: float = setting(0.0, "Particle diameter", unit="Å", ge=0, le=100_000)
+    diameter_A: float = setting(0.0, "Particle diameter", unit="Å", ge=0, le=100_000, zero="0.9 of the box")
     """Longest diameter of the particle. 0 takes 0.9 of the box. The mask, the background ring, the shift
     range and the box follow from it. For images without a pixel size, this number is in pixels."""
 
-    box_px: int = setting(0, "Box", unit="px", ge=0, le=512)
+    box_px: int = setting(0, "Box", unit="px", ge=0, le=512, zero="automatic")
     """Side of the cached images; larger originals are cropped in Fourier space. 0 chooses: the original
     box, at most 64 px."""
 
@@ -58,13 +62,13 @@ class ClassMapConfig(Config):
     latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=2)
     """1 orders the particles along one motion, 2 lays them out on a square."""
 
-    nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64)
+    nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64, zero="automatic")
     """Classes along each side of the map. 0 chooses: 24 in one dimension, 12 in two."""
 
     angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
     """Step of the angular search while fitting; reported angles are refined far below it."""
 
-    shift_range_px: float = setting(0.0, "Shift range", unit="px", advanced=True, ge=0, le=64)
+    shift_range_px: float = setting(0.0, "Shift range", unit="px", advanced=True, ge=0, le=64, zero="automatic")
     """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
 
 
@@ -86,7 +90,7 @@ class SpatialVAEConfig(Config):
     infer_shift: bool = setting(True, "Infer shifts")
     """Infer a shift per particle beside the angle; the paper's 5HDB experiment has this off."""
 
-    shift_sd_px: float = setting(0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64)
+    shift_sd_px: float = setting(0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64, zero="automatic")
     """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box."""
 
     content_freeze_epochs: int = setting(2, "Epochs of pose only", advanced=True, ge=0, le=100)
@@ -108,16 +112,16 @@ ModelConfig = Annotated[ClassMapConfig | SpatialVAEConfig, Field(discriminator="
 class TrainConfig(Config):
     """How a model is trained."""
 
-    n_epochs: int = setting(0, "Epochs", ge=0, le=100_000)
+    n_epochs: int = setting(0, "Epochs", ge=0, le=100_000, zero="automatic")
     """Passes over the particles. 0 takes the model's own number."""
 
     seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
     """The same seed on the same machine gives the same run."""
 
-    learning_rate: float = setting(0.0, "Learning rate", advanced=True, ge=0, le=1)
+    learning_rate: float = setting(0.0, "Learning rate", advanced=True, ge=0, le=1, zero="automatic")
     """Step size of Adam. 0 takes the model's own."""
 
-    batch_size: int = setting(0, "Batch size", advanced=True, ge=0, le=100_000)
+    batch_size: int = setting(0, "Batch size", advanced=True, ge=0, le=100_000, zero="automatic")
     """Particles per step. 0 takes the model's own."""
 
     precision: Literal["auto", "float32", "bf16"] = setting("auto", "Precision", advanced=True)
@@ -187,7 +191,7 @@ class AverageConfig(Config):
 
     ctf: Literal["auto", "none", "phase-flip", "wiener"] = setting("auto", "CTF")
     """`auto` takes `wiener` where the CTF is known and the images are not corrected yet, else `none`."""
-    box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=2048)
+    box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=2048, zero="as the original")
     """Side of the averages; 0 keeps the original box."""
 
 
