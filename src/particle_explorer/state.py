@@ -5,7 +5,9 @@ User acts → state changes → views redraw. A view never talks to a view.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -138,28 +140,33 @@ class AppState:
 
     def open_session(self, session: Session | None) -> None:
         """Show a session, with its newest finished run if there is one."""
-        self.session = session
-        self.run = None
-        self.handle_z = np.zeros(0)
-        self.selection.reset(0 if session is None else session.n_particles)
-        self._load_features()
-        self.session_changed.emit(session)
-        newest = None if session is None else session.newest_finished_run()
-        self.open_run(newest)
+        self.show(read(session))
 
     def open_run(self, run: Run | None) -> None:
         """Show the map of a run; the selection stays, because rows are the session's."""
-        self.run = run
-        self._load_features()
-        latents = [] if run is None else [name for name in self.features if str(name).startswith("z_")]
-        dims = sum(str(name).removeprefix("z_").isdigit() for name in latents)
-        self.handle_z = np.zeros(dims)
-        self.run_changed.emit(run)
+        self.show(read(self.session, run))
+
+    def show(self, opened: Opened) -> None:
+        """Show what `read` has read, maybe in another thread; quick."""
+        other_session = opened.session is not self.session
+        self.session, self.run, self.features = opened.session, opened.run, opened.features
+        latents = [name for name in map(str, self.features) if re.fullmatch(r"z_\d+", name)]
+        self.handle_z = np.zeros(0 if opened.run is None else len(latents))
+        if other_session:
+            self.selection.reset(len(opened.features))
+            self.session_changed.emit(self.session)
+        self.run_changed.emit(self.run)
         self.features_changed.emit()
 
     def reload_features(self) -> None:
         """Read the columns of session and run again, after a job has written some."""
-        self._load_features()
+        self.set_features(read(self.session, self.run).features)
+
+    def set_features(self, features: pd.DataFrame) -> None:
+        """Other columns or values for the same particles."""
+        if len(features) != self.selection.mask.size:
+            raise ValueError(f"{len(features)} rows of features for {self.selection.mask.size} particles")
+        self.features = features
         self.features_changed.emit()
 
     def set_handle(self, z: NDArray[np.float64]) -> None:
@@ -174,16 +181,28 @@ class AppState:
             self.angle_deg, self.shift_yx_px = float(angle_deg), shift
             self.pose_changed.emit(self.angle_deg, shift)
 
-    def _load_features(self) -> None:
-        if self.session is None:
-            self.features = pd.DataFrame()
-            return
-        tables = [self.session.table]
-        if self.run is not None:
-            tables.append(self.run.features(self.session.table.index))
-        joined = pd.concat(tables, axis=1)
-        # a run's own column wins over one of the same name in the file (angle_deg, class_id)
-        self.features = joined.loc[:, ~joined.columns.duplicated(keep="last")]
+
+@dataclass(frozen=True)
+class Opened:
+    """A session and a run, with the columns of both: what takes time to read."""
+
+    session: Session | None
+    run: Run | None
+    features: pd.DataFrame
+
+
+def read(session: Session | None, run: Run | Literal["newest"] | None = "newest") -> Opened:
+    """Read the columns of a session and of one of its runs, by default the newest finished one."""
+    if session is None:
+        return Opened(None, None, pd.DataFrame())
+    if run == "newest":
+        run = session.newest_finished_run()
+    tables = [session.table]
+    if run is not None:
+        tables.append(run.features(session.table.index))
+    joined = pd.concat(tables, axis=1)
+    # a run's own column wins over one of the same name in the file (angle_deg, class_id)
+    return Opened(session, run, joined.loc[:, ~joined.columns.duplicated(keep="last")])
 
 
 def _read_only(mask: Mask) -> Mask:

@@ -1,0 +1,202 @@
+"""The workspace: the map on top, below it the step of the work, and the pictures on napari's canvas."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from qtpy.QtCore import Qt, QTimer
+from qtpy.QtGui import QHideEvent, QShowEvent
+from qtpy.QtWidgets import QFrame, QScrollArea, QSplitter, QTabWidget, QVBoxLayout, QWidget
+
+from particle_explorer.state import AppState, Opened, read
+from particle_explorer.widgets.background import Tasks, notify
+
+if TYPE_CHECKING:
+    import napari
+
+DOCK_NAME = "Particle Explorer"
+COLUMN_PX = 392
+
+_states: WeakKeyDictionary[napari.Viewer, AppState] = WeakKeyDictionary()
+
+
+def unwrapped(viewer: Any) -> napari.Viewer:
+    """The viewer itself, of which napari gives plugins a proxy."""
+    return getattr(viewer, "__wrapped__", viewer)
+
+
+def state_of(viewer: napari.Viewer) -> AppState:
+    """What all docks of this viewer share; made on first use, gone with the viewer."""
+    return _states.setdefault(unwrapped(viewer), AppState())
+
+
+def show_session(
+    state: AppState,
+    tasks: Tasks,
+    path: Path,
+    run: str = "newest",
+    shown: Callable[[], None] | None = None,
+    failed: Callable[[Any], None] = notify,
+) -> None:
+    """Open a session folder and show it; reading happens in a thread.
+
+    `run` names a run, or is "newest" for the newest finished one.
+    """
+
+    def work() -> Opened:
+        from particle_explorer.session import Session
+
+        session = Session.open(path)
+        return read(session) if run == "newest" else read(session, session.run(run))
+
+    def done(opened: Opened) -> None:
+        state.show(opened)
+        if shown is not None:
+            shown()
+
+    tasks.run("open session", work, done, failed)
+
+
+class Workspace(QWidget):
+    """Everything about one stack of particles, in one column beside napari's canvas."""
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        from particle_explorer.widgets.classes import ClassesDock
+        from particle_explorer.widgets.data import ParticlesDock
+        from particle_explorer.widgets.latent import LatentDock
+        from particle_explorer.widgets.reconstruction import Reconstruction
+        from particle_explorer.widgets.selected import SelectedParticles
+        from particle_explorer.widgets.train import TrainDock
+
+        super().__init__()
+        self.viewer = unwrapped(napari_viewer)
+        self.state = state_of(self.viewer)
+        self.tasks = Tasks(self)
+
+        self.latent = LatentDock(self.viewer)
+        self.particles = ParticlesDock(self.viewer)
+        self.train = TrainDock(self.viewer)
+        self.classes = ClassesDock(self.viewer)
+        self.reconstruction = Reconstruction(self.viewer, self)
+        self.selected = SelectedParticles(self.viewer, self)
+
+        self.tabs = QTabWidget()
+        self.tabs.setDocumentMode(True)
+        for dock, name, hint in (
+            (self.particles, "Particles", "What is open, how its images are prepared, and named sets"),
+            (self.train, "Train", "Fit a map to the particles; the runs of this session"),
+            (self.classes, "Classes", "Average particles and export them"),
+        ):
+            self.tabs.addTab(_scrolling(dock), name)
+            self.tabs.setTabToolTip(self.tabs.count() - 1, hint)
+
+        self.splitter = QSplitter(Qt.Orientation.Vertical)
+        self.splitter.addWidget(self.latent)
+        self.splitter.addWidget(self.tabs)
+        self.splitter.setStretchFactor(0, 3)
+        self.splitter.setStretchFactor(1, 2)
+        self.splitter.setChildrenCollapsible(False)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(4, 0, 4, 4)
+        layout.addWidget(self.splitter)
+
+        self.viewer.grid.enabled = True
+        self.particles.prepared.connect(self.show_train)
+        self.train.trained.connect(self._trained)
+        self.state.session_changed.connect(self._on_session)
+        self._fit_splitter()
+        QTimer.singleShot(0, self._warm_up)
+
+    def open(self, path: Path) -> None:
+        """Open a session folder."""
+        show_session(self.state, self.tasks, path, failed=self.particles.complain)
+
+    def show_train(self) -> None:
+        self.tabs.setCurrentIndex(1)
+
+    def _trained(self) -> None:
+        # the first look at a map is the moment to say what one does with it
+        self.latent.setFocus()
+
+    def _on_session(self, session: object) -> None:
+        self._fit_splitter()
+        if self.state.session is not None:
+            self.viewer.title = f"{self.state.session.path.name} · Particle Explorer"
+            self.tabs.setCurrentIndex(1 if self.state.run is None else 2)
+
+    def _fit_splitter(self) -> None:
+        """More room for the form while there is no map to look at."""
+        height = max(self.height(), 560)
+        top = 0.3 if self.state.session is None else 0.56
+        self.splitter.setSizes([int(height * top), int(height * (1 - top))])
+
+    def _warm_up(self) -> None:
+        self.tasks.run("warm up", _import_slow_modules, lambda _: None)
+
+    def showEvent(self, event: QShowEvent | None) -> None:
+        super().showEvent(event)
+        self.reconstruction.resume()
+
+    def hideEvent(self, event: QHideEvent | None) -> None:
+        # napari never sends closeEvent to a dock, and `destroyed` comes late: what is not seen needs no worker
+        super().hideEvent(event)
+        if event is None or not event.spontaneous():
+            self.reconstruction.pause()
+
+
+def _import_slow_modules() -> None:
+    """Modules that stall the window for a tenth of a second when they are first needed under the mouse."""
+    import pyarrow.parquet
+    import scipy.ndimage  # noqa: F401
+
+    import particle_explorer.io.reading
+    import particle_explorer.preprocess
+    import particle_explorer.session  # noqa: F401
+
+
+def _scrolling(widget: QWidget) -> QScrollArea:
+    area = QScrollArea()
+    area.setWidgetResizable(True)
+    area.setFrameShape(QFrame.Shape.NoFrame)
+    area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+    area.setWidget(widget)
+    return area
+
+
+def workspace_of(viewer: napari.Viewer) -> Workspace | None:
+    """The workspace of this viewer, if it is open."""
+    for widget in unwrapped(viewer).window.dock_widgets.values():
+        if isinstance(widget, Workspace):
+            return widget
+    return None
+
+
+def open_workspace(viewer: napari.Viewer, session_path: str | os.PathLike[str] | None = None) -> Workspace:
+    """The workspace in this viewer's window, with a session if one is named."""
+    viewer = unwrapped(viewer)
+    workspace = workspace_of(viewer)
+    if workspace is None:
+        workspace = Workspace(viewer)
+        dock = viewer.window.add_dock_widget(
+            workspace, name=DOCK_NAME, area="right", add_vertical_stretch=False
+        )
+        workspace.setMinimumWidth(320)
+        main = dock.parent()
+        if hasattr(main, "resizeDocks"):
+            main.resizeDocks([dock], [COLUMN_PX], Qt.Orientation.Horizontal)
+    if session_path is not None:
+        workspace.open(Path(session_path))
+    return workspace
+
+
+def run(session_path: str | os.PathLike[str] | None = None) -> None:
+    """Start napari with the workspace open: what `particle-explorer open DIR` does."""
+    import napari
+
+    viewer = napari.Viewer(title="Particle Explorer")
+    open_workspace(viewer, session_path)
+    napari.run()
