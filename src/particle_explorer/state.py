@@ -126,6 +126,8 @@ class AppState:
     """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
     classes_changed = Signal(str)
     """name of class averages newly written into the session"""
+    sets_changed = Signal()
+    """a named set was saved into the session or removed"""
     job_changed = Signal(str)
     """folder of a background job that was started or has ended"""
 
