@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,18 +16,21 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, overwrite: bool = True, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; on success sync it and move it to `path` at once.
 
     A crash at any moment leaves either the old file or the new one. With `overwrite=False` an existing
     `path` raises `UserError` and stays untouched, also when it appears while the new one is written.
+    `sync=False` leaves out the wait for the disk, for files that tell of a moment: a power cut may empty
+    them.
     """
     path = Path(path)
     if not overwrite and path.exists():
-        raise UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)")
+        raise _exists_already(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".part{path.suffix}", dir=path.parent)
+        ending = f".part{path.suffix}"
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=ending, dir=path.parent)
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
     os.close(handle)
@@ -33,25 +38,27 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         temporary.chmod(0o666 & ~_umask())
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         if overwrite:
             temporary.replace(path)
         else:
             _move_without_overwriting(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def _move_without_overwriting(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)  # unlike rename, a hard link never replaces what is there
     except FileExistsError as error:
-        raise UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)") from error
+        raise _exists_already(path) from error
     except OSError:  # a file system without hard links
         if path.exists():
-            raise UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)") from None
+            raise _exists_already(path) from None
         temporary.replace(path)
 
 
@@ -59,6 +66,47 @@ def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
     """Write `text` with UNIX line ends (RELION stops at CR+LF), atomically."""
     with replacing(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait_s: float = 10.0, busy: str = "") -> Iterator[None]:
+    """Hold the lock file `path`; the system lets go of it when the process ends, however it ends.
+
+    After `wait_s` seconds in vain, `UserError(busy)`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
+    with file:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise UserError(busy or f"another process is writing into {path.parent}; try again later")
+            time.sleep(0.05)
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,6 +118,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exists_already(path: Path) -> UserError:
+    return UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)")
 
 
 def _umask() -> int:

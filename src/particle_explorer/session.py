@@ -1,0 +1,949 @@
+"""A session and its runs: the folder on disk that every view, command and job reads.
+
+    my_particles/
+      session.json              SessionInfo
+      particles.parquet         the table, original columns included
+      images.npy + images.json  (N, c, m, m) float16 cache and the key of the preprocessing that made it
+      source/                   the source file as it was, or the images of a layer
+      runs/0003-class-map/      one fit: config.json, metrics.csv, weights, latents.parquet, columns/
+      selections/ classes/      named sets of particles; averages
+      jobs/0001-export/         status and log of background jobs that are not fits
+
+Everything is written under a temporary name, synced and renamed, so a reader never meets half a file and
+a killed writer leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from particle_explorer import __version__, preprocess
+from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
+from particle_explorer.files import UserError, locked, replacing, sync_folder, write_text
+from particle_explorer.io import mrc, reading
+from particle_explorer.latents import Latents
+from particle_explorer.particles import ImageStack, Particles, where_mask
+from particle_explorer.status import Status, read_status
+
+if TYPE_CHECKING:
+    from particle_explorer.averaging import ClassAverage
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 32 * 2**20
+"""Originals preprocessed at once; two threads hold three such blocks at most."""
+
+Mask = NDArray[np.bool_]
+Rows = NDArray[np.intp]
+ProgressCallback = Callable[[str, float], None]
+
+_PLAN: TypeAdapter[preprocess.Plan] = TypeAdapter(preprocess.Plan)
+_NAME = re.compile(r"\w[\w .+-]*")
+
+
+class SessionInfo(Config):
+    """What `session.json` holds."""
+
+    format_version: int = FORMAT_VERSION
+    version: str = __version__
+    """Version of the package that made the session."""
+    created: str = ""
+    source: str = ""
+    """Path of what was opened; relative to the session where it lies beside or inside it."""
+    source_kind: str = ""
+    """star, cs, mrc, npy or layer"""
+    source_copy: str = ""
+    """Name of its verbatim copy under `source/`; empty for bare stacks"""
+    source_bytes: int = 0
+    source_hash: str = ""
+    """blake2b of size and first MiB, to tell whether the file has changed since"""
+    where: str = ""
+    """The rows taken, as `COLUMN OP VALUE [and …]`"""
+    n: int
+    n_channels: int = 1
+    preprocess: PreprocessConfig
+    plan: dict[str, Any]
+    """What `preprocess` came to for this table"""
+    notes: tuple[str, ...] = ()
+    """What the reader said of the source"""
+
+
+class StoredClasses(NamedTuple):
+    """Averages read back from `classes/NAME`."""
+
+    name: str
+    images: NDArray[np.float32]
+    """`(k, n, n)`"""
+    pixel_size_A: float
+    """NaN where it is not known"""
+    classes: list[dict[str, Any]]
+    """per average: label, n, frc, halves_independent"""
+    members: pd.DataFrame
+    """uid → index of the average, column `average`"""
+    how: dict[str, Any]
+
+
+class CachedImages:
+    """`images.npy` as an array `(N, c, m, m)` of float32 that is never loaded whole.
+
+    Indexing reads just what is asked for, with `os.pread`, from any thread.
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 4
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise UserError(f"{path} was not written by this package; delete it to have it made again")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        if len(shape) != 4 or fortran or dtype != np.float16:
+            raise UserError(f"{path} is not an image cache of ours; delete it to have it made again")
+        self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
+        self._bytes = 2 * int(np.prod(self.shape[1:]))
+        if path.stat().st_size != self._start + self._bytes * self.shape[0]:
+            raise UserError(f"{path} is cut short; delete it to have it made again")
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Number of pixels of all images."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images as they lie on disk."""
+        return self._bytes * self.shape[0]
+
+    def read(self, rows: Any) -> NDArray[np.float32]:
+        """`(k,)` rows → `(k, c, m, m)` float32."""
+        return self.read_raw(rows).astype(np.float32)
+
+    def read_raw(self, rows: Any) -> NDArray[np.float16]:
+        """`(k,)` rows → `(k, c, m, m)` float16, as on disk; neighbouring rows are read in one go."""
+        rows = np.asarray(rows, np.intp).ravel()
+        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
+            raise IndexError(f"row outside 0 … {self.shape[0] - 1}")
+        out = np.empty((len(rows), *self.shape[1:]), np.float16)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            if last > first:
+                self._fill(out[first:last], int(rows[first]))
+        return out
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if first is Ellipsis:
+            first, rest = slice(None), (Ellipsis, *rest)
+        if isinstance(first, (int, np.integer)):
+            row = int(first) + (self.shape[0] if first < 0 else 0)
+            images = self.read([row])[0]
+            return images[rest] if rest else images
+        if isinstance(first, slice):
+            rows = np.arange(*first.indices(self.shape[0]))
+        else:
+            rows = np.asarray(first)
+            rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
+        images = self.read(rows)
+        return images[(slice(None), *rest)] if rest else images
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        raise TypeError("the images of a session are not loaded whole; index them, e.g. images[:100]")
+
+    def _fill(self, out: NDArray[np.float16], row: int) -> None:
+        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        offset, done = self._start + row * self._bytes, 0
+        while done < len(view):
+            if hasattr(os, "preadv"):
+                n = os.preadv(self._descriptor, [view[done:]], offset + done)
+            else:  # Windows has no positioned read
+                with self._lock:
+                    os.lseek(self._descriptor, offset + done, os.SEEK_SET)
+                    data = os.read(self._descriptor, len(view) - done)
+                n = len(data)
+                view[done : done + n] = data
+            if n == 0:
+                raise UserError(f"{self.path} was cut short while it was read")
+            done += n
+
+
+class Session:
+    """One data set being explored: a folder, opened with `Session.open` and made with `Session.create`."""
+
+    def __init__(self, path: Path, info: SessionInfo) -> None:
+        self.path = path
+        self.info = info
+
+    # ------------------------------------------------------------------ making and opening
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        particles: Particles,
+        config: PreprocessConfig | None = None,
+        *,
+        where: str = "",
+        overwrite: bool = False,
+        progress: ProgressCallback | None = None,
+        stop: threading.Event | None = None,
+    ) -> Session:
+        """Make a session folder at `path`: table, verbatim source and image cache.
+
+        The folder appears at once, complete. With `overwrite`, a session that is there is kept beside it as
+        `NAME-replaced-1`; any other folder with something in it is never touched. Setting `stop` ends with
+        `UserError` and leaves nothing behind.
+        """
+        path = Path(path).absolute()
+        _check_free(path, overwrite)
+        if where:
+            particles = particles[where_mask(particles.table, where)]
+        n = len(particles.table)
+        if n == 0:
+            raise UserError(f"no particle of {particles.source} is left" + (f" by --where {where!r}" if where else ""))
+        _check_uids(particles)
+        config = config or PreprocessConfig()
+        plan = preprocess.plan(particles.table, config)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
+        except OSError as error:
+            raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
+        try:
+            folder.chmod(0o777 & ~_umask())
+            copy = _keep_source(particles, folder, path, progress)
+            info = SessionInfo(
+                created=_now(),
+                source=_portable(particles.source, path),
+                source_kind=particles.kind,
+                source_copy=copy,
+                source_bytes=_size(particles.source),
+                source_hash=_hash(particles.source),
+                where=where,
+                n=n,
+                n_channels=particles.images.n_channels,
+                preprocess=config,
+                plan=_PLAN.dump_python(plan, mode="json"),
+                notes=particles.notes,
+            )
+            session = cls(folder, info)
+            session._write_table(particles.table, at=path)
+            session._build_images(particles.images, particles.table, progress, stop)
+            write_text(folder / "session.json", info.model_dump_json(indent=1) + "\n")
+            _put_in_place(folder, path, overwrite)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Session:
+        """Open a session folder; nothing but `session.json` is read until it is asked for."""
+        path = Path(path).absolute()
+        try:
+            found = json.loads((path / "session.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is not a session: there is no session.json in it; make one with `import`") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path / 'session.json'}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path / 'session.json'} is damaged: {error}") from error
+        _check_version(found, path / "session.json")
+        try:
+            return cls(path, SessionInfo.model_validate(found))
+        except ValidationError as error:
+            raise UserError(_first_problem(path / "session.json", error)) from error
+
+    @staticmethod
+    def is_session(path: Path) -> bool:
+        """Whether `path` is a session folder."""
+        return (Path(path) / "session.json").is_file()
+
+    # ------------------------------------------------------------------ what is in it
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+    @property
+    def n_particles(self) -> int:
+        """Rows of the table, images of the cache."""
+        return self.info.n
+
+    @functools.cached_property
+    def plan(self) -> preprocess.Plan:
+        """How the cached images were made of the originals."""
+        try:
+            return _PLAN.validate_python(self.info.plan)
+        except ValidationError as error:
+            raise UserError(_first_problem(self.path / "session.json", error)) from error
+
+    @functools.cached_property
+    def table(self) -> pd.DataFrame:
+        """N rows indexed by uid (uint64); stack paths are absolute."""
+        table = _read_parquet(self.path / "particles.parquet")
+        if len(table) != self.info.n:
+            raise UserError(f"{self.path / 'particles.parquet'} has {len(table)} rows, not the session's {self.info.n}")
+        table["stack_path"] = _absolute(table["stack_path"], self.path)
+        return table
+
+    @property
+    def uid(self) -> NDArray[np.uint64]:
+        """`(N,)` in the order of the rows."""
+        return self.table.index.to_numpy(np.uint64)
+
+    @functools.cached_property
+    def images(self) -> CachedImages:
+        """The cached images, `(N, c, m, m)`, read when indexed."""
+        if not self.has_images:
+            raise UserError(f"the image cache of {self.path} is missing or stale; `prepare_images` makes it again")
+        return CachedImages(self.path / "images.npy")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the image cache is there and was made by the session's preprocessing."""
+        try:
+            found = json.loads((self.path / "images.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(found.get("key") == self.cache_key) and (self.path / "images.npy").is_file()
+
+    @property
+    def cache_key(self) -> str:
+        """Hash of all that decides the cached pixels."""
+        text = json.dumps([self.info.plan, self.info.n, self.info.n_channels], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def prepare_images(
+        self, progress: ProgressCallback | None = None, stop: threading.Event | None = None
+    ) -> None:
+        """Make the image cache where it is missing or stale, from the originals."""
+        if self.has_images:
+            return
+        with self._writing():
+            self._build_images(self.originals(), self.table, progress, stop)
+        self.__dict__.pop("images", None)
+
+    def originals(self) -> ImageStack:
+        """The original full-size images, in the order of the rows."""
+        return reading.open_stacks(self.table)
+
+    def ctf(self, rows: Rows) -> NDArray[np.float32] | None:
+        """`(k, m, m // 2 + 1)` effective CTF of the cached images of these rows, or None without CTF."""
+        return preprocess.effective_ctf(self.table.iloc[rows], self.plan)
+
+    @property
+    def source_path(self) -> Path | None:
+        """The verbatim copy of the star or cs file, or None for bare stacks and layers."""
+        return self.path / "source" / self.info.source_copy if self.info.source_copy else None
+
+    @property
+    def original_source(self) -> Path:
+        """Where the source lay when it was opened."""
+        return Path(_absolute(pd.Series([self.info.source]), self.path).iloc[0])
+
+    def data_spec(self) -> DataSpec:
+        """What a model must know of the cached images."""
+        return DataSpec(
+            box_px=self.plan.cached_box_px,
+            n_channels=self.info.n_channels,
+            diameter_px=self.plan.diameter_px,
+            n_particles=self.info.n,
+        )
+
+    def rows_where(self, where: str) -> Rows:
+        """The rows that `COLUMN OP VALUE [and …]` takes; all for an empty text."""
+        if not where:
+            return np.arange(self.info.n)
+        rows = np.flatnonzero(where_mask(self.table, where))
+        if rows.size == 0:
+            raise UserError(f"no particle of {self.path} is left by --where {where!r}")
+        return rows
+
+    def join_table(self, extra: pd.DataFrame) -> None:
+        """Add the columns of a table for good, see `join`."""
+        with self._writing():
+            self._write_table(join(self.table, extra), at=self.path)
+        self.__dict__.pop("table", None)
+
+    # ------------------------------------------------------------------ runs
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        folder = self.path / "runs"
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [Run(self, path) for path in found if (path / "config.json").is_file()]
+
+    def run(self, name: str) -> Run:
+        """The run of this name; its number alone will do."""
+        for run in self.runs():
+            if run.name == name or (name.isdigit() and run.number == int(name)):
+                return run
+        names = ", ".join(run.name for run in self.runs()) or "none"
+        raise UserError(f"{self.path} has no run {name}; there are: {names}")
+
+    def new_run(self, config: RunConfig) -> Run:
+        """Make the folder `runs/NNNN-kind` of a run that is yet to be fitted."""
+        self.rows_where(config.where)  # a mistyped subset is found now, not in a worker
+        path = self._new_folder("runs", config.model.kind)
+        write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
+        return Run(self, path)
+
+    def newest_finished_run(self) -> Run | None:
+        """The newest run that has latents."""
+        finished = [run for run in self.runs() if run.is_encoded]
+        return finished[-1] if finished else None
+
+    def new_job(self, kind: str) -> Path:
+        """A folder `jobs/NNNN-kind` for the status and log of a background job."""
+        return self._new_folder("jobs", kind)
+
+    def jobs(self) -> list[Path]:
+        """Folders of background jobs that are not fits, oldest first."""
+        folder = self.path / "jobs"
+        return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    # ------------------------------------------------------------------ selections and classes
+
+    def selections(self) -> list[str]:
+        """Names of the saved selections."""
+        return _stems(self.path / "selections")
+
+    def save_selection(self, name: str, mask: Mask, how: str = "") -> None:
+        """Keep which particles `(N,)` bool are selected, and how they were chosen; replaces one of that name."""
+        if mask.shape != (self.info.n,):
+            raise ValueError(f"mask of {mask.shape} for {self.info.n} particles")
+        folder = self.path / "selections"
+        with self._writing():
+            table = pd.DataFrame(index=pd.Index(self.uid[mask], name="uid"))
+            _write_parquet(table, folder / f"{_checked(name)}.parquet")
+            _write_json(folder / f"{name}.json", {"how": how, "n": int(mask.sum()), "made": _now()})
+
+    def selection(self, name: str) -> Mask:
+        """`(N,)` bool."""
+        path = self.path / "selections" / f"{_checked(name)}.parquet"
+        if not path.is_file():
+            there = ", ".join(self.selections()) or "none"
+            raise UserError(f"{self.path} has no selection {name!r}; there are: {there}")
+        return np.asarray(self.table.index.isin(_read_parquet(path).index))
+
+    def class_sets(self) -> list[str]:
+        """Names of the saved sets of averages."""
+        return _stems(self.path / "classes")
+
+    def save_classes(
+        self, name: str, averages: Sequence[ClassAverage], labels: Sequence[str], how: Mapping[str, Any]
+    ) -> str:
+        """Keep averages of one box size with members and FRC; returns the name used (NAME, NAME-2, …)."""
+        folder = self.path / "classes"
+        images = np.stack([average.image for average in averages]).astype(np.float32)
+        members = pd.DataFrame(
+            {"average": np.repeat(np.arange(len(averages)), [len(average.uid) for average in averages])},
+            index=pd.Index(np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"),
+        )
+        classes = [
+            {
+                "label": label,
+                "n": len(average.uid),
+                "frc": np.asarray(average.frc, float).round(5).tolist(),
+                "halves_independent": average.halves_independent,
+            }
+            for label, average in zip(labels, averages, strict=True)
+        ]
+        pixel_size_A = float(averages[0].pixel_size_A)
+        with self._writing():
+            used = _unused(folder, _checked(name))
+            mrc.write_stack(folder / f"{used}.mrcs", images, pixel_size_A)
+            _write_parquet(members, folder / f"{used}.parquet")
+            record = {"how": dict(how), "made": _now(), "pixel_size_A": _json_number(pixel_size_A)}
+            _write_json(folder / f"{used}.json", {**record, "classes": classes})  # last: it announces the rest
+        return used
+
+    def classes(self, name: str) -> StoredClasses:
+        """A saved set of averages."""
+        folder = self.path / "classes"
+        if not (folder / f"{_checked(name)}.json").is_file():
+            there = ", ".join(self.class_sets()) or "none"
+            raise UserError(f"{self.path} has no class averages {name!r}; there are: {there}")
+        record = _read_json(folder / f"{name}.json")
+        images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(len(record["classes"])))[:, 0]
+        size = record["pixel_size_A"]
+        return StoredClasses(
+            name=name,
+            images=images,
+            pixel_size_A=float("nan") if size is None else size,
+            classes=record["classes"],
+            members=_read_parquet(folder / f"{name}.parquet"),
+            how=record["how"],
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _writing(self) -> Any:
+        """The one writer lock of the session, held for the moment of a write."""
+        return locked(self.path / ".lock")
+
+    def _new_folder(self, group: str, kind: str) -> Path:
+        parent = self.path / group
+        with self._writing():
+            try:
+                parent.mkdir(exist_ok=True)
+                taken = [int(path.name[:4]) for path in parent.iterdir() if path.name[:4].isdigit()]
+                path = parent / f"{max(taken, default=0) + 1:04d}-{kind}"
+                path.mkdir()
+            except OSError as error:
+                raise UserError(f"cannot write into {parent}: {error.strerror}") from error
+        return path
+
+    def _write_table(self, table: pd.DataFrame, at: Path) -> None:
+        """Write the table; `at` is where the session will lie, which stack paths are made relative to."""
+        table = table.copy()
+        for name in table.columns:
+            if table[name].dtype == object:
+                table[name] = table[name].astype(str)
+        paths = table["stack_path"].astype(str)
+        table["stack_path"] = paths.map({path: _portable(Path(path), at) for path in paths.unique()})
+        _write_parquet(table, self.path / "particles.parquet")
+
+    def _build_images(
+        self,
+        images: ImageStack,
+        table: pd.DataFrame,
+        progress: ProgressCallback | None,
+        stop: threading.Event | None,
+    ) -> None:
+        spec = self.data_spec()
+        shape = (self.info.n, spec.n_channels, spec.box_px, spec.box_px)
+        path = self.path / "images.npy"
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            done = 0
+            for block in _preprocessed(images, table, self.plan, shape[1:]):
+                if stop is not None and stop.is_set():
+                    raise UserError("stopped before all images were prepared; nothing was kept")
+                file.write(block.tobytes())
+                done += len(block)
+                if progress is not None:
+                    progress("preparing images", done / shape[0])
+        _write_json(self.path / "images.json", {"key": self.cache_key, "shape": shape, "dtype": "float16"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit of one model in a session: a folder."""
+
+    session: Session
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open `SESSION/runs/NAME`."""
+        path = Path(path).absolute()
+        if not (path / "config.json").is_file() or path.parent.name != "runs":
+            raise UserError(f"{path} is not a run: give SESSION/runs/NAME")
+        return cls(Session.open(path.parent.parent), path)
+
+    @property
+    def name(self) -> str:
+        """NNNN-kind"""
+        return self.path.name
+
+    @property
+    def number(self) -> int:
+        """The number in the name."""
+        return int(self.name.partition("-")[0])
+
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """Everything needed to repeat the run."""
+        path = self.path / "config.json"
+        found = _read_json(path)
+        _check_version(found, path)
+        try:
+            return RunConfig.model_validate(found)
+        except ValidationError as error:
+            raise UserError(_first_problem(path, error)) from error
+
+    @property
+    def status(self) -> Status:
+        """What the run says of itself, checked against its process."""
+        return read_status(self.path)
+
+    @property
+    def state(self) -> str:
+        """new, running, finished, failed, stopped or interrupted"""
+        return self.status.state
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether latents were written."""
+        return (self.path / "latents.parquet").is_file()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a model to load."""
+        return (self.path / "model.safetensors").is_file()
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return (self.path / "resume.pt").is_file()
+
+    def latents(self) -> Latents | None:
+        """Coordinates and poses of all rows of the session, or None before they were written."""
+        return Latents.from_table(_read_parquet(self.path / "latents.parquet")) if self.is_encoded else None
+
+    def save_latents(self, latents: Latents) -> None:
+        """Write `latents.parquet`."""
+        _write_parquet(latents.table, self.path / "latents.parquet")
+
+    def columns(self) -> list[str]:
+        """Names of the results in `columns/`, oldest first."""
+        folder = self.path / "columns"
+        return sorted(_stems(folder), key=lambda name: (_read_json(folder / f"{name}.json").get("made", ""), name))
+
+    def column(self, name: str) -> pd.DataFrame:
+        """One result, indexed by uid."""
+        path = self.path / "columns" / f"{_checked(name)}.parquet"
+        if not path.is_file():
+            raise UserError(f"run {self.name} has no column {name!r}; there are: {', '.join(self.columns()) or 'none'}")
+        return _read_parquet(path)
+
+    def column_record(self, name: str) -> dict[str, Any]:
+        """The config and time of one result."""
+        return _read_json(self.path / "columns" / f"{_checked(name)}.json")
+
+    def newest_column(self, kind: str) -> str | None:
+        """The newest result whose name starts with `kind`, e.g. "cluster"."""
+        found = [name for name in self.columns() if name.startswith(kind)]
+        return found[-1] if found else None
+
+    def features(self, uid: pd.Index | None = None) -> pd.DataFrame:
+        """Latents and all results side by side, in the order of `uid` (default: the session's).
+
+        A result whose column is there already is shown as `RESULT COLUMN` (`pose-held angle_deg`).
+        """
+        index = self.session.table.index if uid is None else uid
+        latents = self.latents()
+        tables = [] if latents is None else [latents.table.reindex(index)]
+        taken = set(tables[0].columns) if tables else set()
+        for name in self.columns():
+            table = self.column(name).reindex(index)
+            table = table.rename(columns={old: f"{name} {old}" for old in table.columns if old in taken})
+            taken |= set(table.columns)
+            tables.append(table)
+        return pd.concat(tables, axis=1) if tables else pd.DataFrame(index=index)
+
+    def write_column(
+        self, name: str, table: pd.DataFrame, config: Mapping[str, Any], *, replace: bool = False
+    ) -> str:
+        """Keep a per-particle result, indexed by uid, in `columns/`; returns the name used.
+
+        A second result of one NAME becomes NAME-2 (or replaces the first with `replace`). Columns called
+        NAME or NAME_… follow the name used, so that results keep apart.
+        """
+        folder = self.path / "columns"
+        with self.session._writing():
+            used = _checked(name) if replace else _unused(folder, _checked(name))
+            pattern = re.compile(rf"{re.escape(name)}(?=$|_)")
+            table = table.rename(columns={old: pattern.sub(used, str(old), count=1) for old in table.columns})
+            _write_parquet(table, folder / f"{used}.parquet")
+            _write_json(folder / f"{used}.json", {"config": dict(config), "made": _now()})
+        return used
+
+    def metrics(self) -> pd.DataFrame:
+        """One row per log step: epoch, step, seconds, images_per_second, learning_rate, loss and its terms.
+
+        The file is only ever appended to; what an interrupted process wrote beyond the checkpoint that was
+        resumed from is passed over here.
+        """
+        path = self.path / "metrics.csv"
+        if not path.is_file():
+            return pd.DataFrame()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        n_fields = lines[0].count(",")
+        whole = [line for line in lines if line.count(",") == n_fields and line]
+        table = pd.read_csv(io.StringIO("\n".join(whole)))
+        step = table["step"].to_numpy()
+        later = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)
+        return table[step < later].reset_index(drop=True)
+
+    def gauge(self) -> dict[str, Any] | None:
+        """The content of `gauge.json`, or None where nothing is held still."""
+        path = self.path / "gauge.json"
+        return _read_json(path) if path.is_file() else None
+
+    def save_gauge(self, gauge: Mapping[str, Any]) -> None:
+        """Write `gauge.json`."""
+        _write_json(self.path / "gauge.json", dict(gauge))
+
+
+def default_path(source: Path) -> Path:
+    """Where the session of a source goes unless told: beside it, or in the working directory if that is
+    read-only."""
+    source = Path(source).absolute()
+    parent = source.parent if os.access(source.parent, os.W_OK) else Path.cwd()
+    return parent / f"{source.stem}_session"
+
+
+def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
+    """`table` with the columns of `extra`, matched by its `uid` column or index, else by the order of rows."""
+    if "uid" in extra.columns:
+        extra = extra.set_index(extra["uid"].astype(np.uint64)).drop(columns="uid")
+    by_uid = extra.index.name == "uid"
+    clash = [str(name) for name in extra.columns if name in table.columns]
+    if clash:
+        raise UserError(f"the table has columns that the particles have already: {', '.join(clash)}; rename them")
+    if by_uid:
+        if extra.index.has_duplicates:
+            raise UserError(f"the table names uid {extra.index[extra.index.duplicated()][0]} twice")
+        extra = extra.reindex(table.index)
+        if len(extra.columns) and extra.isna().all(axis=None):
+            raise UserError("none of the table's uids is one of the particles")
+    elif len(extra) != len(table):
+        raise UserError(f"the table has {len(extra)} rows and no uid column, but there are {len(table)} particles")
+    else:
+        extra = extra.set_index(table.index)
+    return pd.concat([table, extra], axis=1)
+
+
+# ---------------------------------------------------------------------- preprocessing in blocks
+
+
+def _preprocessed(
+    images: ImageStack, table: pd.DataFrame, plan: preprocess.Plan, shape: tuple[int, ...]
+) -> Iterator[NDArray[np.float16]]:
+    """Blocks of `(k, c, m, m)` in the order of the rows, two of them worked on ahead of the one taken."""
+    box_px = np.asarray(images.box_px)
+    per_block = max(1, BLOCK_BYTES // (4 * shape[0] * int(box_px.max()) ** 2))
+    starts = iter(range(0, len(table), per_block))
+
+    def work(start: int) -> NDArray[np.float16]:
+        rows = np.arange(start, min(start + per_block, len(table)))
+        out = np.empty((len(rows), *shape), np.float16)
+        for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
+            at = np.flatnonzero(box_px[rows] == box)
+            some = preprocess.apply(images.read(rows[at]), table.iloc[rows[at]], plan)
+            _check_pixels(some, table.iloc[rows[at]])
+            out[at] = some
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        ahead: deque[Future[NDArray[np.float16]]] = deque()
+        try:
+            for start in starts:
+                ahead.append(pool.submit(work, start))
+                if len(ahead) == 3:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _check_pixels(images: NDArray[np.float32], table: pd.DataFrame) -> None:
+    extreme = np.abs(images).max(axis=(1, 2, 3))  # NaN where a pixel is NaN
+    bad = np.flatnonzero(~(extreme < np.finfo(np.float16).max))
+    if bad.size:
+        row = table.iloc[bad[0]]
+        what = "pixels that are not numbers" if not np.isfinite(extreme[bad[0]]) else "too large grey values"
+        raise UserError(
+            f"image {int(row['stack_index']) + 1} of {row['stack_path']} has {what};"
+            " leave it out with --where, or mend the file"
+        )
+
+
+# ---------------------------------------------------------------------- folders and small files
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if Session.is_session(path):
+        if not overwrite:
+            raise UserError(f"{path} is a session already; choose another --session, or --overwrite to replace it")
+    elif not path.is_dir() or any(path.iterdir()):
+        raise UserError(f"{path} exists and is not a session; choose another --session")
+
+
+def _put_in_place(folder: Path, path: Path, overwrite: bool) -> None:
+    _check_free(path, overwrite)
+    if Session.is_session(path):
+        number = 1
+        while (aside := path.with_name(f"{path.name}-replaced-{number}")).exists():
+            number += 1
+        path.rename(aside)
+    elif path.exists():
+        path.rmdir()
+    folder.rename(path)
+    sync_folder(path.parent)
+
+
+def _check_uids(particles: Particles) -> None:
+    index = particles.table.index
+    if index.has_duplicates:
+        uid = index[index.duplicated()][0]
+        rows = np.flatnonzero(index == uid)[:2] + 1
+        raise UserError(f"{particles.source} names particle {uid} twice, in rows {rows[0]} and {rows[1]}")
+
+
+def _keep_source(particles: Particles, folder: Path, path: Path, progress: ProgressCallback | None) -> str:
+    """Copy the source file into the session being made in `folder`; returns its name there."""
+    if particles.kind == "layer":
+        _keep_layer(particles, folder, path, progress)
+        return ""
+    if particles.kind not in ("star", "cs"):
+        return ""
+    (folder / "source").mkdir()
+    shutil.copyfile(particles.source, folder / "source" / particles.source.name)
+    return particles.source.name
+
+
+def _keep_layer(particles: Particles, folder: Path, path: Path, progress: ProgressCallback | None) -> None:
+    """Save the images of a layer, which has no file, and point the table at them."""
+    stack, table = particles.images, particles.table
+    n, c, box = len(table), stack.n_channels, int(np.asarray(stack.box_px)[0])
+    (folder / "source").mkdir()
+    with replacing(folder / "source" / "source.npy") as temporary, temporary.open("wb") as file:
+        shape = (n, box, box) if c == 1 else (n, box, box, c)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        per_block = max(1, BLOCK_BYTES // (4 * c * box * box))
+        for start in range(0, n, per_block):
+            images = stack.read(np.arange(start, min(start + per_block, n)))
+            file.write(np.ascontiguousarray(np.moveaxis(images, 1, -1), "<f4").tobytes())
+            if progress is not None:
+                progress("saving the layer", min(1.0, (start + per_block) / n))
+    table["stack_path"] = str(path / "source" / "source.npy")
+    table["stack_index"] = np.arange(n)
+
+
+def _portable(target: Path, session: Path) -> str:
+    """Relative to the session where `target` lies in it or beside it, so that they can move together."""
+    target = Path(target)
+    if not target.is_absolute() or not target.is_relative_to(session.parent):
+        return str(target)
+    return Path(os.path.relpath(target, session)).as_posix()
+
+
+def _absolute(paths: pd.Series, session: Path) -> pd.Series:
+    resolved = {path: os.path.normpath(session / path) for path in paths.unique()}
+    return paths.map(resolved)
+
+
+def _unused(folder: Path, name: str) -> str:
+    used, number = name, 1
+    while any((folder / f"{used}{suffix}").exists() for suffix in (".json", ".parquet")):
+        number += 1
+        used = f"{name}-{number}"
+    return used
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot be a name; use letters, digits, space and . _ + - only")
+    return name
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, compression="zstd")
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return content
+
+
+def _check_version(found: Any, path: Path) -> None:
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{path} is damaged: it has no format version")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; install a newer one"
+        )
+
+
+def _first_problem(path: Path, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
+def _json_number(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(2**20) + str(_size(path)).encode(), digest_size=16).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

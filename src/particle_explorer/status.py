@@ -1,0 +1,207 @@
+"""What a long job says of itself while it runs: `status.json`, rewritten by a heartbeat, and a `stop` file.
+
+Whoever looks (the window, another terminal) reads the folder and never talks to the process, so a job
+outlives the window that started it, and a window finds the jobs that ran before it was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from particle_explorer.files import UserError, replacing
+
+State = Literal["new", "running", "finished", "failed", "stopped", "interrupted"]
+
+STATUS = "status.json"
+STOP = "stop"
+HEARTBEAT_S = 1.0
+STALE_S = 60.0
+"""A job on another computer counts as interrupted when its heartbeat is older; covers slow file systems
+and clocks that differ."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The content of `status.json`; times are seconds since 1970."""
+
+    state: State = "new"
+    pid: int = 0
+    host: str = ""
+    process_started: str = ""
+    """When the system started process `pid`, in the system's own words: a number used again is found out."""
+    started: float = 0.0
+    heartbeat: float = 0.0
+    what: str = ""
+    """What is being done now, in plain words"""
+    fraction: float = 0.0
+    """How much of `what` is done, 0 to 1"""
+    epoch: int = 0
+    n_epochs: int = 0
+    images_per_second: float = 0.0
+    seconds_left: float = -1.0
+    """-1 where it is not known"""
+    device: str = ""
+    message: str = ""
+    """What came out: the path that was written, a note"""
+    error: str = ""
+    """One sentence for bad input, the last line of the traceback for a fault"""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("finished", "failed", "stopped", "interrupted")
+
+
+def read_status(folder: Path) -> Status:
+    """The status of the job of this folder; "new" where none was started.
+
+    A job that says "running" while its process is gone, or, on another computer, while its heartbeat is
+    stale, was "interrupted".
+    """
+    try:
+        text = (Path(folder) / STATUS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Status()
+    except OSError as error:
+        raise UserError(f"cannot read {Path(folder) / STATUS}: {error.strerror}") from error
+    try:
+        found = json.loads(text)
+        known = {field.name for field in dataclasses.fields(Status)}
+        status = Status(**{name: value for name, value in found.items() if name in known})
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{Path(folder) / STATUS} is not a status file; delete it to go on") from error
+    if status.state == "running" and not _is_alive(status):
+        return dataclasses.replace(status, state="interrupted", seconds_left=-1.0)
+    return status
+
+
+def request_stop(folder: Path) -> None:
+    """Ask the job of this folder to end in good order; a training run writes a checkpoint first."""
+    (Path(folder) / STOP).touch()
+
+
+class StatusWriter:
+    """Writes `status.json` at each change and every second, from entering the block until leaving it.
+
+    Leaving it normally says "finished" (or "stopped", when `stop` was set), leaving by an error "failed"
+    with its sentence. `stop` is set when a `stop` file appears in one of the folders.
+    """
+
+    def __init__(self, *folders: Path, stop: threading.Event | None = None) -> None:
+        self.folders = [Path(folder) for folder in dict.fromkeys(folders)]
+        self.stop = stop if stop is not None else threading.Event()
+        self.status = Status()
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> StatusWriter:
+        for folder in self.folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STOP).unlink(missing_ok=True)  # of an earlier job
+        self.status = Status(
+            state="running",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            process_started=process_started(os.getpid()),
+            started=time.time(),
+        )
+        with self._lock:
+            self._write()
+        if self.folders:
+            self._thread.start()
+        return self
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the status; written at once when the job turns to something else, else soon."""
+        with self._lock:
+            before = self.status
+            self.status = dataclasses.replace(before, **changes)
+            if (before.what, before.epoch) != (self.status.what, self.status.epoch):
+                self._write()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        changes: dict[str, Any] = {"seconds_left": -1.0}
+        if error is None:
+            changes |= {"state": "stopped"} if self.stop.is_set() else {"state": "finished", "fraction": 1.0}
+        elif isinstance(error, (GeneratorExit, KeyboardInterrupt)):
+            changes |= {"state": "stopped"}
+        elif isinstance(error, UserError):
+            changes |= {"state": "failed", "error": str(error)}
+        else:
+            changes |= {"state": "failed", "error": traceback.format_exception_only(error)[-1].strip()}
+        with self._lock:
+            self.status = dataclasses.replace(self.status, **changes)
+            self._write()
+
+    def _beat(self) -> None:
+        while not self._end.wait(HEARTBEAT_S):
+            if any((folder / STOP).exists() for folder in self.folders):
+                self.stop.set()
+            # a full disk or a folder that was moved must not end hours of work: the next beat tries again
+            with contextlib.suppress(OSError, UserError), self._lock:
+                self._write()
+
+    def _write(self) -> None:
+        self.status = dataclasses.replace(self.status, heartbeat=time.time())
+        text = json.dumps(dataclasses.asdict(self.status), indent=1)
+        for folder in self.folders:
+            if folder.is_dir():  # deleted meanwhile: do not bring it back
+                with replacing(folder / STATUS, sync=False) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+
+def _is_alive(status: Status) -> bool:
+    if status.host != socket.gethostname():
+        return time.time() - status.heartbeat < STALE_S
+    return process_started(status.pid) == status.process_started != ""
+
+
+def process_started(pid: int) -> str:
+    """When process `pid` was started, as the system words it; "" when there is no such process."""
+    if sys.platform.startswith("linux"):
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return ""
+        fields = text.rpartition(")")[2].split()  # the name in brackets may hold spaces
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended
+    if sys.platform == "win32":
+        return _process_started_windows(pid)
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return listed.stdout.strip()
+
+
+def _process_started_windows(pid: int) -> str:
+    import ctypes
+
+    kernel: Any = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+    handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if not handle:
+        return ""
+    try:
+        code = ctypes.c_ulong()
+        kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        times = [ctypes.c_ulonglong() for _ in range(4)]
+        kernel.GetProcessTimes(handle, *(ctypes.byref(each) for each in times))
+        return str(times[0].value) if code.value == 259 else ""  # STILL_ACTIVE
+    finally:
+        kernel.CloseHandle(handle)
