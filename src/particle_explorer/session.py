@@ -228,7 +228,9 @@ class Session:
             particles = particles[where_mask(particles.table, where)]
         n = len(particles.table)
         if n == 0:
-            raise UserError(f"no particle of {particles.source} is left" + (f" by --where {where!r}" if where else ""))
+            raise UserError(
+                f"no particle of {particles.source} is left" + (f" by --where {where!r}" if where else "")
+            )
         _check_uids(particles)
         config = config or PreprocessConfig()
         plan = preprocess.plan(particles.table, config)
@@ -270,7 +272,9 @@ class Session:
         try:
             found = json.loads((path / "session.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path} is not a session: there is no session.json in it; make one with `import`") from None
+            raise UserError(
+                f"{path} is not a session: there is no session.json in it; make one with `import`"
+            ) from None
         except OSError as error:
             raise UserError(f"cannot read {path / 'session.json'}: {error.strerror}") from error
         except ValueError as error:
@@ -311,7 +315,9 @@ class Session:
         """N rows indexed by uid (uint64); stack paths are absolute."""
         table = _read_parquet(self.path / "particles.parquet")
         if len(table) != self.info.n:
-            raise UserError(f"{self.path / 'particles.parquet'} has {len(table)} rows, not the session's {self.info.n}")
+            raise UserError(
+                f"{self.path / 'particles.parquet'} has {len(table)} rows, not the session's {self.info.n}"
+            )
         table["stack_path"] = _absolute(table["stack_path"], self.path)
         return table
 
@@ -324,7 +330,9 @@ class Session:
     def images(self) -> CachedImages:
         """The cached images, `(N, c, m, m)`, read when indexed."""
         if not self.has_images:
-            raise UserError(f"the image cache of {self.path} is missing or stale; `prepare_images` makes it again")
+            raise UserError(
+                f"the image cache of {self.path} is missing or stale; `prepare_images` makes it again"
+            )
         return CachedImages(self.path / "images.npy")
 
     @property
@@ -438,7 +446,7 @@ class Session:
         return _stems(self.path / "selections")
 
     def save_selection(self, name: str, mask: Mask, how: str = "") -> None:
-        """Keep which particles `(N,)` bool are selected, and how they were chosen; replaces one of that name."""
+        """Keep which particles `(N,)` are selected, and how they were chosen; replaces one of that name."""
         if mask.shape != (self.info.n,):
             raise ValueError(f"mask of {mask.shape} for {self.info.n} particles")
         folder = self.path / "selections"
@@ -467,7 +475,9 @@ class Session:
         images = np.stack([average.image for average in averages]).astype(np.float32)
         members = pd.DataFrame(
             {"average": np.repeat(np.arange(len(averages)), [len(average.uid) for average in averages])},
-            index=pd.Index(np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"),
+            index=pd.Index(
+                np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"
+            ),
         )
         classes = [
             {
@@ -484,7 +494,9 @@ class Session:
             mrc.write_stack(folder / f"{used}.mrcs", images, pixel_size_A)
             _write_parquet(members, folder / f"{used}.parquet")
             record = {"how": dict(how), "made": _now(), "pixel_size_A": _json_number(pixel_size_A)}
-            _write_json(folder / f"{used}.json", {**record, "classes": classes})  # last: it announces the rest
+            _write_json(
+                folder / f"{used}.json", {**record, "classes": classes}
+            )  # last: it announces the rest
         return used
 
     def classes(self, name: str) -> StoredClasses:
@@ -619,7 +631,7 @@ class Run:
         return (self.path / "resume.pt").is_file()
 
     def latents(self) -> Latents | None:
-        """Coordinates and poses of all rows of the session, or None before they were written."""
+        """Coordinates and poses of all rows of the session, or None before they are written."""
         return Latents.from_table(_read_parquet(self.path / "latents.parquet")) if self.is_encoded else None
 
     def save_latents(self, latents: Latents) -> None:
@@ -629,13 +641,16 @@ class Run:
     def columns(self) -> list[str]:
         """Names of the results in `columns/`, oldest first."""
         folder = self.path / "columns"
-        return sorted(_stems(folder), key=lambda name: (_read_json(folder / f"{name}.json").get("made", ""), name))
+        return sorted(
+            _stems(folder), key=lambda name: (_read_json(folder / f"{name}.json").get("made", ""), name)
+        )
 
     def column(self, name: str) -> pd.DataFrame:
         """One result, indexed by uid."""
         path = self.path / "columns" / f"{_checked(name)}.parquet"
         if not path.is_file():
-            raise UserError(f"run {self.name} has no column {name!r}; there are: {', '.join(self.columns()) or 'none'}")
+            there = ", ".join(self.columns()) or "none"
+            raise UserError(f"run {self.name} has no column {name!r}; there are: {there}")
         return _read_parquet(path)
 
     def column_record(self, name: str) -> dict[str, Any]:
@@ -716,13 +731,15 @@ def default_path(source: Path) -> Path:
 
 
 def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
-    """`table` with the columns of `extra`, matched by its `uid` column or index, else by the order of rows."""
+    """`table` with the columns of `extra`, matched by `uid` (column or index), else by the order of rows."""
     if "uid" in extra.columns:
         extra = extra.set_index(extra["uid"].astype(np.uint64)).drop(columns="uid")
     by_uid = extra.index.name == "uid"
     clash = [str(name) for name in extra.columns if name in table.columns]
     if clash:
-        raise UserError(f"the table has columns that the particles have already: {', '.join(clash)}; rename them")
+        raise UserError(
+            f"the table has columns that the particles have already: {', '.join(clash)}; rename them"
+        )
     if by_uid:
         if extra.index.has_duplicates:
             raise UserError(f"the table names uid {extra.index[extra.index.duplicated()][0]} twice")
@@ -730,7 +747,9 @@ def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
         if len(extra.columns) and extra.isna().all(axis=None):
             raise UserError("none of the table's uids is one of the particles")
     elif len(extra) != len(table):
-        raise UserError(f"the table has {len(extra)} rows and no uid column, but there are {len(table)} particles")
+        raise UserError(
+            f"the table has {len(extra)} rows and no uid column, but there are {len(table)} particles"
+        )
     else:
         extra = extra.set_index(table.index)
     return pd.concat([table, extra], axis=1)
@@ -791,7 +810,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
         return
     if Session.is_session(path):
         if not overwrite:
-            raise UserError(f"{path} is a session already; choose another --session, or --overwrite to replace it")
+            raise UserError(
+                f"{path} is a session already; choose another --session, or --overwrite to replace it"
+            )
     elif not path.is_dir() or any(path.iterdir()):
         raise UserError(f"{path} exists and is not a session; choose another --session")
 
@@ -915,7 +936,7 @@ def _check_version(found: Any, path: Path) -> None:
         raise UserError(f"{path} is damaged: it has no format version")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; install a newer one"
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; install a newer"
         )
 
 

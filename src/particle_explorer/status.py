@@ -110,7 +110,8 @@ class StatusWriter:
     def __enter__(self) -> StatusWriter:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / STOP).unlink(missing_ok=True)  # of an earlier job
+            if read_status(folder).pid != os.getpid():  # not announced: what lies there is of an earlier job
+                (folder / STOP).unlink(missing_ok=True)
         self.status = Status(
             state="running",
             pid=os.getpid(),
@@ -123,6 +124,15 @@ class StatusWriter:
         if self.folders:
             self._thread.start()
         return self
+
+    @staticmethod
+    def announce(folder: Path, pid: int) -> None:
+        """Say for a process that was just started, and cannot yet speak, that it runs."""
+        started = process_started(pid)
+        status = Status("running", pid, socket.gethostname(), started, time.time(), time.time(), "starting")
+        if read_status(folder).pid != pid:  # else it was faster
+            with replacing(folder / STATUS, sync=False) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(status), indent=1), encoding="utf-8")
 
     def update(self, **changes: Any) -> None:
         """Change fields of the status; written at once when the job turns to something else, else soon."""

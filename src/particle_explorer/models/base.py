@@ -66,6 +66,8 @@ class ParticleModel(nn.Module, ABC):
     """What `TrainConfig.learning_rate = 0` means for this model."""
     batch_size: int = 100
     n_epochs: int = 20
+    autocast: bool = False
+    """Whether steps and encoding may run under bf16 autocast; a model with products of its own says no."""
 
     def __init__(self, config: Config, data: DataSpec) -> None:
         super().__init__()
@@ -102,6 +104,13 @@ class ParticleModel(nn.Module, ABC):
     def nodes(self) -> Tensor:
         """`(k, d)` latent positions worth showing while training; `(0, d)` where there are none."""
         return torch.zeros(0, self.latent_dim)
+
+    def latest(self) -> tuple[Tensor, Tensor] | None:
+        """Rows `(m,)` and latent positions `(m, d)` of particles seen lately, for the live view.
+
+        None where they are not at hand; training then encodes some particles itself.
+        """
+        return None
 
     def training_state(self) -> dict[str, Any]:
         """Tensors and numbers beyond the weights that resuming needs; loadable with `weights_only=True`."""
