@@ -1,0 +1,265 @@
+"""RELION particle star files, 3.0 (pixels, one table) and 3.1 and later (Å, optics table), in and out.
+
+Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; the pose through `pose.from_relion`.
+"""
+
+from __future__ import annotations
+
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from particle_explorer.files import UserError
+from particle_explorer.io.descriptors import DescriptorPool
+from particle_explorer.io.mrc import MrcFile
+from particle_explorer.io.paths import resolve_stacks
+from particle_explorer.io.star import Block, StarFile, names_of, numbers
+from particle_explorer.particles import ImageStack, Particles, make_uids
+from particle_explorer.pose import from_relion
+
+ANGST_ORIGINS = ("rlnOriginXAngst", "rlnOriginYAngst")
+PIXEL_ORIGINS = ("rlnOriginX", "rlnOriginY")
+CTF_COLUMNS = {
+    "defocus_u_A": "rlnDefocusU",
+    "defocus_v_A": "rlnDefocusV",
+    "defocus_angle_deg": "rlnDefocusAngle",
+    "voltage_kV": "rlnVoltage",
+    "spherical_aberration_mm": "rlnSphericalAberration",
+    "amplitude_contrast": "rlnAmplitudeContrast",
+    "phase_shift_deg": "rlnPhaseShift",
+}
+"""Our name → RELION's; the units are the same."""
+
+
+def particles_block(star: StarFile) -> Block:
+    """The block that lists particle images, whatever it is called; else a sentence about what the file is."""
+    found = [block for block in star.blocks if "rlnImageName" in block.labels]
+    if found:
+        if not found[0].n_rows:
+            raise UserError(f"{star.path}: block data_{found[0].name} lists no particles")
+        return found[0]
+    labels = {label for block in star.blocks for label in [*block.labels, *block.values]}
+    blocks = ", ".join(f"data_{block.name}" for block in star.blocks) or "no blocks"
+    if "rlnReferenceImage" in labels:
+        what = "describes a model (its classes), not particles; open the _data.star beside it"
+    elif "rlnMicrographName" in labels and "rlnCoordinateX" not in labels:
+        what = "lists micrographs, not particle images; open the star file of the extracted particles"
+    elif "rlnCoordinateX" in labels:
+        what = "lists coordinates, not particle images; extract the particles first"
+    else:
+        what = f"holds no particle images: no block has the column _rlnImageName (it has {blocks})"
+    raise UserError(f"{star.path} {what}")
+
+
+def optics_block(star: StarFile, particles: Block) -> Block | None:
+    """The optics table, if there is one."""
+    for block in star.blocks:
+        if block is not particles and block.name == "optics":
+            return block
+    for block in star.blocks:
+        names = [*block.labels, *block.values]
+        if block is not particles and "rlnOpticsGroup" in names and "rlnImageName" not in names:
+            return block
+    return None
+
+
+def is_dialect_30(star: StarFile, particles: Block) -> bool:
+    """Whether origins are in pixels and there is no optics table."""
+    return optics_block(star, particles) is None and not names_of(
+        particles.labels, [*ANGST_ORIGINS, "rlnOpticsGroup", "rlnImagePixelSize"]
+    )
+
+
+def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Particles:
+    """Particles of a star file, images unread; see `resolve_stacks` for how stacks are found."""
+    star = StarFile(path)
+    block = particles_block(star)
+    notes: list[str] = []
+    if sum("rlnImageName" in other.labels for other in star.blocks) > 1:
+        notes.append(f"several blocks list images; data_{block.name}, the first, is read")
+    original = star.table(block)
+    optics = optics_block(star, block)
+    if optics is not None:
+        original = _with_optics(star, original, star.table(optics), notes)
+    n = len(original)
+
+    names: list[str] = original["rlnImageName"].tolist()
+    stack_names, stack_of, index = _split_image_names(star, names)
+    paths = resolve_stacks(stack_names, star.path, project_dir)
+    pool = DescriptorPool()
+    files = [MrcFile(paths[name], pool) for name in stack_names]
+    n_images = np.array([file.n_images for file in files], np.int64)
+    outside = np.flatnonzero(index >= n_images[stack_of])
+    if len(outside):
+        row = int(outside[0])
+        raise UserError(
+            f'{star.path}, row {row + 1}: "{names[row]}" asks for image {int(index[row]) + 1}, '
+            f"but {files[int(stack_of[row])].path} holds {int(n_images[stack_of[row]])}"
+        )
+    notes += [note for file in files for note in file.notes]
+    images = ImageStack(files, stack_of, index)
+    header_size = np.array([file.pixel_size_A for file in files])[stack_of]
+
+    table = pd.DataFrame(
+        {
+            "stack_path": pd.Series(np.array([file.path for file in files], object)[stack_of], dtype="str"),
+            "stack_index": index,
+            "source_row": np.arange(n),
+            "pixel_size_A": _pixel_size(star, original, header_size, notes),
+            "box_px": images.box_px,
+            "contrast_sign": np.zeros(n, np.int8),
+            "ctf_state": _ctf_state(star, original, notes),
+        }
+    )
+    if "rlnMicrographName" in original:
+        table["micrograph"] = original["rlnMicrographName"]
+    if "rlnOpticsGroup" in original:
+        table["optics_group"] = _integers(original, "rlnOpticsGroup", star.path)
+    if "rlnClassNumber" in original:
+        table["class_id"] = _integers(original, "rlnClassNumber", star.path)
+    for column, values in _pose(star, original, table["pixel_size_A"].to_numpy(), notes).items():
+        table[column] = values
+    if bool((table["ctf_state"] != "none").any()):
+        for column, label in CTF_COLUMNS.items():
+            if label in original:
+                table[column] = numbers(original, label, star.path)
+        if "defocus_v_A" not in table:
+            table["defocus_v_A"] = table["defocus_u_A"]
+    table = pd.concat([table, original], axis=1)
+    table.index = pd.Index(make_uids(names), name="uid")
+    if not table.index.is_unique:
+        raise UserError(f"{star.path}: two particles got the same identity by their names; please report this file")
+    return Particles(images, table, star.path.absolute(), "star", tuple(notes))
+
+
+def _split_image_names(star: StarFile, names: Sequence[str]) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """`000012@stack.mrcs` → unique stack names, stack of every row, 0-based index; a bare name is image 1."""
+    stacks: dict[str, int] = {}
+    stack_of = np.empty(len(names), np.int64)
+    index = np.empty(len(names), np.int64)
+    for row, name in enumerate(names):
+        number, at, stack = name.partition("@")
+        if not at:
+            number, stack = "1", name
+        try:
+            index[row] = int(number) - 1
+        except (ValueError, OverflowError):
+            index[row] = -1
+        if index[row] < 0 or not stack:
+            raise UserError(
+                f'{star.path}, row {row + 1}: the image name "{name}" is not of the form 000001@stack.mrcs, '
+                f"with images counted from 1"
+            )
+        stack_of[row] = stacks.setdefault(stack, len(stacks))
+    return list(stacks), stack_of, index
+
+
+def _with_optics(star: StarFile, table: pd.DataFrame, optics: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The particle table with the columns of its optics groups; where both have a column, the particle's counts,
+    as in RELION's `CTF::readByGroup`."""
+    if not len(optics):
+        return table
+    if "rlnOpticsGroup" not in table:
+        if len(optics) > 1:
+            raise UserError(
+                f"{star.path} has {len(optics)} optics groups, but its particles do not say which they belong to "
+                f"(no column _rlnOpticsGroup)"
+            )
+        table = table.assign(rlnOpticsGroup=optics["rlnOpticsGroup"].iloc[0] if "rlnOpticsGroup" in optics else 1)
+        notes.append("the particles name no optics group; the only one there is was taken for all")
+    if "rlnOpticsGroup" not in optics:
+        raise UserError(f"{star.path}: the optics table has no column _rlnOpticsGroup")
+    group = pd.Index(_integers(optics, "rlnOpticsGroup", star.path))
+    if not group.is_unique:
+        raise UserError(f"{star.path}: the optics table lists a group twice")
+    place = group.get_indexer(_integers(table, "rlnOpticsGroup", star.path))
+    unknown = np.flatnonzero(place < 0)
+    if len(unknown):
+        row = int(unknown[0])
+        raise UserError(
+            f"{star.path}, row {row + 1}: optics group {table['rlnOpticsGroup'].iloc[row]} is not in the optics table, "
+            f"which has {', '.join(map(str, group))}"
+        )
+    joined = optics.drop(columns=names_of(list(optics.columns), list(table.columns))).take(place)
+    return pd.concat([table, joined.set_axis(table.index)], axis=1)
+
+
+def _pixel_size(
+    star: StarFile, table: pd.DataFrame, header: NDArray[np.float64], notes: list[str]
+) -> NDArray[np.float64]:
+    """Å per pixel of the images: optics table, then detector pixel / magnification, then MRC header, then NaN."""
+    size = np.full(len(table), np.nan)
+    if "rlnImagePixelSize" in table:
+        size = numbers(table, "rlnImagePixelSize", star.path).copy()
+    if "rlnDetectorPixelSize" in table and "rlnMagnification" in table:
+        magnification = numbers(table, "rlnMagnification", star.path)
+        detector = numbers(table, "rlnDetectorPixelSize", star.path)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            size = np.where(np.isfinite(size), size, detector / magnification * 1e4)
+    size[~(np.isfinite(size) & (size > 0))] = np.nan
+    both = np.isfinite(size) & np.isfinite(header)
+    wrong = np.flatnonzero(both & (np.abs(header - size) > 0.01 * np.where(both, size, 1)))
+    if len(wrong):
+        row = int(wrong[0])
+        notes.append(
+            f"the star file says {size[row]:.4g} Å per pixel, the header of its stack {header[row]:.4g} Å; "
+            f"the star file counts"
+        )
+    return np.where(np.isfinite(size), size, header)
+
+
+def _ctf_state(star: StarFile, table: pd.DataFrame, notes: list[str]) -> pd.Series:
+    state = pd.Series(["none"], dtype="str").repeat(len(table)).set_axis(table.index)
+    if "rlnDefocusU" not in table:
+        return state
+    if not np.any(numbers(table, "rlnDefocusU", star.path)):
+        notes.append("the defocus is 0 in every row, so the images are taken to carry no CTF")
+        return state
+    state[:] = "raw"
+    for label, name in (
+        ("rlnCtfDataArePhaseFlipped", "phase-flipped"),
+        ("rlnCtfDataAreCtfPremultiplied", "premultiplied"),
+    ):
+        if label in table:
+            state[numbers(table, label, star.path) == 1] = name
+    return state
+
+
+def _pose(
+    star: StarFile, table: pd.DataFrame, pixel_size_A: NDArray[np.float64], notes: list[str]
+) -> dict[str, NDArray[np.float64]]:
+    """Placement angle and shift where the file gives them; RELION takes Å over pixels."""
+    pose: dict[str, NDArray[np.float64]] = {}
+    n = len(table)
+    psi = numbers(table, "rlnAnglePsi", star.path) if "rlnAnglePsi" in table else np.zeros(n)
+    if all(label in table for label in ANGST_ORIGINS):
+        x, y = (numbers(table, label, star.path) for label in ANGST_ORIGINS)
+        # nothing to rescale where the origins are 0, so the missing pixel size does no harm
+        unit = np.where((x == 0) & (y == 0) & ~np.isfinite(pixel_size_A), 1.0, pixel_size_A)
+    elif all(label in table for label in PIXEL_ORIGINS):
+        x, y = (numbers(table, label, star.path) for label in PIXEL_ORIGINS)
+        unit = np.ones(n)
+    else:
+        x = y = np.zeros(n)
+        unit = np.full(n, np.nan)
+    angle, shift = from_relion(psi, x, y, unit)
+    if "rlnAnglePsi" in table:
+        pose["angle_deg"] = angle
+    if np.isfinite(shift).all():
+        pose["shift_y_px"], pose["shift_x_px"] = shift[:, 0], shift[:, 1]
+    elif not np.isnan(unit).all() or all(label in table for label in ANGST_ORIGINS):
+        notes.append("the origins are in Å and the pixel size is not known, so the shifts are not used")
+    return pose
+
+
+def _integers(table: pd.DataFrame, label: str, where: Path) -> NDArray[np.int64]:
+    values = numbers(table, label, where)
+    wrong = np.flatnonzero(values != np.round(values))
+    if len(wrong):
+        raise UserError(f"{where}, row {int(wrong[0]) + 1}: {label} is {values[wrong[0]]}, which is not a whole number")
+    return values.astype(np.int64)

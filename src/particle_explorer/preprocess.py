@@ -1,0 +1,303 @@
+"""From original images to the cached images that models see: CTF phases, Fourier crop, background, contrast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.fft
+from numpy.typing import NDArray
+
+from particle_explorer.configs import PreprocessConfig
+from particle_explorer.ctf import ctf_2d
+from particle_explorer.files import UserError
+from particle_explorer.particles import Images
+
+DEFAULT_BOX_PX = 64
+LEAST_BOX_PX = 8
+DEFAULT_DIAMETER = 0.9
+"""Share of the box that the particle takes where no diameter is given."""
+LEAST_RING_PX = 30
+USUAL_AMPLITUDE_CONTRAST = 0.1
+NOISE_FLOOR = 0.1
+"""The background is never taken for quieter than this share of the whole image (clean simulations, masks)."""
+_NEEDED = ("defocus_u_A", "defocus_v_A", "voltage_kV", "spherical_aberration_mm")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to every image, decided once for a whole session."""
+
+    box_px: int
+    """Side of the originals."""
+    cached_box_px: int
+    pixel_size_A: float
+    """Of the originals; NaN where unknown."""
+    cached_pixel_size_A: float
+    diameter_px: float
+    """Particle diameter in pixels of the cached images."""
+    sign: int
+    """+1 keeps the contrast, -1 inverts it; afterwards the particle is bright."""
+    background: str
+    """"ring" or "none\""""
+    ctf: str
+    """"flip-raw" flips the phases of images whose `ctf_state` is raw, "flip-all" of all, "keep" of none (the CTF is
+    still known), "none" does not know any CTF."""
+    reasons: tuple[str, ...]
+    """Why, one sentence each, for the preview and the log."""
+
+
+def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -> Plan:
+    """Decide the preprocessing of all particles of `table`.
+
+    `guessed_sign` (+1 particle bright, -1 dark, 0 unknown) is used where neither the settings nor the file say the
+    contrast; `io.inspecting.guess_contrast` makes it from a sample of images.
+    """
+    if not len(table):
+        raise UserError("there are no particles to prepare; the condition leaves none over")
+    reasons: list[str] = []
+    box = _one_box(table)
+    pixel_size = _one_pixel_size(table)
+    known = math.isfinite(pixel_size)
+
+    if config.diameter_A:
+        diameter = config.diameter_A / pixel_size if known else config.diameter_A
+        unit = "Å" if known else "px"
+        if diameter > box:
+            size = box * pixel_size if known else box
+            raise UserError(
+                f"the particle diameter of {config.diameter_A:g} {unit} is larger than the box of {size:g} {unit}"
+            )
+        reasons.append(f"diameter {config.diameter_A:g} {unit}" + ("" if known else " (pixel size unknown)"))
+    else:
+        diameter = DEFAULT_DIAMETER * box
+        reasons.append(f"diameter {DEFAULT_DIAMETER:g} of the box, as none is given")
+
+    cached_box = config.box_px or min(box, DEFAULT_BOX_PX) // 2 * 2
+    if cached_box > box:
+        raise UserError(f"the box of {cached_box} px is larger than the original images of {box} px")
+    if cached_box < LEAST_BOX_PX:
+        raise UserError(f"a box of {cached_box} px is too small to see anything in; {LEAST_BOX_PX} px or more is needed")
+    scale = box / cached_box
+    if diameter / scale < 4:
+        raise UserError(f"the particle would be only {diameter / scale:.1f} px wide in the cached images; check the diameter")
+
+    sign = _sign(table, config, guessed_sign, reasons)
+    ctf = _ctf_action(table, config, pixel_size, reasons)
+    return Plan(
+        box_px=box,
+        cached_box_px=cached_box,
+        pixel_size_A=pixel_size,
+        cached_pixel_size_A=pixel_size * scale,
+        diameter_px=diameter / scale,
+        sign=sign,
+        background=config.background,
+        ctf=ctf,
+        reasons=tuple(reasons),
+    )
+
+
+def _one_box(table: pd.DataFrame) -> int:
+    boxes = np.unique(table["box_px"])
+    if len(boxes) > 1:
+        raise UserError(
+            f"the images have boxes of {', '.join(map(str, boxes))} px; choose one, for instance "
+            f'--where "box_px == {int(boxes[-1])}"'
+        )
+    return int(boxes[0])
+
+
+def _one_pixel_size(table: pd.DataFrame) -> float:
+    sizes = np.unique(table["pixel_size_A"].to_numpy(np.float64))  # NaN last, once
+    if len(sizes) == 1 or (np.isfinite(sizes).all() and sizes[-1] - sizes[0] <= 1e-3 * sizes[0]):
+        return float(np.median(sizes))
+    shown = ", ".join("unknown" if math.isnan(size) else f"{size:g}" for size in sizes)
+    raise UserError(
+        f"the images have several pixel sizes ({shown} Å); choose one, for instance "
+        f'--where "pixel_size_A < {(sizes[0] + sizes[1]) / 2 if np.isfinite(sizes[1]) else sizes[0] * 1.01:.6g}"'
+    )
+
+
+def _sign(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int, reasons: list[str]) -> int:
+    if config.contrast != "auto":
+        reasons.append("contrast inverted, as asked" if config.contrast == "invert" else "contrast kept, as asked")
+        return -1 if config.contrast == "invert" else 1
+    said = np.unique(table["contrast_sign"])
+    if len(said) > 1:
+        raise UserError(
+            'the file gives bright particles and dark ones; choose one kind, for instance --where "contrast_sign == -1"'
+        )
+    sign, by = (int(said[0]), "the file says") if said[0] else (int(np.sign(guessed_sign)), "the images look like")
+    if sign == 0:
+        reasons.append("contrast kept: neither the file nor the images say whether the particle is bright or dark")
+        return 1
+    reasons.append(
+        f"contrast inverted: {by} dark particles" if sign < 0 else f"contrast kept: {by} bright particles"
+    )
+    return sign
+
+
+def _ctf_action(table: pd.DataFrame, config: PreprocessConfig, pixel_size_A: float, reasons: list[str]) -> str:
+    states = set(table["ctf_state"].unique())
+    if config.ctf == "none" or states == {"none"}:
+        reasons.append("no CTF, as asked" if config.ctf == "none" else "no CTF: the particles carry no defocus")
+        return "none"
+    missing = [name for name in _NEEDED if name not in table or not np.isfinite(table[name].to_numpy(float)).all()]
+    if "none" in states:
+        missing.append("the defocus of some particles")
+    if not math.isfinite(pixel_size_A):
+        missing.append("pixel_size_A")
+    if missing:
+        if config.ctf == "phase-flip":
+            raise UserError(f"the phases cannot be flipped: {', '.join(missing)} is not known")
+        reasons.append(f"CTF left alone: {', '.join(missing)} is not known")
+        return "none"
+    if "amplitude_contrast" not in table:
+        reasons.append(f"amplitude contrast not given, {USUAL_AMPLITUDE_CONTRAST} taken")
+    if config.ctf == "phase-flip":
+        if "premultiplied" in states:
+            raise UserError("the images are multiplied by their CTF already, so their phases must not be flipped again")
+        reasons.append("phases flipped, as asked")
+        return "flip-all"
+    if "raw" in states:
+        reasons.append("phases flipped by the CTF")
+        return "flip-raw"
+    reasons.append(f"phases left alone: the file says {' and '.join(sorted(states))}")
+    return "keep"
+
+
+def apply(images: Images, rows_table: pd.DataFrame, plan: Plan) -> Images:
+    """Originals `(k, c, n, n)` and their rows → cached images `(k, c, m, m)` float32.
+
+    The phases are flipped on the frequencies that are kept, which is the same as flipping the original first.
+    """
+    images = np.asarray(images, np.float32)
+    if images.shape[-1] != plan.box_px:
+        raise ValueError(f"images of {images.shape[-1]} px for a plan of {plan.box_px} px")
+    _check(images, rows_table)
+    flipped = _flipped_rows(rows_table, plan)
+    m = plan.cached_box_px
+    if flipped.any() or m != plan.box_px:
+        spectrum = _cropped_spectrum(images, m)
+        if flipped.any():
+            transfer = _ctf(rows_table[flipped], plan)
+            spectrum[flipped] *= np.where(transfer < 0, np.float32(-1), np.float32(1))[:, None]
+        images = np.asarray(scipy.fft.irfft2(spectrum, s=(m, m), axes=(-2, -1)), np.float32)
+    else:
+        images = images.copy()
+    if plan.background == "ring":
+        normalise_background(images, plan.diameter_px)
+    if plan.sign < 0:
+        np.negative(images, out=images)
+    return images
+
+
+def effective_ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32] | None:
+    """The CTF that cached images still carry → `(k, m, m // 2 + 1)`, or None where none is known.
+
+    |CTF| after flipping, CTF² where the images came multiplied, the CTF itself where it was left alone.
+    """
+    if plan.ctf == "none":
+        return None
+    transfer = _ctf(rows_table, plan)
+    state = rows_table["ctf_state"].to_numpy(str)
+    positive = _flipped_rows(rows_table, plan) | (state == "phase-flipped")
+    transfer[positive] = np.abs(transfer[positive])
+    transfer[state == "premultiplied"] **= 2
+    return transfer
+
+
+def fourier_crop(images: Images, m: int) -> Images:
+    """`(..., n, n)` → `(..., m, m)`: the frequencies below m / 2 kept; values keep their scale and pixel n // 2 goes to
+    m // 2, so poses about the centre stay true with shifts scaled by m / n."""
+    spectrum = _cropped_spectrum(np.asarray(images, np.float32), m)
+    return np.asarray(scipy.fft.irfft2(spectrum, s=(m, m), axes=(-2, -1)), np.float32)
+
+
+def _cropped_spectrum(images: Images, m: int) -> NDArray[np.complex64]:
+    n = images.shape[-1]
+    if m > n:
+        raise ValueError(f"cannot crop {n} px to {m} px in Fourier space")
+    spectrum = scipy.fft.rfft2(images, axes=(-2, -1))
+    if m == n:
+        return np.asarray(spectrum, np.complex64)
+    low, high = (m + 1) // 2, m // 2
+    kept = np.concatenate([spectrum[..., :low, : m // 2 + 1], spectrum[..., n - high :, : m // 2 + 1]], axis=-2)
+    kept *= np.float32((m / n) ** 2)
+    offset = m // 2 - (n // 2) * m / n  # where the centre would land, short of m // 2
+    if offset:
+        ramp = np.exp(-2j * np.pi * offset * np.fft.fftfreq(m)).astype(np.complex64)
+        half_ramp = np.exp(-2j * np.pi * offset * np.fft.rfftfreq(m)).astype(np.complex64)
+        kept *= ramp[:, None] * half_ramp[None, :]
+    return np.asarray(kept, np.complex64)
+
+
+def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
+    """`(n, n)`: outside the particle and inside the circle that fits the box; with the corners where that is thin."""
+    y, x = np.indices((n, n)) - n // 2
+    radius = np.hypot(y, x)
+    ring = (radius > diameter_px / 2) & (radius <= n / 2)
+    if np.count_nonzero(ring) < LEAST_RING_PX:
+        ring = radius > min(diameter_px / 2, n / 2)
+    if np.count_nonzero(ring) < LEAST_RING_PX:
+        ring = radius >= n // 2 - 1
+    return ring
+
+
+def normalise_background(images: Images, diameter_px: float) -> None:
+    """Bring the ring around the particle to mean 0 and standard deviation 1, in place, per image.
+
+    Means are per channel, the deviation one for all channels, so that colours stay. A background much quieter than
+    the image (`NOISE_FLOOR`) is not blown up: clean simulations and masked images keep their relative contrast.
+    """
+    ring = background_ring(images.shape[-1], diameter_px)
+    outside = images[..., ring].astype(np.float64)  # (k, c, p)
+    mean = outside.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt(np.square(outside - mean).mean(axis=(-2, -1)))
+    overall = images.reshape(len(images), -1).std(axis=-1, dtype=np.float64)
+    scale = np.maximum(deviation, NOISE_FLOOR * overall)
+    images -= mean[..., None].astype(np.float32)
+    images /= np.where(scale > 0, scale, 1.0).astype(np.float32)[:, None, None, None]
+
+
+def _flipped_rows(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.bool_]:
+    if plan.ctf == "flip-all":
+        return np.ones(len(rows_table), bool)
+    if plan.ctf == "flip-raw":
+        return np.asarray(rows_table["ctf_state"] == "raw", dtype=bool)
+    return np.zeros(len(rows_table), bool)
+
+
+def _ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32]:
+    def column(name: str, default: float) -> NDArray[np.float64]:
+        values = rows_table[name].to_numpy(np.float64) if name in rows_table else np.full(len(rows_table), default)
+        return np.where(np.isfinite(values), values, default)
+
+    return ctf_2d(
+        plan.cached_box_px,
+        plan.cached_pixel_size_A,
+        column("defocus_u_A", 0.0),
+        column("defocus_v_A", 0.0),
+        column("defocus_angle_deg", 0.0),
+        column("voltage_kV", 300.0),
+        column("spherical_aberration_mm", 0.0),
+        column("amplitude_contrast", USUAL_AMPLITUDE_CONTRAST),
+        column("phase_shift_deg", 0.0),
+    )
+
+
+def _check(images: Images, rows_table: pd.DataFrame) -> None:
+    """Images without any content cannot be normalised; the row tells which to leave out."""
+    flat = images.reshape(len(images), -1)
+    least, largest = flat.min(axis=1), flat.max(axis=1)
+    broken = ~(np.isfinite(least) & np.isfinite(largest))
+    bad = np.flatnonzero(broken | (least == largest))
+    if len(bad):
+        row = rows_table.iloc[int(bad[0])]
+        what = "holds NaN or infinite values" if broken[bad[0]] else "is blank (all pixels equal)"
+        raise UserError(
+            f"row {int(row['source_row']) + 1} (image {int(row['stack_index']) + 1} of {row['stack_path'] or 'the layer'}) "
+            f'{what}; leave it out, for instance --where "source_row != {int(row["source_row"])}"'
+        )
