@@ -23,8 +23,8 @@ RANKS: dict[str, int] = {
         [
             ["configs", "pose", "files", "transforms"],
             ["particles", "ctf", "status"],
-            ["io", "models", "averaging", "preprocess", "simulate"],
-            ["session", "latents", "metrics", "gauge"],
+            ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics"],
+            ["session", "gauge"],
             ["training"],
             ["jobs", "state"],
             ["demo", "cli", "plugin"],

@@ -21,7 +21,7 @@ def setting(
 
     `zero` is what forms write instead of 0 where 0 means "choose for me".
     """
-    extra = {"advanced": advanced, "unit": unit, "zero": zero}
+    extra: dict[str, Any] = {"advanced": advanced, "unit": unit, "zero": zero}
     return Field(default, title=title, json_schema_extra=extra, **bounds)
 
 
