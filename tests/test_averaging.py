@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,8 +52,11 @@ class Stack:
 class Originals:
     """The part of a session that averaging needs."""
 
-    def __init__(self, images: NDArray[Any], table: pd.DataFrame) -> None:
+    def __init__(
+        self, images: NDArray[Any], table: pd.DataFrame, sign: int = 1, ctf: str = "flip-raw"
+    ) -> None:
         self.stack, self.table = Stack(images), table
+        self.plan = SimpleNamespace(sign=sign, ctf=ctf)
 
     def originals(self) -> Stack:
         return self.stack
@@ -127,7 +132,7 @@ def test_averaging_reaches_the_predicted_ssnr() -> None:
         images = phantom(n, angle, shift) + np.random.default_rng(seed).normal(0, sigma, (k, n, n))
         average = class_average(Stack(images), np.arange(k), angle, shift)
         found.append(average.ssnr)
-        noise.append((average.image - reference)[~averaging._outside(n)].std())
+        noise.append((average.image - reference)[~averaging.outside_circle(n)].std())
         assert abs(ssnr_ring(average.ssnr) - ssnr_ring(predicted)) <= 2
         assert np.isnan(average.ssnr_radius_A)  # no pixel size, no Å
     clear = np.flatnonzero(predicted > 3)[2:]
@@ -232,6 +237,7 @@ def test_auto_takes_what_the_table_knows() -> None:
     assert mode(known.assign(defocus_u_A=[1.0, np.nan, 2.0]), "auto") == "none"
     assert mode(make_table(3, 32), "auto") == "none" and mode(None, "auto") == "none"
     assert mode(known, "none") == "none"
+    assert mode(known.drop(columns=["amplitude_contrast", "defocus_angle_deg"]), "auto") == "wiener"
     with pytest.raises(UserError, match="defocus"):
         mode(make_table(3, 32), "wiener")
 
@@ -276,6 +282,7 @@ def test_halves_of_noise_agree_when_aligned_to_one_template() -> None:
     biased = class_average(Stack(noise), np.arange(k), np.zeros(k), best)
     control = class_average(Stack(noise), np.arange(k), np.zeros(k), rng.integers(-5, 6, (k, 2)))
     assert biased.frc[2:6].mean() > 0.8 > 0.3 > abs(control.frc[2:6].mean())
+    assert json.loads(json.dumps(biased.record))["frc_label"] == biased.frc_label
     assert not biased.halves_independent and "upper bound" in biased.frc_label
     assert "self-consistency" in biased.frc_label and "resolution" not in biased.frc_label
 
@@ -315,7 +322,7 @@ def test_without_ctf_an_average_is_the_mean_of_the_aligned_images() -> None:
     angle, shift = poses(k)
     images = np.random.default_rng(0).normal(size=(k, n, n))
     average = class_average(Stack(images), np.arange(k), angle, shift)
-    outside = averaging._outside(n)
+    outside = averaging.outside_circle(n)
     aligned = align((images - images[:, outside].mean(1)[:, None, None])[:, None], angle, shift)[:, 0]
     for name, members in (("image", aligned), ("half_a", aligned[::2]), ("half_b", aligned[1::2])):
         got, expected = getattr(average, name), members.mean(0)
@@ -344,6 +351,26 @@ def test_particles_come_out_bright() -> None:
     unsaid = make_table(k, n, contrast_sign=np.int8(0))
     dark = class_average(Stack(-images), np.arange(k), angle, shift, table=unsaid, sign=-1)
     np.testing.assert_allclose(dark.image, average.image, atol=1e-5)
+    (planned,) = average_classes(Originals(-images, unsaid, sign=-1), np.zeros(k), angle, shift)
+    np.testing.assert_allclose(planned.image, average.image, atol=1e-5)
+
+
+def test_averages_follow_what_was_said_of_the_ctf_on_import() -> None:
+    n, k = 32, 6
+    table = microscope(k, n, "phase-flipped")
+    images = phantom(n, np.zeros(k))
+
+    def how(plan: str, wanted: Any = "auto") -> str:
+        session = Originals(images, table, ctf=plan)
+        (average,) = average_classes(session, np.zeros(k), config=AverageConfig(ctf=wanted))
+        return average.ctf
+
+    assert how("none") == "none" and how("keep") == "wiener" and how("none", "wiener") == "wiener"
+    as_raw, as_flipped = (
+        average_classes(Originals(with_ctf(images, table), table, ctf=plan), np.zeros(k))[0].image
+        for plan in ("flip-all", "keep")
+    )
+    assert correlation(as_raw, images[0]) > 0.95 > correlation(as_flipped, images[0])
 
 
 def test_few_members_and_flat_images_give_numbers() -> None:
@@ -386,5 +413,5 @@ def test_bad_input_is_said_in_a_sentence() -> None:
 def test_stopping_makes_nothing() -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(averaging.Stopped):
+    with pytest.raises(UserError, match="stopped"):
         class_average(Stack(phantom(32, np.zeros(3))), np.arange(3), np.zeros(3), np.zeros((3, 2)), stop=stop)

@@ -40,14 +40,9 @@ OVERSAMPLING = 1.5
 BLOCK_BYTES = 16 * 2**20
 """Original images read at once; with transforms and two threads about ten times this much is in memory."""
 
-CTF_COLUMNS = (
-    "defocus_u_A",
-    "defocus_v_A",
-    "defocus_angle_deg",
-    "voltage_kV",
-    "spherical_aberration_mm",
-    "amplitude_contrast",
-)
+CTF_COLUMNS = ("defocus_u_A", "defocus_v_A", "voltage_kV", "spherical_aberration_mm")
+CTF_DEFAULTS = {"defocus_angle_deg": 0.0, "amplitude_contrast": 0.1, "phase_shift_deg": 0.0}
+"""What is taken where the file does not say, as for the cached images."""
 
 
 class Images(Protocol):
@@ -59,8 +54,21 @@ class Images(Protocol):
     def read(self, rows: NDArray[np.int64]) -> Float: ...
 
 
+class Plan(Protocol):
+    """The part of `preprocess.Plan` that is needed here."""
+
+    @property
+    def sign(self) -> int: ...
+
+    @property
+    def ctf(self) -> str: ...
+
+
 class Originals(Protocol):
     """The part of a session that is needed here."""
+
+    @property
+    def plan(self) -> Plan: ...
 
     @property
     def table(self) -> pd.DataFrame: ...
@@ -72,10 +80,6 @@ class Event(Protocol):
     """The part of `threading.Event` that is needed here."""
 
     def is_set(self) -> bool: ...
-
-
-class Stopped(Exception):
-    """Averaging was asked to stop; nothing was made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +114,23 @@ class ClassAverage:
     def n(self) -> int:
         """Number of members."""
         return len(self.uid)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of the average beside its picture and members, ready for JSON (None: not known)."""
+        radius = self.ssnr_radius_A
+        return {
+            "label": self.label,
+            "n": self.n,
+            "n_effective": self.n_effective,
+            "ctf": self.ctf,
+            "frc": self.frc.round(5).tolist(),
+            "frc_label": self.frc_label,
+            "halves_independent": self.halves_independent,
+            "ssnr": self.ssnr.round(5).tolist(),
+            "ssnr_radius_A": radius if math.isfinite(radius) else None,
+            "settings": self.settings,
+        }
 
     @property
     def frc_label(self) -> str:
@@ -305,8 +326,9 @@ class _CTF:
     def __init__(self, table: pd.DataFrame, mode: str) -> None:
         self.mode = mode
         self.values = {name: table[name].to_numpy(np.float64) for name in CTF_COLUMNS}
-        phase = table.get("phase_shift_deg", pd.Series(0.0, index=table.index)).to_numpy(np.float64)
-        self.values["phase_shift_deg"] = np.nan_to_num(phase)
+        for name, usual in CTF_DEFAULTS.items():
+            column = table.get(name, pd.Series(usual, index=table.index))
+            self.values[name] = column.fillna(usual).to_numpy(np.float64)
         state = table["ctf_state"].to_numpy(str)
         self.flipped = state == "phase-flipped"
         self.premultiplied = state == "premultiplied"
@@ -349,8 +371,8 @@ def ctf_mode(table: pd.DataFrame | None, wanted: str) -> str:
     if wanted == "auto":
         return "none"
     raise UserError(
-        f"averages with ctf {wanted!r} need pixel size, defocus, voltage, Cs and amplitude contrast of every "
-        "particle, and some are missing; choose 'none'"
+        f"averages with ctf {wanted!r} need pixel size, defocus, voltage and Cs of every particle, and "
+        "some are missing; choose 'none'"
     )
 
 
@@ -380,7 +402,7 @@ def class_average(
     weights
         `(m,)`, at least 0; 1 by default.
     sign
-        -1 turns particles bright that are dark, where the table does not say.
+        -1 turns particles bright that are dark, where the table's `contrast_sign` does not say.
     """
     rows = np.asarray(rows, dtype=np.int64)
     shift = np.asarray(shift_yx_px, dtype=np.float64).reshape(len(rows), 2)
@@ -396,7 +418,7 @@ def class_average(
         config=config or AverageConfig(),
         weights=np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64),
         labels=[label],
-        sign=sign,
+        signs=_signs(table, sign, len(rows)),
         progress=progress,
         stop=stop,
     )
@@ -411,7 +433,6 @@ def average_classes(
     config: AverageConfig | None = None,
     *,
     names: Sequence[str] | None = None,
-    sign: int = 1,
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> list[ClassAverage]:
@@ -426,10 +447,10 @@ def average_classes(
         left out.
     names
         Captions, one per class in rising order of the label; by default the label.
-    sign
-        -1 where the originals show the particle dark and the table does not say so.
+
+    Contrast and state of the CTF are taken as for the cached images (`session.plan`).
     """
-    table = session.table
+    table, plan = session.table, session.plan
     label = np.nan_to_num(np.asarray(labels, dtype=np.float64), nan=-1.0).astype(np.int64)
     angle = np.zeros(len(table)) if angle_deg is None else np.asarray(angle_deg, dtype=np.float64)
     shift = np.zeros((len(table), 2)) if shift_yx_px is None else np.asarray(shift_yx_px, dtype=np.float64)
@@ -441,6 +462,11 @@ def average_classes(
     if len(rows) == 0:
         raise UserError("no particle is in any class; cluster or select some first")
     classes, which = np.unique(label[rows], return_inverse=True)
+    config = config or AverageConfig()
+    if plan.ctf == "none" and config.ctf == "auto":
+        config = config.model_copy(update={"ctf": "none"})
+    if plan.ctf == "flip-all":  # whatever the file says, the user knows that they are not flipped yet
+        table = table.assign(ctf_state="raw")
     return _average(
         session.originals(),
         rows,
@@ -448,10 +474,10 @@ def average_classes(
         angle[rows],
         shift[rows],
         table=table.iloc[rows],
-        config=config or AverageConfig(),
+        config=config,
         weights=np.ones(len(rows)),
         labels=[str(c) for c in classes] if names is None else list(names),
-        sign=sign,
+        signs=np.full(len(rows), plan.sign, dtype=np.float32),
         progress=progress,
         stop=stop,
     )
@@ -468,7 +494,7 @@ def _average(
     config: AverageConfig,
     weights: NDArray[np.float64],
     labels: list[str],
-    sign: int,
+    signs: NDArray[np.float32],
     progress: Progress | None,
     stop: Event | None,
 ) -> list[ClassAverage]:
@@ -479,7 +505,6 @@ def _average(
     _check_one_scale(boxes, result_pixel_sizes)
     mode = ctf_mode(table, config.ctf)
     ctf = _CTF(table, mode) if mode != "none" and table is not None else None
-    signs = _signs(table, sign, len(rows))
     rings = _rings(m)
 
     def work(block: NDArray[np.int64], images: Float) -> _Part:
@@ -538,7 +563,7 @@ def _in_two_threads(
         try:
             for block in _blocks(rows, boxes):
                 if stop is not None and stop.is_set():
-                    raise Stopped
+                    raise UserError("stopped before all images were averaged; nothing was kept")
                 images = np.asarray(stack.read(rows[block]), dtype=np.float32)
                 waiting.append((block, pool.submit(work, block, images)))
                 if len(waiting) == 3:
@@ -572,7 +597,7 @@ def _part(
     rings: sparse.csr_matrix,
 ) -> _Part:
     grid = _Grid(images.shape[-1], m)
-    background = images[..., _outside(images.shape[-1])].mean(-1)[..., None, None]
+    background = images[..., outside_circle(images.shape[-1])].mean(-1)[..., None, None]
     if not np.isfinite(images.sum((1, 2, 3), dtype=np.float64)).all():
         raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
     spectra = grid.transform((images - background) * signs[block, None, None, None])
@@ -624,7 +649,7 @@ def _finish(
         else:
             spectrum = total / max(float(gain.flat[0]), 1e-12)
         picture = scipy.fft.irfft2(spectrum, s=(m, m))
-        picture -= picture[..., _outside(m)].mean(-1)[..., None, None]
+        picture -= picture[..., outside_circle(m)].mean(-1)[..., None, None]
         return (picture[0] if channels == 1 else picture).astype(np.float32)
 
     half_a, half_b = (image(spectra[h], gain[h], noise_gain[h]) for h in range(2))
@@ -644,7 +669,7 @@ def _finish(
     )
 
 
-def _outside(m: int) -> NDArray[np.bool_]:
+def outside_circle(m: int) -> NDArray[np.bool_]:
     """The corners outside the circle inside the box, where the particle is not."""
     y, x = np.indices((m, m)) - m // 2
     return np.hypot(y, x) > m / 2
