@@ -15,6 +15,10 @@ class UserError(Exception):
     """Bad input, said in one sentence: which file, which row, what was found, what would be right."""
 
 
+class Stopped(UserError):
+    """Work was asked to stop, and did; what is kept of it is for the one who raises to say."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, overwrite: bool = True, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; on success sync it and move it to `path` at once.

@@ -58,14 +58,9 @@ def start(args: Sequence[str], folder: Path) -> Path:
         log = (folder / LOG).open("ab")
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
-    options: dict[str, Any]
-    if sys.platform == "win32":
-        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-    else:
-        options = {"start_new_session": True}
     command = [*_command(), *args, "--status", str(folder)]
     with log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **_apart())
     # until the worker writes for itself, seconds later, the folder says whose word is awaited
     StatusWriter.announce(folder, process.pid)
     threading.Thread(target=process.wait, name="reaper", daemon=True).start()  # leaves no zombie behind
@@ -85,6 +80,14 @@ def read_log(folder: Path, n_bytes: int = 20_000) -> str:
 
 def _command() -> list[str]:
     return [sys.executable, "-m", "particle_explorer.cli"]
+
+
+def _apart() -> dict[str, Any]:
+    """How a process is started in a group of its own: Ctrl-C and closing of the terminal are not for it."""
+    if os.name == "nt":
+        flags = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
+        return {"creationflags": sum(int(getattr(subprocess, flag)) for flag in flags)}
+    return {"start_new_session": True}
 
 
 # ---------------------------------------------------------------------- drawing under the mouse
@@ -122,7 +125,7 @@ class DecodeClient:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            **({} if sys.platform == "win32" else {"start_new_session": True}),
+            **_apart(),
         )
 
     def wait(self) -> None:

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from particle_explorer import __version__, preprocess
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
-from particle_explorer.files import UserError, locked, replacing, sync_folder, write_text
+from particle_explorer.files import Stopped, UserError, locked, replacing, sync_folder, write_text
 from particle_explorer.io import mrc, reading
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
@@ -58,6 +59,8 @@ Rows = NDArray[np.intp]
 ProgressCallback = Callable[[str, float], None]
 
 _PLAN: TypeAdapter[preprocess.Plan] = TypeAdapter(preprocess.Plan)
+_UNKNOWN = ("pixel_size_A", "cached_pixel_size_A")
+"""Numbers of a plan that may be NaN, for which JSON has no word"""
 _NAME = re.compile(r"\w[\w .+-]*")
 
 
@@ -93,11 +96,11 @@ class StoredClasses(NamedTuple):
 
     name: str
     images: NDArray[np.float32]
-    """`(k, n, n)`"""
+    """`(k, c, n, n)`"""
     pixel_size_A: float
     """NaN where it is not known"""
     classes: list[dict[str, Any]]
-    """per average: label, n, frc, halves_independent"""
+    """per average: label, n, n_effective, frc, frc_label, ssnr, ssnr_radius_A, ctf, halves_independent"""
     members: pd.DataFrame
     """uid → index of the average, column `average`"""
     how: dict[str, Any]
@@ -220,7 +223,7 @@ class Session:
 
         The folder appears at once, complete. With `overwrite`, a session that is there is kept beside it as
         `NAME-replaced-1`; any other folder with something in it is never touched. Setting `stop` ends with
-        `UserError` and leaves nothing behind.
+        `Stopped` and leaves nothing behind.
         """
         path = Path(path).absolute()
         _check_free(path, overwrite)
@@ -253,7 +256,9 @@ class Session:
                 n=n,
                 n_channels=particles.images.n_channels,
                 preprocess=config,
-                plan=_PLAN.dump_python(plan, mode="json"),
+                plan={
+                    name: _json_number(value) for name, value in _PLAN.dump_python(plan, mode="json").items()
+                },
                 notes=particles.notes,
             )
             session = cls(folder, info)
@@ -306,7 +311,8 @@ class Session:
     def plan(self) -> preprocess.Plan:
         """How the cached images were made of the originals."""
         try:
-            return _PLAN.validate_python(self.info.plan)
+            unknown = {name: math.nan for name in _UNKNOWN if self.info.plan.get(name) is None}
+            return _PLAN.validate_python(self.info.plan | unknown)
         except ValidationError as error:
             raise UserError(_first_problem(self.path / "session.json", error)) from error
 
@@ -467,36 +473,32 @@ class Session:
         """Names of the saved sets of averages."""
         return _stems(self.path / "classes")
 
-    def save_classes(
-        self, name: str, averages: Sequence[ClassAverage], labels: Sequence[str], how: Mapping[str, Any]
-    ) -> str:
-        """Keep averages of one box size with members and FRC; returns the name used (NAME, NAME-2, …)."""
+    def save_classes(self, name: str, averages: Sequence[ClassAverage], how: Mapping[str, Any]) -> str:
+        """Keep averages of one box size, their members and quality; returns the name used (NAME, NAME-2, …).
+
+        The averages of images with several channels lie in the .mrcs channel by channel.
+        """
         folder = self.path / "classes"
         images = np.stack([average.image for average in averages]).astype(np.float32)
         members = pd.DataFrame(
-            {"average": np.repeat(np.arange(len(averages)), [len(average.uid) for average in averages])},
+            {"average": np.repeat(np.arange(len(averages)), [average.n for average in averages])},
             index=pd.Index(
                 np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"
             ),
         )
-        classes = [
-            {
-                "label": label,
-                "n": len(average.uid),
-                "frc": np.asarray(average.frc, float).round(5).tolist(),
-                "halves_independent": average.halves_independent,
-            }
-            for label, average in zip(labels, averages, strict=True)
-        ]
         pixel_size_A = float(averages[0].pixel_size_A)
+        record = {
+            "how": dict(how),
+            "made": _now(),
+            "pixel_size_A": _json_number(pixel_size_A),
+            "n_channels": 1 if images.ndim == 3 else images.shape[1],
+            "classes": [_class_record(average) for average in averages],
+        }
         with self._writing():
             used = _unused(folder, _checked(name))
-            mrc.write_stack(folder / f"{used}.mrcs", images, pixel_size_A)
+            mrc.write_stack(folder / f"{used}.mrcs", images.reshape(-1, *images.shape[-2:]), pixel_size_A)
             _write_parquet(members, folder / f"{used}.parquet")
-            record = {"how": dict(how), "made": _now(), "pixel_size_A": _json_number(pixel_size_A)}
-            _write_json(
-                folder / f"{used}.json", {**record, "classes": classes}
-            )  # last: it announces the rest
+            _write_json(folder / f"{used}.json", record)  # last: it announces the rest
         return used
 
     def classes(self, name: str) -> StoredClasses:
@@ -506,12 +508,12 @@ class Session:
             there = ", ".join(self.class_sets()) or "none"
             raise UserError(f"{self.path} has no class averages {name!r}; there are: {there}")
         record = _read_json(folder / f"{name}.json")
-        images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(len(record["classes"])))[:, 0]
-        size = record["pixel_size_A"]
+        k, c, size = len(record["classes"]), record["n_channels"], record["pixel_size_A"]
+        images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(k * c))
         return StoredClasses(
             name=name,
-            images=images,
-            pixel_size_A=float("nan") if size is None else size,
+            images=images.reshape(k, c, *images.shape[-2:]),
+            pixel_size_A=math.nan if size is None else size,
             classes=record["classes"],
             members=_read_parquet(folder / f"{name}.parquet"),
             how=record["how"],
@@ -561,7 +563,7 @@ class Session:
             done = 0
             for block in _preprocessed(images, table, self.plan, shape[1:]):
                 if stop is not None and stop.is_set():
-                    raise UserError("stopped before all images were prepared; nothing was kept")
+                    raise Stopped("stopped before all images were prepared; nothing was kept")
                 file.write(block.tobytes())
                 done += len(block)
                 if progress is not None:
@@ -722,6 +724,21 @@ class Run:
         _write_json(self.path / "gauge.json", dict(gauge))
 
 
+def _class_record(average: ClassAverage) -> dict[str, Any]:
+    return {
+        "label": average.label,
+        "n": average.n,
+        "n_effective": float(average.n_effective),
+        "frc": [_json_number(value) for value in np.asarray(average.frc, float).round(5).tolist()],
+        "frc_label": average.frc_label,
+        "halves_independent": average.halves_independent,
+        "ssnr": [_json_number(value) for value in np.asarray(average.ssnr, float).round(5).tolist()],
+        "ssnr_radius_A": _json_number(float(average.ssnr_radius_A)),
+        "ctf": average.ctf,
+        "settings": average.settings,
+    }
+
+
 def default_path(source: Path) -> Path:
     """Where the session of a source goes unless told: beside it, or in the working directory if that is
     read-only."""
@@ -772,7 +789,7 @@ def _preprocessed(
         for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
             at = np.flatnonzero(box_px[rows] == box)
             some = preprocess.apply(images.read(rows[at]), table.iloc[rows[at]], plan)
-            _check_pixels(some, table.iloc[rows[at]])
+            _check_range(some, table.iloc[rows[at]])
             out[at] = some
         return out
 
@@ -790,15 +807,13 @@ def _preprocessed(
                 future.cancel()
 
 
-def _check_pixels(images: NDArray[np.float32], table: pd.DataFrame) -> None:
-    extreme = np.abs(images).max(axis=(1, 2, 3))  # NaN where a pixel is NaN
-    bad = np.flatnonzero(~(extreme < np.finfo(np.float16).max))
+def _check_range(images: NDArray[np.float32], table: pd.DataFrame) -> None:
+    bad = np.flatnonzero(np.abs(images).max(axis=(1, 2, 3)) > np.finfo(np.float16).max)
     if bad.size:
         row = table.iloc[bad[0]]
-        what = "pixels that are not numbers" if not np.isfinite(extreme[bad[0]]) else "too large grey values"
         raise UserError(
-            f"image {int(row['stack_index']) + 1} of {row['stack_path']} has {what};"
-            " leave it out with --where, or mend the file"
+            f"image {int(row['stack_index']) + 1} of {row['stack_path'] or 'the layer'} has grey values too"
+            " large for the cache (float16); use --preprocess.background ring"
         )
 
 
@@ -945,8 +960,9 @@ def _first_problem(path: Path, error: ValidationError) -> str:
     return f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
-def _json_number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _json_number(value: Any) -> Any:
+    """`value`, but None for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from particle_explorer.files import UserError, replacing
+from particle_explorer.files import Stopped, UserError, replacing
 
 State = Literal["new", "running", "finished", "failed", "stopped", "interrupted"]
 
@@ -151,7 +150,7 @@ class StatusWriter:
         changes: dict[str, Any] = {"seconds_left": -1.0}
         if error is None:
             changes |= {"state": "stopped"} if self.stop.is_set() else {"state": "finished", "fraction": 1.0}
-        elif isinstance(error, (GeneratorExit, KeyboardInterrupt)):
+        elif isinstance(error, (GeneratorExit, KeyboardInterrupt, Stopped)):
             changes |= {"state": "stopped"}
         elif isinstance(error, UserError):
             changes |= {"state": "failed", "error": str(error)}
@@ -186,14 +185,14 @@ def _is_alive(status: Status) -> bool:
 
 def process_started(pid: int) -> str:
     """When process `pid` was started, as the system words it; "" when there is no such process."""
-    if sys.platform.startswith("linux"):
+    if Path("/proc/self/stat").exists():
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return ""
         fields = text.rpartition(")")[2].split()  # the name in brackets may hold spaces
         return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended
-    if sys.platform == "win32":
+    if os.name == "nt":
         return _process_started_windows(pid)
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)

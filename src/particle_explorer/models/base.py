@@ -66,6 +66,10 @@ class ParticleModel(nn.Module, ABC):
     """What `TrainConfig.learning_rate = 0` means for this model."""
     batch_size: int = 100
     n_epochs: int = 20
+    precision: str = "auto"
+    """The setting of this name, told by training: `float32` forbids products in lower precision."""
+    uses_ctf: bool = False
+    """Whether batches should carry the CTF; computing it takes time."""
     autocast: bool = False
     """Whether steps and encoding may run under bf16 autocast; a model with products of its own says no."""
 
