@@ -1,0 +1,246 @@
+"""spatial-VAE: Bepler, Zhong, Kelley, Brignole & Berger, NeurIPS 2019 (`tbepler/spatial-VAE`).
+
+An encoder MLP infers angle, shift and content of an image as a diagonal Gaussian; a decoder MLP, shared by
+all pixels, draws the image at the coordinates that the pose gives each pixel. The objective is the paper's
+evidence bound with unit-variance Gaussian pixels (our images have noise of variance about 1), a mean-free
+prior on the angle, content held at zero for the first epochs, and a random turn of what the encoder sees.
+
+Where we differ from the published code:
+
+- the rotation centre is pixel `n // 2`, as in cryo-EM files, instead of the middle of the box;
+- only pixels inside the particle's disc count, and each step draws a random share of them (rescaled: the
+  gradient stays unbiased); the encoder sees that disc only, so turned corners never reach it;
+- the turn is one warp of the whole batch on its device;
+- the decoder's first layer starts with larger weights (`EDGE_PX`), so that it can draw detail from the start;
+- reported angle and content are means of the posterior, taken over `TURNS` turned copies of the image
+  (unit-vector mean of the angles), not one random sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from particle_explorer.configs import DataSpec, SpatialVAEConfig
+from particle_explorer.models.base import Batch, Encoding, ParticleModel
+from particle_explorer.transforms import place, rotation_matrix
+
+TURNS = 8
+"""Turned copies of each image that `encode` averages over."""
+ANGLE_PRIOR_SD = math.pi
+EDGE_PX = 3.0
+"""Width of the edges that the decoder's first layer draws before training."""
+_ROWS_AT_ONCE = 65_536
+"""Pixels decoded at a time outside training; bounds the memory."""
+
+
+def exact(device: torch.device) -> torch.autocast:
+    """No half precision inside: it would move pixels and poses by a tenth of a pixel."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def shift_of(angle: Tensor, dx: Tensor, box_px: int) -> Tensor:
+    """spatial-VAE's dx → our shift `(b, 2)` in px, yx.
+
+    There x' = x R(theta) + dx, in half-images, y up, dx in the reference frame; theta is our angle. With
+    the rotation centre at `n // 2` this is `pose.from_spatial_vae` without its half-pixel term.
+    """
+    d = dx * torch.tensor([1.0, -1.0], device=dx.device) * ((box_px - 1) / 2)
+    with exact(dx.device):
+        return -(rotation_matrix(angle) @ d[..., None])[..., 0].flip(-1)
+
+
+def gaussian_kl(mean: Tensor, log_sd: Tensor) -> Tensor:
+    """KL of N(mean, sd²) from N(0, 1), elementwise."""
+    return -log_sd + 0.5 * (torch.exp(2 * log_sd) + mean**2 - 1)
+
+
+def mean_free_kl(log_sd: Tensor, prior_sd: float) -> Tensor:
+    """The same from N(·, prior_sd²) with a uniform prior on the mean, elementwise."""
+    return -log_sd + math.log(prior_sd) + 0.5 * (torch.exp(2 * log_sd) / prior_sd**2 - 1)
+
+
+class CoordinateDecoder(nn.Module):
+    """One MLP for all pixels: coordinates and content in, channels out.
+
+    Its first layer is split: the coordinate half is linear in the pose, so pose and content enter as one
+    2 × hidden matrix and one hidden vector per image.
+    """
+
+    def __init__(self, latent_dim: int, hidden: int, layers: int, n_channels: int, edge: float) -> None:
+        super().__init__()
+        self.coordinates = nn.Linear(2, hidden)
+        self.content = nn.Linear(latent_dim, hidden, bias=False)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.out = nn.Linear(hidden, n_channels)
+        with torch.no_grad():
+            # ridges of width `edge` (half-images), their places spread over the image
+            direction = torch.randn(hidden, 2)
+            direction /= direction.norm(dim=1, keepdim=True)
+            self.coordinates.weight.copy_(direction / edge * torch.rand(hidden, 1))
+            self.coordinates.bias.copy_((2 * torch.rand(hidden) - 1) * self.coordinates.weight.norm(dim=1))
+
+    def forward(self, pixels: Tensor, angle: Tensor, dx: Tensor, z: Tensor) -> Tensor:
+        """Channels `(b, p, c)` at image coordinates `(b, p, 2)` (half-images, y up), under theta and dx."""
+        dtype = pixels.dtype
+        if torch.is_autocast_enabled(pixels.device.type):
+            dtype = torch.get_autocast_dtype(pixels.device.type)
+        with exact(pixels.device):
+            weight = self.coordinates.weight.T
+            # row vectors times [[cos, sin], [-sin, cos]] with y up, the transpose of our R
+            placed = rotation_matrix(angle).mT @ weight
+            offset = dx @ weight + self.coordinates.bias + self.content(z)
+            first = torch.baddbmm(offset[:, None], pixels, placed).to(dtype)
+        h = torch.tanh(first)
+        for layer in self.hidden:
+            h = torch.tanh(layer(h))
+        return self.out(h)
+
+
+class SpatialVAE(ParticleModel):
+    """See the module; latent order of the encoder: angle, shift (x, y), content; means, then log sds."""
+
+    disc: Tensor
+    """`(p,)` positions, in the flattened image, of the pixels that count."""
+    pixels: Tensor
+    """`(n * n, 2)` coordinates (x, y) of all pixels: half-images about pixel `n // 2`, y up."""
+
+    autocast = True
+    learning_rate = 1e-3
+    batch_size = 100
+    n_epochs = 40
+
+    def __init__(self, config: SpatialVAEConfig, data: DataSpec) -> None:
+        super().__init__(config, data)
+        self.settings = config
+        self.latent_dim = config.latent_dim
+        n = data.box_px
+        self.shift_sd_px = config.shift_sd_px or 0.05 * n
+        reach = 2 * self.shift_sd_px if config.infer_shift else 0.0
+        self.radius_px = min(n / 2, data.diameter_px / 2 + reach)
+        line = torch.arange(n) - n // 2
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        disc = torch.nonzero((x**2 + y**2 <= self.radius_px**2).reshape(-1))[:, 0]
+        self.register_buffer("disc", disc, persistent=False)
+        units = torch.stack([x, -y], -1).reshape(-1, 2) * (2 / (n - 1))
+        self.register_buffer("pixels", units, persistent=False)
+        widths = [len(disc) * data.n_channels] + [config.hidden] * config.layers
+        self.n_pose = 3 if config.infer_shift else 1
+        layers: list[nn.Module] = []
+        for i, o in itertools.pairwise(widths):
+            layers += [nn.Linear(i, o), nn.Tanh()]
+        self.encoder = nn.Sequential(*layers, nn.Linear(widths[-1], 2 * (self.n_pose + config.latent_dim)))
+        self.decoder = CoordinateDecoder(
+            config.latent_dim, config.hidden, config.layers, data.n_channels, edge=EDGE_PX * 2 / (n - 1)
+        )
+        self.content_frozen = config.content_freeze_epochs > 0
+
+    def schedule(self, fraction: float, epoch: int) -> None:
+        """Hold the content at zero in the first epochs, so that pose is learned first."""
+        self.content_frozen = epoch < self.settings.content_freeze_epochs
+
+    def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior means and log deviations `(b, pose + d)`; shifts in units of their prior."""
+        seen = images.flatten(2)[:, :, self.disc].flatten(1)
+        mean, log_sd = self.encoder(seen).float().chunk(2, 1)
+        return mean, log_sd
+
+    def _turned(self, images: Tensor, turn: Tensor) -> Tensor:
+        with exact(images.device):
+            return place(images, turn, mode="bicubic")
+
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """The negative evidence bound per image, in its four terms (nats)."""
+        images = batch.images
+        turn = torch.zeros(len(images), device=images.device)
+        if self.settings.augment_rotation:
+            turn = torch.rand(len(images), device=images.device) * (2 * math.pi)
+            mean, log_sd = self.infer(self._turned(images, turn))
+        else:
+            mean, log_sd = self.infer(images)
+        sample = mean + torch.exp(log_sd) * torch.randn_like(mean)
+        angle = sample[:, 0] - turn  # the turned image stands at angle + turn
+        z = sample[:, self.n_pose :]
+        if self.content_frozen:
+            z = z * 0
+        losses = {
+            "reconstruction": self._reconstruction(images, angle, self._dx(sample), z),
+            "kl_angle": mean_free_kl(log_sd[:, 0], ANGLE_PRIOR_SD).mean(),
+            "kl_content": gaussian_kl(mean[:, self.n_pose :], log_sd[:, self.n_pose :]).sum(1).mean(),
+        }
+        if self.settings.infer_shift:
+            losses["kl_shift"] = gaussian_kl(mean[:, 1:3], log_sd[:, 1:3]).sum(1).mean()
+        return losses
+
+    def _dx(self, latents: Tensor) -> Tensor:
+        """Shift part of the latents → dx in half-images."""
+        if not self.settings.infer_shift:
+            return latents.new_zeros(len(latents), 2)
+        return latents[:, 1:3] * (self.shift_sd_px * 2 / (self.data.box_px - 1))
+
+    def _reconstruction(self, images: Tensor, angle: Tensor, dx: Tensor, z: Tensor) -> Tensor:
+        """Half the squared error over the disc, estimated from a share of its pixels, per image."""
+        n_disc = len(self.disc)
+        count = max(1, math.ceil(self.settings.pixel_fraction * n_disc))
+        if count < n_disc:
+            # a window of one shuffled order, at its own place for every image: each pixel is equally likely
+            order = self.disc[torch.randperm(n_disc, device=images.device)]
+            start = torch.randint(n_disc, (len(images), 1), device=images.device)
+            chosen = order[(start + torch.arange(count, device=images.device)) % n_disc]
+        else:
+            chosen = self.disc.expand(len(images), -1)
+        target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
+        predicted = self._mean(self.decoder(self.pixels[chosen], angle, dx, z))
+        return 0.5 * (target - predicted).square().sum((1, 2)).mean() * (n_disc / count)
+
+    def _mean(self, channels: Tensor) -> Tensor:
+        """The decoder's output as the mean of the pixels."""
+        channels = channels.float()
+        return functional.softplus(channels) if self.settings.non_negative else channels
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoding:
+        """Posterior means; with turned training, averaged over turned copies of each image."""
+        n_turns = TURNS if self.settings.augment_rotation else 1
+        angles, dxs, zs, stds = [], [], [], []
+        for i in range(n_turns):
+            turn = torch.full((len(batch.images),), 2 * math.pi * i / n_turns, device=batch.images.device)
+            mean, log_sd = self.infer(self._turned(batch.images, turn) if i else batch.images)
+            angles.append(mean[:, 0] - turn)
+            dxs.append(self._dx(mean))
+            zs.append(mean[:, self.n_pose :])
+            stds.append(torch.exp(log_sd))
+        each = torch.stack(angles)
+        cos, sin = torch.cos(each).mean(0), torch.sin(each).mean(0)
+        angle, std = torch.atan2(sin, cos), torch.stack(stds).mean(0)
+        shift, extras = None, {"angle_std": std[:, 0]}
+        if self.settings.infer_shift:
+            shift = shift_of(angle, torch.stack(dxs).mean(0), self.data.box_px)
+            extras["shift_std"] = std[:, 1:3].mean(1) * self.shift_sd_px
+        return Encoding(torch.stack(zs).mean(0), std[:, self.n_pose :], angle, shift, extras)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """`(b, d)` → `(b, c, n, n)` at our pose; zero outside the disc that was trained, with a soft edge."""
+        n, b = self.data.box_px, len(z)
+        angle = torch.zeros(b, device=z.device) if angle is None else angle
+        shift = torch.zeros(b, 2, device=z.device) if shift is None else shift
+        scale = torch.tensor([1.0, -1.0], device=z.device) * (2 / (n - 1))
+        with exact(z.device):
+            dx = -(shift.flip(-1)[:, None] @ rotation_matrix(angle))[:, 0] * scale  # R(-angle) (-shift)
+            canonical = self.pixels[None] @ rotation_matrix(angle).mT + dx[:, None]
+        radius = canonical.norm(dim=-1) * ((n - 1) / 2)
+        window = (0.5 + (self.radius_px - 1 - radius) / 2).clamp(0, 1)
+        images = torch.zeros(b, n * n, self.data.n_channels, device=z.device)
+        wanted = torch.nonzero((window > 0).any(0))[:, 0]
+        per_block = max(1, _ROWS_AT_ONCE // max(1, len(wanted)))
+        for first in range(0, b, per_block):
+            part = slice(first, first + per_block)
+            pixels = self.pixels[wanted].expand(len(z[part]), -1, -1)
+            mean = self._mean(self.decoder(pixels, angle[part], dx[part], z[part]))
+            images[part, wanted] = mean * window[part][:, wanted, None]
+        return images.mT.reshape(b, self.data.n_channels, n, n)
