@@ -137,9 +137,11 @@ class Mailbox:
         done: Callable[[Any], None],
         failed: Callable[[Failure], None] = notify,
         name: str = "mailbox",
+        at_end: Callable[[], None] | None = None,
     ) -> None:
+        """`at_end` is called in the thread when it ends."""
         self._relay = _relay()
-        self._work, self._done, self._failed = work, done, failed
+        self._work, self._done, self._failed, self._at_end = work, done, failed, at_end
         self._condition = threading.Condition()
         self._request: tuple[Any, ...] | None = None
         self._answer: tuple[Callable[[Any], None], Any] | None = None
@@ -163,6 +165,11 @@ class Mailbox:
         self._thread.join(timeout_s)
 
     def _loop(self) -> None:
+        self._answer_requests()
+        if self._at_end is not None:
+            self._at_end()
+
+    def _answer_requests(self) -> None:
         while True:
             with self._condition:
                 while self._request is None and not self._stopped:

@@ -160,7 +160,9 @@ class ConfigForm(QWidget, Generic[C]):
 
     valueChanged = Signal()
 
-    def __init__(self, config: type[C], parent: QWidget | None = None, *, advanced_title: str = "Advanced") -> None:
+    def __init__(
+        self, config: type[C], parent: QWidget | None = None, *, advanced_title: str = "Advanced"
+    ) -> None:
         super().__init__(parent)
         self._config = config
         self._editors: dict[str, QWidget] = {}
@@ -318,7 +320,9 @@ def command_line(prefix: str, config: Config) -> list[str]:
     arguments: list[str] = []
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        constant = typing.get_origin(field.annotation) is Literal and len(typing.get_args(field.annotation)) == 1
+        constant = (
+            typing.get_origin(field.annotation) is Literal and len(typing.get_args(field.annotation)) == 1
+        )
         if constant:
             arguments += [f"--{prefix}.{name.replace('_', '-')}", str(value)]
         elif value != field.get_default():

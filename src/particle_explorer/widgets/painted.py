@@ -15,8 +15,10 @@ from qtpy.QtWidgets import QSizePolicy, QWidget
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
 
-def grey(images: NDArray[np.floating], low: float | None = None, high: float | None = None) -> NDArray[np.uint8]:
-    """`(..., n, n)` to 8 bit between two grey values; by default the 1st and 99th percentile of each image."""
+def grey(
+    images: NDArray[np.floating], low: float | None = None, high: float | None = None
+) -> NDArray[np.uint8]:
+    """`(..., n, n)` to 8 bit between two grey values; by default percentiles of each image."""
     images = np.asarray(images, np.float32)
     if low is None or high is None:
         low_, high_ = np.percentile(images, [1, 99.5], axis=(-2, -1), keepdims=True)
@@ -102,6 +104,8 @@ def _shown(image: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Curve:
+    """One line of a plot."""
+
     name: str
     x: NDArray[np.floating]
     y: NDArray[np.floating]
@@ -112,7 +116,13 @@ class CurveView(QWidget):
     """A few curves on one pair of axes, with the words and units that belong to them."""
 
     def __init__(
-        self, parent: QWidget | None = None, *, x_label: str = "", title: str = "", empty: str = "", height: int = 130
+        self,
+        parent: QWidget | None = None,
+        *,
+        x_label: str = "",
+        title: str = "",
+        empty: str = "",
+        height: int = 130,
     ) -> None:
         super().__init__(parent)
         self.x_label, self.title, self.empty = x_label, title, empty
@@ -174,10 +184,14 @@ class CurveView(QWidget):
             value = left + fraction * (right - left)
             words = ("∞" if value <= 0 else _number(1 / value)) if self.x_as_period else _number(value)
             painter.drawText(
-                QRectF(box.left(), box.bottom() + 1, box.width(), line), getattr(Qt.AlignmentFlag, align), words
+                QRectF(box.left(), box.bottom() + 1, box.width(), line),
+                getattr(Qt.AlignmentFlag, align),
+                words,
             )
         painter.drawText(
-            QRectF(box.left(), self.height() - line, box.width(), line), Qt.AlignmentFlag.AlignHCenter, self.x_label
+            QRectF(box.left(), self.height() - line, box.width(), line),
+            Qt.AlignmentFlag.AlignHCenter,
+            self.x_label,
         )
         across = box.left()
         painter.setClipRect(QRectF(0, 0, self.width(), self.height()))

@@ -10,7 +10,16 @@ from weakref import WeakKeyDictionary
 
 from qtpy.QtCore import Qt, QTimer
 from qtpy.QtGui import QHideEvent, QShowEvent
-from qtpy.QtWidgets import QFrame, QScrollArea, QSplitter, QTabWidget, QVBoxLayout, QWidget
+from qtpy.QtWidgets import (
+    QDockWidget,
+    QFrame,
+    QMainWindow,
+    QScrollArea,
+    QSplitter,
+    QTabWidget,
+    QVBoxLayout,
+    QWidget,
+)
 
 from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks, notify
@@ -22,6 +31,7 @@ DOCK_NAME = "Particle Explorer"
 COLUMN_PX = 392
 
 _states: WeakKeyDictionary[napari.Viewer, AppState] = WeakKeyDictionary()
+_captions: WeakKeyDictionary[napari.Viewer, dict[str, str]] = WeakKeyDictionary()
 
 
 def unwrapped(viewer: Any) -> napari.Viewer:
@@ -32,6 +42,15 @@ def unwrapped(viewer: Any) -> napari.Viewer:
 def state_of(viewer: napari.Viewer) -> AppState:
     """What all docks of this viewer share; made on first use, gone with the viewer."""
     return _states.setdefault(unwrapped(viewer), AppState())
+
+
+def caption(viewer: napari.Viewer, of: str, line: str) -> None:
+    """Say at the foot of the canvas what a layer of ours shows, one line each; empty takes the line away."""
+    viewer = unwrapped(viewer)
+    lines = _captions.setdefault(viewer, {})
+    if lines.get(of, "") != line:
+        lines[of] = line
+        viewer.text_overlay.text = "\n".join(words for words in lines.values() if words)
 
 
 def show_session(
@@ -85,7 +104,6 @@ class Workspace(QWidget):
         self.selected = SelectedParticles(self.viewer, self)
 
         self.tabs = QTabWidget()
-        self.tabs.setDocumentMode(True)
         for dock, name, hint in (
             (self.particles, "Particles", "What is open, how its images are prepared, and named sets"),
             (self.train, "Train", "Fit a map to the particles; the runs of this session"),
@@ -105,9 +123,13 @@ class Workspace(QWidget):
         layout.addWidget(self.splitter)
 
         self.viewer.grid.enabled = True
+        self.viewer.text_overlay.visible = True
+        self.viewer.text_overlay.position = "bottom_left"
         self.particles.prepared.connect(self.show_train)
         self.train.trained.connect(self._trained)
         self.state.session_changed.connect(self._on_session)
+        self.setMinimumWidth(320)
+        self._fitted = False
         self._fit_splitter()
         QTimer.singleShot(0, self._warm_up)
 
@@ -140,9 +162,22 @@ class Workspace(QWidget):
     def showEvent(self, event: QShowEvent | None) -> None:
         super().showEvent(event)
         self.reconstruction.resume()
+        if not self._fitted:
+            self._fitted = True
+            QTimer.singleShot(0, self._fit_column)
+
+    def _fit_column(self) -> None:
+        """As wide as is needed and no wider; the pictures get the rest."""
+        dock: QWidget | None = self
+        while dock is not None and not isinstance(dock, QDockWidget):
+            dock = dock.parentWidget()
+        main = None if dock is None else dock.parentWidget()
+        if isinstance(dock, QDockWidget) and isinstance(main, QMainWindow):
+            main.resizeDocks([dock], [COLUMN_PX], Qt.Orientation.Horizontal)
+        self._fit_splitter()
 
     def hideEvent(self, event: QHideEvent | None) -> None:
-        # napari never sends closeEvent to a dock, and `destroyed` comes late: what is not seen needs no worker
+        # napari never sends closeEvent to a dock, and `destroyed` comes late
         super().hideEvent(event)
         if event is None or not event.spontaneous():
             self.reconstruction.pause()
@@ -150,8 +185,8 @@ class Workspace(QWidget):
 
 def _import_slow_modules() -> None:
     """Modules that stall the window for a tenth of a second when they are first needed under the mouse."""
-    import pyarrow.parquet
-    import scipy.ndimage  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import scipy.ndimage
 
     import particle_explorer.io.reading
     import particle_explorer.preprocess
@@ -181,13 +216,7 @@ def open_workspace(viewer: napari.Viewer, session_path: str | os.PathLike[str] |
     workspace = workspace_of(viewer)
     if workspace is None:
         workspace = Workspace(viewer)
-        dock = viewer.window.add_dock_widget(
-            workspace, name=DOCK_NAME, area="right", add_vertical_stretch=False
-        )
-        workspace.setMinimumWidth(320)
-        main = dock.parent()
-        if hasattr(main, "resizeDocks"):
-            main.resizeDocks([dock], [COLUMN_PX], Qt.Orientation.Horizontal)
+        viewer.window.add_dock_widget(workspace, name=DOCK_NAME, area="right", add_vertical_stretch=False)
     if session_path is not None:
         workspace.open(Path(session_path))
     return workspace

@@ -1,0 +1,518 @@
+"""The Classes dock: average particles, look at the averages and their quality, export both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qtpy.QtCore import QRectF, Qt
+from qtpy.QtGui import QColor, QFont, QImage, QPainter
+from qtpy.QtWidgets import (
+    QCheckBox,
+    QComboBox,
+    QFileDialog,
+    QHBoxLayout,
+    QLabel,
+    QLineEdit,
+    QPushButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+from particle_explorer.configs import AverageConfig
+from particle_explorer.status import Status
+from particle_explorer.widgets.background import Failure, Tasks
+from particle_explorer.widgets.form import ConfigForm, Folded, command_line
+from particle_explorer.widgets.job_bar import Complaint, JobBar, number
+from particle_explorer.widgets.painted import Curve, CurveView
+from particle_explorer.widgets.workspace import caption, state_of, unwrapped
+
+if TYPE_CHECKING:
+    import napari
+
+    from particle_explorer.session import Session, StoredClasses
+
+LAYER = "class averages"
+SELECTION = "selection"
+TILE_PX = 168
+"""Least side of one picture in the montage, so that its caption can be read."""
+CAPTION_PX = 40
+SHARED = "shared alignment: self-consistency, upper bound"
+
+
+@dataclass(frozen=True)
+class Montage:
+    """Averages side by side with their captions burnt in."""
+
+    pixels: NDArray[np.float32]
+    """`(h, w)` or `(h, w, 3)`, 0 to 1"""
+    columns: int
+    tile: tuple[int, int]
+    """height and width of one picture with its caption, in montage pixels"""
+
+    def index_at(self, row: float, column: float) -> int:
+        """The picture at a montage pixel."""
+        return int(row // self.tile[0]) * self.columns + int(column // self.tile[1])
+
+
+class ClassesDock(QWidget):
+    """Averages of the current selection or of clusters."""
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        super().__init__()
+        self.viewer = unwrapped(napari_viewer)
+        self.state = state_of(self.viewer)
+        self.tasks = Tasks(self)
+        self.layer: Any = None
+        self.montage: Montage | None = None
+        self.stored: StoredClasses | None = None
+        self.chosen = 0
+        self._question_for: list[str] = []
+
+        self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
+        self.no_run.setWordWrap(True)
+        self.complaint = Complaint()
+        self.make = self._build_make()
+        self.bar = JobBar()
+        self.bar.finished.connect(self._on_averaged)
+        self.bar.stopped.connect(lambda _: self._update_buttons())
+        self.bar.failed.connect(self._on_failed)
+        self.results = self._build_results()
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(6, 6, 6, 6)
+        layout.setSpacing(5)
+        for part in (self.no_run, self.make, self.complaint, self.bar, self.results):
+            layout.addWidget(part)
+        layout.addStretch(1)
+
+        self.state.session_changed.connect(self._on_session)
+        self.state.features_changed.connect(self._on_features)
+        self.state.selection.changed.connect(self._update_buttons)
+        self.state.classes_changed.connect(self._list_sets)
+        self._on_session(self.state.session)
+        self._on_features()
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _build_make(self) -> QWidget:
+        page = QWidget()
+        self.what = QComboBox()
+        self.what.setToolTip("Average the particles selected on the map, or one average per cluster or class")
+        self.what.currentIndexChanged.connect(self._update_buttons)
+        self.held = QCheckBox("Hold the most rigid part still")
+        self.held.setToolTip(
+            "<p>Turns the frames along the map so that the part that changes least stays where it is;"
+            " motion is then seen relative to it.</p>"
+        )
+        self.form = ConfigForm(AverageConfig)
+        self.average_button = QPushButton("Average")
+        self.average_button.clicked.connect(self.average)
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Average"))
+        row.addWidget(self.what, 1)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        layout.addLayout(row)
+        layout.addWidget(self.form)
+        layout.addWidget(self.held)
+        layout.addWidget(self.average_button)
+        return page
+
+    def _build_results(self) -> QWidget:
+        page = QWidget()
+        self.sets = QComboBox()
+        self.sets.setToolTip("Averages made in this session")
+        self.sets.activated.connect(self._show_chosen_set)
+        self.one = QComboBox()
+        self.one.setToolTip("One average; or click it in the picture")
+        self.one.currentIndexChanged.connect(self._show_quality)
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Shown"))
+        row.addWidget(self.sets, 1)
+        row.addWidget(self.one, 1)
+        self.quality = CurveView(x_label="Å", height=130)
+        self.quality_words = QLabel(SHARED)
+        self.quality_words.setWordWrap(True)
+        self.quality_words.setToolTip(
+            "<p>Both halves were aligned to the same map, so they agree in part because of that map:"
+            " this curve is an upper bound, not a resolution.</p>"
+        )
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        layout.addLayout(row)
+        layout.addWidget(self.quality)
+        layout.addWidget(self.quality_words)
+        layout.addWidget(Folded("Export", self._build_export()))
+        return page
+
+    def _build_export(self) -> QWidget:
+        page = QWidget()
+        self.export_stars = QCheckBox("Particles, with class and angle")
+        self.export_averages = QCheckBox("Averages (.mrcs)")
+        for box in (self.export_stars, self.export_averages):
+            box.setChecked(True)
+            box.toggled.connect(self._update_buttons)
+        self.export_path = QLineEdit()
+        self.export_path.setToolTip("The particle file; the averages go beside it")
+        self.export_path_button = QPushButton("…")
+        self.export_path_button.setMaximumWidth(32)
+        self.export_path_button.setToolTip("Choose where to write")
+        self.export_path_button.clicked.connect(self._ask_for_export)
+        self.export_button = QPushButton("Export")
+        self.export_button.clicked.connect(self.export)
+        self.question = QWidget()
+        self.question_words = QLabel()
+        self.question_words.setWordWrap(True)
+        self.replace_button, self.keep_button = QPushButton("Replace"), QPushButton("Keep")
+        self.replace_button.clicked.connect(self._export_replacing)
+        self.keep_button.clicked.connect(lambda: self.question.setVisible(False))
+        self.export_bar = JobBar()
+        self.export_bar.finished.connect(self._on_exported)
+        self.export_bar.failed.connect(self._on_failed)
+        self.export_bar.stopped.connect(lambda _: self._update_buttons())
+        self.export_words = QLabel()
+        self.export_words.setWordWrap(True)
+        self.export_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        row = QHBoxLayout(self.question)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.addWidget(self.question_words, 1)
+        row.addWidget(self.replace_button)
+        row.addWidget(self.keep_button)
+        self.question.setVisible(False)
+        where = QHBoxLayout()
+        where.addWidget(self.export_path, 1)
+        where.addWidget(self.export_path_button)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        layout.addWidget(self.export_stars)
+        layout.addWidget(self.export_averages)
+        layout.addLayout(where)
+        layout.addWidget(self.export_button)
+        for part in (self.question, self.export_bar, self.export_words):
+            layout.addWidget(part)
+        return page
+
+    # --- what there is to average -----------------------------------------------------------------
+
+    def _on_session(self, session: Session | None) -> None:
+        self.complaint.clear()
+        self.stored = None
+        self.results.setVisible(False)
+        if self.layer is not None:
+            self.layer.visible = False
+        caption(self.viewer, "classes", "")
+        if session is not None:
+            self.export_path.setText(str(default_export(session)))
+            self._list_sets()
+
+    def _on_features(self) -> None:
+        before = self.what.currentData()
+        self.what.blockSignals(True)
+        self.what.clear()
+        self.what.addItem("the selected particles", SELECTION)
+        for name in groupings(self.state.features):
+            self.what.addItem(f"each group of {name}", name)
+        position = self.what.findData(before)
+        newest = self.what.count() - 1
+        self.what.setCurrentIndex(position if before != SELECTION and position >= 0 else newest)
+        self.what.blockSignals(False)
+        self._update_buttons()
+
+    def _update_buttons(self, *_: object) -> None:
+        run = self.state.run
+        self.no_run.setVisible(run is None)
+        self.make.setVisible(run is not None)
+        selection = self.what.currentData() == SELECTION
+        count = self.state.selection.count
+        busy = self.bar.folder is not None
+        able = run is not None and not busy and (count > 0 or not selection)
+        self.average_button.setEnabled(able)
+        if selection and not count:
+            self.average_button.setToolTip("Select particles on the map first (L: lasso)")
+        else:
+            self.average_button.setToolTip(
+                "Align the original images with the poses of this run and average them"
+            )
+        self.average_button.setText(
+            f"Average {number(count)} selected particles" if selection and count else "Average"
+        )
+        wanted = self.export_stars.isChecked() or self.export_averages.isChecked()
+        self.export_button.setEnabled(self.stored is not None and wanted and self.export_bar.folder is None)
+        self.export_button.setToolTip(
+            "Write the files" if wanted else "Choose what to export: particles, averages, or both"
+        )
+
+    # --- averaging --------------------------------------------------------------------------------
+
+    def average(self) -> None:
+        """Start the worker that averages."""
+        from particle_explorer import jobs
+
+        session, run = self.state.session, self.state.run
+        if session is None or run is None:
+            return
+        self.complaint.clear()
+        by = self.what.currentData()
+        mask = np.array(self.state.selection.mask)
+        settings = command_line("average", self.form.value())
+        if self.held.isChecked():
+            settings.append("--held")
+
+        def work() -> Path:
+            arguments = ["average", str(run.path)]
+            if by == SELECTION:
+                name = unused("selection", session.selections())
+                session.save_selection(name, mask, how="averaged")
+                arguments += ["--selection", name]
+            else:
+                arguments += ["--by", by]
+            return jobs.start([*arguments, *settings], session.new_job("average"))
+
+        self.average_button.setEnabled(False)
+        self.tasks.run("average", work, self._follow, self._on_failed)
+
+    def _follow(self, folder: Path) -> None:
+        self.bar.follow(folder, "Averaging")
+        self._update_buttons()
+        self.state.sets_changed.emit()
+        self.state.job_changed.emit(str(folder))
+
+    def _on_averaged(self, status: Status) -> None:
+        self._update_buttons()
+        self.state.classes_changed.emit(Path(status.message).stem)
+
+    def _on_failed(self, failure: Failure) -> None:
+        self._update_buttons()
+        self.complaint.show_failure(failure)
+
+    # --- looking ----------------------------------------------------------------------------------
+
+    def _list_sets(self, name: str = "") -> None:
+        session = self.state.session
+        if session is not None:
+            self.tasks.run("class sets", session.class_sets, lambda names: self._on_sets(names, name))
+
+    def _on_sets(self, names: list[str], wanted: str) -> None:
+        self.sets.clear()
+        self.sets.addItems(names)
+        if wanted in names:
+            self.sets.setCurrentText(wanted)
+            self._show_chosen_set()
+        elif names and self.stored is None:
+            self.sets.setCurrentIndex(len(names) - 1)
+            self._show_chosen_set()
+
+    def _show_chosen_set(self, *_: object) -> None:
+        session, name = self.state.session, self.sets.currentText()
+        if session is not None and name:
+            self.tasks.run("classes", lambda: session.classes(name), self._show_classes, self._on_failed)
+
+    def _show_classes(self, stored: StoredClasses) -> None:
+        self.stored = stored
+        self.results.setVisible(True)
+        self.one.blockSignals(True)
+        self.one.clear()
+        self.one.addItems([f"{each['label']} · {number(each['n'])}" for each in stored.classes])
+        self.one.blockSignals(False)
+        self.montage = montage(stored.images, [caption_lines(each) for each in stored.classes])
+        self._show_layer(self.montage)
+        n = len(stored.classes)
+        caption(
+            self.viewer,
+            "classes",
+            f"class averages: {stored.name}, {n} average{'s' if n > 1 else ''} of originals",
+        )
+        self._show_quality()
+        self._update_buttons()
+
+    def _show_layer(self, made: Montage) -> None:
+        scale, translate = self._placement(made)
+        if self.layer is None or self.layer not in self.viewer.layers:
+            self.layer = self.viewer.add_image(
+                made.pixels,
+                name=LAYER,
+                contrast_limits=(0, 1),
+                rgb=made.pixels.ndim == 3,
+                scale=scale,
+                translate=translate,
+            )
+            self.layer.name_overlay.visible = True
+            self.layer.mouse_drag_callbacks.append(self._on_click)
+        else:
+            self.layer.data = made.pixels
+            self.layer.scale, self.layer.translate = scale, translate
+            self.layer.visible = True
+        self.viewer.reset_view()
+
+    def _placement(self, made: Montage) -> tuple[tuple[float, float], tuple[float, float]]:
+        """As large on the canvas as one particle image: all tiles of napari's grid share one camera."""
+        session = self.state.session
+        assert session is not None
+        size = session.plan.cached_pixel_size_A
+        size = float(size) if np.isfinite(size) and size > 0 else 1.0
+        side = session.plan.cached_box_px * size
+        height, width = made.pixels.shape[:2]
+        scale = side / max(height, width)
+        return (scale, scale), ((side - height * scale) / 2, (side - width * scale) / 2)
+
+    def _on_click(self, layer: Any, event: Any) -> None:
+        if self.montage is None or self.stored is None:
+            return
+        row, column = layer.world_to_data(event.position)[-2:]
+        height, width = self.montage.pixels.shape[:2]
+        index = self.montage.index_at(row, column)
+        if 0 <= row < height and 0 <= column < width and index < len(self.stored.classes):
+            self.one.setCurrentIndex(index)
+
+    def _show_quality(self, *_: object) -> None:
+        stored, index = self.stored, self.one.currentIndex()
+        if stored is None or not 0 <= index < len(stored.classes):
+            return
+        one = stored.classes[index]
+        frc = np.asarray(one["frc"], float)
+        n, size = stored.images.shape[-1], stored.pixel_size_A
+        known = math.isfinite(size)
+        x = np.arange(len(frc)) / (n * (size if known else 1.0))
+        independent = bool(one["halves_independent"])
+        self.quality.x_label = "Å" if known else "pixels"
+        self.quality.title = f"Agreement of two halves (FRC), class {one['label']}"
+        self.quality.set_curves(
+            [Curve("", x, frc)], y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True
+        )
+        self.quality_words.setText("independent halves" if independent else SHARED)
+
+    # --- exporting --------------------------------------------------------------------------------
+
+    def _ask_for_export(self) -> None:
+        dialog = QFileDialog(
+            self, "Export particles", self.export_path.text(), "Particle files (*.star *.cs)"
+        )
+        dialog.setAcceptMode(QFileDialog.AcceptMode.AcceptSave)
+        dialog.setOption(QFileDialog.Option.DontConfirmOverwrite)  # asked in the dock, for all files at once
+        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        dialog.fileSelected.connect(self.export_path.setText)
+        dialog.open()
+
+    def export(self) -> None:
+        """Export, or ask first when a file is there already."""
+        out = Path(self.export_path.text()).expanduser()
+        files = ([out] if self.export_stars.isChecked() else []) + (
+            [out.with_suffix(".mrcs")] if self.export_averages.isChecked() else []
+        )
+        there = [path.name for path in files if path.exists()]
+        if there:
+            self.question_words.setText(
+                f"{' and '.join(there)} exist{'s' if len(there) == 1 else ''} already."
+            )
+            self.question.setVisible(True)
+            return
+        self._export(overwrite=False)
+
+    def _export_replacing(self) -> None:
+        self.question.setVisible(False)
+        self._export(overwrite=True)
+
+    def _export(self, *, overwrite: bool) -> None:
+        from particle_explorer import jobs
+
+        session, stored = self.state.session, self.stored
+        if session is None or stored is None:
+            return
+        self.complaint.clear()
+        self.export_words.clear()
+        arguments = self.export_arguments(overwrite=overwrite)
+        self.export_button.setEnabled(False)
+        self.tasks.run(
+            "export",
+            lambda: jobs.start(arguments, session.new_job("export")),
+            lambda folder: self.export_bar.follow(folder, "Exporting"),
+            self._on_failed,
+        )
+
+    def export_arguments(self, *, overwrite: bool) -> list[str]:
+        """The command line of the export that the dock describes."""
+        assert self.state.session is not None and self.stored is not None
+        arguments = ["export", str(self.state.session.path), "--out", self.export_path.text()]
+        if self.state.run is not None:
+            arguments += ["--run", self.state.run.name]
+        return arguments + (["--overwrite"] if overwrite else [])
+
+    def _on_exported(self, status: Status) -> None:
+        self._update_buttons()
+        self.export_words.setText(f"Written: {status.message or self.export_path.text()}")
+
+
+def groupings(features: Any) -> list[str]:
+    """Columns that put particles into a few groups, the newest last."""
+    found = []
+    for name in map(str, features.columns):
+        column = features[name]
+        if name.startswith("cluster") or (name == "class_id" and column.nunique() > 1):
+            found.append(name)
+    return found
+
+
+def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
+    """Class, number of particles, and how far the signal reaches."""
+    radius = one.get("ssnr_radius_A")
+    reach = "" if radius is None else f"signal > noise to {radius:.3g} Å"
+    return f"class {one['label']} · {number(one['n'])}", reach
+
+
+def unused(name: str, taken: list[str]) -> str:
+    """NAME-1, NAME-2 …, the first that is free."""
+    n = 1
+    while f"{name}-{n}" in taken:
+        n += 1
+    return f"{name}-{n}"
+
+
+def default_export(session: Session) -> Path:
+    """Where an export goes unless another place is chosen: beside the session, in the source's own format."""
+    suffix = ".cs" if session.info.source_kind == "cs" else ".star"
+    return session.path / "export" / f"{session.path.name.removesuffix('_explorer')}{suffix}"
+
+
+def montage(images: NDArray[np.floating], captions: list[tuple[str, str]]) -> Montage:
+    """`(k, n, n)` or `(k, 3, n, n)` averages → one picture, each average with its own grey scale."""
+    k, n = len(images), images.shape[-1]
+    factor = max(1, math.ceil(TILE_PX / n))
+    side = n * factor
+    columns = max(1, math.ceil(math.sqrt(k)))
+    rows = math.ceil(k / columns)
+    tile = (side + CAPTION_PX, side + 4)
+    colour = images.ndim == 4
+    pixels = np.zeros((rows * tile[0], columns * tile[1], *((3,) if colour else ())), np.float32)
+    for index, (image, lines) in enumerate(zip(images, captions, strict=True)):
+        top, left = (index // columns) * tile[0], (index % columns) * tile[1]
+        low, high = np.percentile(image, [0.5, 99.8])
+        shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+        shown = np.moveaxis(shown, 0, -1) if colour else shown
+        pixels[top : top + side, left : left + side] = shown.repeat(factor, 0).repeat(factor, 1)
+        words = written(lines, side, CAPTION_PX)
+        pixels[top + side : top + tile[0], left : left + side] = words[..., None] if colour else words
+    return Montage(pixels, columns, tile)
+
+
+def written(lines: tuple[str, str], width: int, height: int) -> NDArray[np.float32]:
+    """Lines of text as a `(height, width)` picture, 0 to 1."""
+    image = QImage(width, height, QImage.Format.Format_Grayscale8)
+    image.fill(0)
+    painter = QPainter(image)
+    font = QFont()
+    font.setPixelSize(15)
+    painter.setFont(font)
+    painter.setPen(QColor(230, 230, 230))
+    for row, line in enumerate(lines):
+        painter.drawText(QRectF(0, row * height / 2, width, height / 2), Qt.AlignmentFlag.AlignCenter, line)
+    painter.end()
+    stride = image.bytesPerLine()
+    data = np.frombuffer(bytes(memoryview(image.constBits())[: stride * height]), np.uint8)  # type: ignore[arg-type]
+    return data.reshape(height, stride)[:, :width].astype(np.float32) / np.float32(255)

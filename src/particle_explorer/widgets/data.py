@@ -1,0 +1,662 @@
+"""The Particles dock: open a stack, see what is in it, prepare it, and the named sets of a session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qtpy.QtCore import Qt, QTimer, Signal
+from qtpy.QtGui import QDragEnterEvent, QDropEvent
+from qtpy.QtWidgets import (
+    QCheckBox,
+    QComboBox,
+    QFileDialog,
+    QHBoxLayout,
+    QLabel,
+    QLineEdit,
+    QListWidget,
+    QListWidgetItem,
+    QMenu,
+    QPushButton,
+    QSizePolicy,
+    QVBoxLayout,
+    QWidget,
+)
+
+from particle_explorer.configs import PreprocessConfig
+from particle_explorer.widgets.background import Failure, Tasks
+from particle_explorer.widgets.form import ConfigForm, command_line
+from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
+from particle_explorer.widgets.painted import ImageRows
+from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
+
+if TYPE_CHECKING:
+    import napari
+    import pandas as pd
+
+    from particle_explorer.particles import Particles
+    from particle_explorer.preprocess import Plan
+    from particle_explorer.session import Session
+
+N_PREVIEW = 9
+MAX_CHOICES = 60
+"""Values of a column that are offered in the subset row; more are typed."""
+WORKER_START_S = 3.0
+METADATA = "particle_explorer"
+"""Key of layer metadata by which the dock knows what a layer was read from."""
+COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a stack, read in a thread."""
+
+    particles: Particles
+    lines: list[str]
+    columns: dict[str, list[str]]
+    """Columns of the table, with their values where there are few"""
+    unit: str
+    """Å where the pixel size is known, px otherwise"""
+    diameter: float
+    """0.9 of the box, in `unit`"""
+    folder: Path
+    """Proposed for the session"""
+    existing: Path | None
+    """A session that was made of this file before"""
+
+
+class ParticlesDock(QWidget):
+    """Open particles and prepare them."""
+
+    prepared = Signal()
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        super().__init__()
+        self.viewer = unwrapped(napari_viewer)
+        self.state = state_of(self.viewer)
+        self.tasks = Tasks(self)
+        self.found: Found | None = None
+        self._layer_source: Path | None = None
+        self.setAcceptDrops(True)
+
+        self.complaint = Complaint()
+        self.start_page = self._build_start()
+        self.stack_page = self._build_stack()
+        self.session_page = self._build_session()
+        self.reading = QLabel()
+        self.reading.setWordWrap(True)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(6, 6, 6, 6)
+        for part in (self.reading, self.complaint, self.start_page, self.stack_page, self.session_page):
+            layout.addWidget(part)
+        layout.addStretch(1)
+
+        self._preview_timer = QTimer(self)
+        self._preview_timer.setSingleShot(True)
+        self._preview_timer.setInterval(250)
+        self._preview_timer.timeout.connect(self._preview)
+        self.state.session_changed.connect(self._on_session)
+        self.state.sets_changed.connect(self._list_sets)
+        self.viewer.layers.events.inserted.connect(self._on_layer_inserted)
+        self.viewer.layers.selection.events.active.connect(self._on_active_layer)
+        self._on_active_layer()
+        self._on_session(self.state.session)
+        for layer in list(self.viewer.layers):
+            self._adopt(layer)
+
+    # --- what each state shows --------------------------------------------------------------------
+
+    def _build_start(self) -> QWidget:
+        page = QWidget()
+        words = QLabel("Open a particle stack\n(.star, .cs, .mrcs)\nor drop it here")
+        words.setAlignment(Qt.AlignmentFlag.AlignCenter)
+        words.setMinimumHeight(84)
+        words.setStyleSheet("border: 1px dashed gray; border-radius: 6px; font-size: 13px;")
+        self.open_button = QPushButton("Open…")
+        self.open_button.setToolTip("Choose a particle file, or the session.json of a session")
+        self.open_button.clicked.connect(self.ask_for_file)
+        self.sample_button = QPushButton("Try the sample")
+        self.sample_button.setToolTip("A simulated molecule with a hinge, comes with this program")
+        menu = QMenu(self.sample_button)
+        menu.addAction("Particles, to train on", self.open_sample_particles)
+        menu.addAction("A trained session, to look at", self.open_sample_session)
+        self.sample_button.setMenu(menu)
+        self.layer_button = QPushButton("Use the selected image layer")
+        self.layer_button.clicked.connect(self.open_active_layer)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(words)
+        row = QHBoxLayout()
+        row.addWidget(self.open_button)
+        row.addWidget(self.sample_button)
+        layout.addLayout(row)
+        layout.addWidget(self.layer_button)
+        return page
+
+    def _build_stack(self) -> QWidget:
+        page = QWidget()
+        self.summary = QLabel()
+        self.summary.setWordWrap(True)
+        self.summary.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.existing_button = QPushButton("Open session")
+        self.existing_button.clicked.connect(self._open_existing)
+
+        self.form = ConfigForm(PreprocessConfig)
+        self.form.valueChanged.connect(self._preview_timer_start)
+
+        self.subset = QCheckBox("Only particles where")
+        self.subset.setToolTip(
+            "<p>Explore inside one class: a map of particles seen from different sides learns the viewing"
+            " direction first.</p>"
+        )
+        self.column, self.comparison, self.subset_value = QComboBox(), QComboBox(), QComboBox()
+        self.comparison.addItems(COMPARISONS)
+        self.subset_value.setEditable(True)
+        self.column.setToolTip("Column of the particle file")
+        self.comparison.setToolTip("Comparison")
+        self.subset_value.setToolTip("Value to compare with")
+        for combo in (self.column, self.subset_value):
+            combo.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+            combo.setMinimumContentsLength(6)
+            combo.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+        self.subset.toggled.connect(self._on_subset)
+        self.column.currentTextChanged.connect(self._on_column)
+        self.comparison.currentTextChanged.connect(self._preview_timer_start)
+        self.subset_value.currentTextChanged.connect(self._preview_timer_start)
+        self.subset_row = QWidget()
+        row = QHBoxLayout(self.subset_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.addWidget(self.column, 3)
+        row.addWidget(self.comparison)
+        row.addWidget(self.subset_value, 2)
+        self.subset_row.setVisible(False)
+        self.views_note = QLabel(
+            "These particles fall into several classes. The first thing a map of mixed views learns is the"
+            " viewing direction; to see motion, take one class."
+        )
+        self.views_note.setWordWrap(True)
+
+        self.folder = QLineEdit()
+        self.folder.setToolTip("The session: a folder that keeps prepared images, runs, sets and averages")
+        self.folder_button = QPushButton("…")
+        self.folder_button.setMaximumWidth(32)
+        self.folder_button.setToolTip("Choose the folder above the session")
+        self.folder_button.clicked.connect(self._ask_for_folder)
+        folder_row = QHBoxLayout()
+        folder_row.addWidget(QLabel("Session"))
+        folder_row.addWidget(self.folder, 1)
+        folder_row.addWidget(self.folder_button)
+
+        self.preview = ImageRows()
+        self.plan_words = QLabel()
+        self.plan_words.setWordWrap(True)
+        self.prepare_button = QPushButton("Prepare")
+        self.prepare_button.setToolTip("Write the prepared images into the session folder; once per stack")
+        self.prepare_button.clicked.connect(self.prepare)
+        self.back_button = QPushButton("Back")
+        self.back_button.setToolTip("Leave this stack without preparing it")
+        self.back_button.clicked.connect(self._back)
+        self.import_bar = JobBar()
+        self.import_bar.finished.connect(self._on_imported)
+        self.import_bar.stopped.connect(self._on_import_stopped)
+        self.import_bar.failed.connect(self._on_import_failed)
+        buttons = QHBoxLayout()
+        buttons.addWidget(self.prepare_button, 1)
+        buttons.addWidget(self.back_button)
+
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(5)
+        layout.addWidget(self.summary)
+        layout.addWidget(self.existing_button)
+        layout.addWidget(self.form)
+        layout.addWidget(self.subset)
+        layout.addWidget(self.subset_row)
+        layout.addWidget(self.views_note)
+        layout.addLayout(folder_row)
+        layout.addLayout(buttons)
+        layout.addWidget(self.import_bar)
+        layout.addWidget(self.preview)
+        layout.addWidget(self.plan_words)
+        return page
+
+    def _build_session(self) -> QWidget:
+        page = QWidget()
+        self.session_words = QLabel()
+        self.session_words.setWordWrap(True)
+        self.session_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.sets_words = QLabel()
+        self.sets_words.setWordWrap(True)
+        self.sets = QListWidget()
+        self.sets.setMaximumHeight(110)
+        self.sets.setToolTip("Click a set to select its particles")
+        self.sets.itemClicked.connect(self._select_set)
+        self.another_button = QPushButton("Open another…")
+        self.another_button.setToolTip("Choose another particle file or session")
+        self.another_button.clicked.connect(self.ask_for_file)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.session_words)
+        layout.addWidget(self.sets_words)
+        layout.addWidget(self.sets)
+        layout.addWidget(self.another_button)
+        return page
+
+    def _show(self, page: QWidget | None, reading: str = "") -> None:
+        self.reading.setText(reading)
+        self.reading.setVisible(bool(reading))
+        for each in (self.start_page, self.stack_page, self.session_page):
+            each.setVisible(each is page)
+
+    def complain(self, failure: Failure) -> None:
+        """Say in place what went wrong, and go back to where one can try again."""
+        self.complaint.show_failure(failure)
+        self._back()
+
+    def _back(self) -> None:
+        self.tasks.forget("preview")
+        self.found = None
+        self._show(self.start_page if self.state.session is None else self.session_page)
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def ask_for_file(self) -> None:
+        from particle_explorer.io.reading import SUFFIXES
+
+        patterns = " ".join(f"*{suffix}" for suffix in SUFFIXES)
+        chosen, _ = QFileDialog.getOpenFileName(
+            self, "Open particles", "", f"Particles or session ({patterns} session.json);;All files (*)"
+        )
+        if chosen:
+            self.open(Path(chosen))
+
+    def open(self, path: Path) -> None:
+        """Open a particle file, a session folder or its `session.json`."""
+        self.complaint.clear()
+        path = Path(path)
+        folder = path.parent if path.name == "session.json" else path
+        if folder.is_dir():
+            self._show(None, f"Opening {folder.name} …")
+            show_session(self.state, self.tasks, folder, shown=self._back, failed=self.complain)
+            return
+        self._show(None, f"Reading {path.name} …")
+        self.tasks.run("read", lambda: look(path), self._on_found, self.complain)
+
+    def open_active_layer(self) -> None:
+        """Take the image layer that is selected in napari: its file if it has one, else its pixels."""
+        layer = self.viewer.layers.selection.active
+        if layer is None or self._adopt(layer):
+            return
+        self.complaint.clear()
+        data, name = layer.data, str(layer.name)
+        scale = [float(s) for s in layer.scale]
+        units = [str(unit) for unit in layer.units]
+        self._show(None, f"Taking the layer {name} …")
+        self.tasks.run("read", lambda: look_at_layer(data, name, scale, units), self._on_found, self.complain)
+
+    def open_sample_particles(self) -> None:
+        from particle_explorer.plugin import sample_particles
+
+        self._show(None, "Copying the sample …")
+        self.tasks.run("sample", sample_particles, self.open, self.complain)
+
+    def open_sample_session(self) -> None:
+        from particle_explorer.plugin import sample_session
+
+        self._show(None, "Building the sample session …")
+        self.tasks.run("sample", sample_session, self.open, self.complain)
+
+    def dragEnterEvent(self, event: QDragEnterEvent | None) -> None:
+        if event is not None and _dropped(event) is not None:
+            event.acceptProposedAction()
+
+    def dropEvent(self, event: QDropEvent | None) -> None:
+        path = None if event is None else _dropped(event)
+        if event is not None and path is not None:
+            event.acceptProposedAction()
+            self.open(path)
+
+    def _on_layer_inserted(self, event: Any) -> None:
+        layer = event.value
+        # the layer list is not finished with this insertion yet
+        QTimer.singleShot(0, lambda: self._adopt(layer))
+
+    def _adopt(self, layer: Any) -> bool:
+        """Open the file that a layer was read from by this program (File → Open, a drop on the canvas)."""
+        source = layer.metadata.get(METADATA, {}).get("source")
+        if source is None:
+            return False
+        self.open(Path(source))
+        return True
+
+    def _on_active_layer(self, _: object = None) -> None:
+        layer = self.viewer.layers.selection.active
+        usable = layer is not None and type(layer).__name__ == "Image" and METADATA not in layer.metadata
+        self.layer_button.setEnabled(usable)
+        self.layer_button.setToolTip(
+            f"Take the images of the layer '{layer.name}' as particles"
+            if usable and layer is not None
+            else "Select an image layer with a stack of particle images in napari's layer list first"
+        )
+
+    def _on_found(self, found: Found) -> None:
+        self.found = found
+        self.summary.setText("\n".join(found.lines))
+        self.existing_button.setVisible(found.existing is not None)
+        if found.existing is not None:
+            self.existing_button.setText(f"Open the session that is there: {found.existing.name}")
+            self.existing_button.setToolTip(str(found.existing))
+        diameter = self.form.editor("diameter_A")
+        diameter.setSuffix(f" {found.unit}")  # type: ignore[attr-defined]
+        self.form.setValue(PreprocessConfig(diameter_A=found.diameter))
+        has_ctf = "defocus_u_A" in found.columns
+        self.form.set_applicable("ctf", has_ctf, "The file has no CTF parameters")
+        self.folder.setText(str(found.folder))
+        self.column.clear()
+        self.column.addItems(list(found.columns))
+        classes = found.columns.get("class_id", [])
+        if classes:
+            self.column.setCurrentText("class_id")
+        self.views_note.setVisible(len(classes) > 1)
+        self.subset.setChecked(False)
+        self.preview.clear()
+        self.plan_words.clear()
+        self.prepare_button.setText("Prepare")
+        self._set_busy(False)
+        self._show(self.stack_page)
+        self._preview_timer_start()
+
+    def _open_existing(self) -> None:
+        if self.found is not None and self.found.existing is not None:
+            self.open(self.found.existing)
+
+    # --- subset, preview --------------------------------------------------------------------------
+
+    def _on_subset(self, wanted: bool) -> None:
+        self.subset_row.setVisible(wanted)
+        self._preview_timer_start()
+
+    def _on_column(self, name: str) -> None:
+        if self.found is None:
+            return
+        self.subset_value.clear()
+        self.subset_value.addItems(self.found.columns.get(name, []))
+        self._preview_timer_start()
+
+    def where(self) -> str:
+        """The subset as `COLUMN OP VALUE`; empty takes all particles."""
+        value = self.subset_value.currentText().strip()
+        if not self.subset.isChecked() or not value:
+            return ""
+        if not _is_number(value):
+            value = f'"{value}"'
+        return f"{self.column.currentText()} {self.comparison.currentText()} {value}"
+
+    def _preview_timer_start(self, *_: object) -> None:
+        self._preview_timer.start()
+
+    def _preview(self) -> None:
+        found = self.found
+        if found is None:
+            return
+        config, where = self.form.value(), self.where()
+        self.tasks.run(
+            "preview", lambda: preview(found.particles, config, where), self._on_preview, self._on_no_preview
+        )
+
+    def _on_preview(self, shown: Preview) -> None:
+        self.complaint.clear()
+        self.preview.set_rows([("As recorded", shown.before), ("As the model will see them", shown.after)])
+        self.plan_words.setText(shown.words)
+        self.prepare_button.setText(f"Prepare (about {duration(shown.seconds)})")
+        self.prepare_button.setEnabled(self.import_bar.folder is None)
+
+    def _on_no_preview(self, failure: Failure) -> None:
+        self.preview.clear()
+        self.plan_words.clear()
+        self.prepare_button.setEnabled(False)
+        self.complaint.show_failure(failure)
+
+    # --- preparing --------------------------------------------------------------------------------
+
+    def _ask_for_folder(self) -> None:
+        now = Path(self.folder.text())
+        chosen = QFileDialog.getExistingDirectory(
+            self, "Folder in which to make the session", str(now.parent)
+        )
+        if chosen:
+            self.folder.setText(str(free_folder(Path(chosen) / now.name)))
+
+    def prepare(self) -> None:
+        """Start the worker that makes the session."""
+        from particle_explorer import jobs
+
+        found = self.found
+        if found is None:
+            return
+        self.complaint.clear()
+        target = Path(self.folder.text()).expanduser()
+        arguments = ["import", str(found.particles.source), "--session", str(target)]
+        arguments += command_line("preprocess", self.form.value())
+        if self.where():
+            arguments += ["--where", self.where()]
+        status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
+        self._set_busy(True)
+        self.tasks.run(
+            "prepare",
+            lambda: jobs.start(arguments, status_folder),
+            lambda folder: self.import_bar.follow(folder, "Preparing the images"),
+            self._on_import_failed,
+        )
+        self._target = target
+
+    def _set_busy(self, busy: bool) -> None:
+        for part in (
+            self.prepare_button,
+            self.back_button,
+            self.form,
+            self.subset,
+            self.subset_row,
+            self.folder,
+        ):
+            part.setEnabled(not busy)
+
+    def _on_imported(self, _: object) -> None:
+        self._set_busy(False)
+        self._hide_adopted_layers()
+        show_session(self.state, self.tasks, self._target, shown=self._on_shown, failed=self.complain)
+
+    def _on_shown(self) -> None:
+        self._back()
+        self.prepared.emit()
+
+    def _hide_adopted_layers(self) -> None:
+        # from here on the particles are seen in the layer of the session; two tiles of the same would confuse
+        for layer in self.viewer.layers:
+            if METADATA in layer.metadata:
+                layer.visible = False
+
+    def _on_import_stopped(self, _: object) -> None:
+        self._set_busy(False)
+        self.plan_words.setText("Cancelled; nothing was kept.")
+
+    def _on_import_failed(self, failure: Failure) -> None:
+        self._set_busy(False)
+        self.complaint.show_failure(failure)
+
+    # --- a session is open ------------------------------------------------------------------------
+
+    def _on_session(self, session: Session | None) -> None:
+        self.complaint.clear()
+        if session is None:
+            self._show(self.start_page)
+            return
+        self.session_words.setText("\n".join(session_lines(session)))
+        self._list_sets()
+        self._show(self.session_page)
+
+    def _list_sets(self) -> None:
+        session = self.state.session
+        if session is None:
+            return
+
+        def work() -> list[tuple[str, int]]:
+            return [(name, int(np.count_nonzero(session.selection(name)))) for name in session.selections()]
+
+        self.tasks.run("sets", work, self._on_sets)
+
+    def _on_sets(self, sets: list[tuple[str, int]]) -> None:
+        self.sets.clear()
+        for name, count in sets:
+            item = QListWidgetItem(f"{name} · {number(count)} particles")
+            item.setData(Qt.ItemDataRole.UserRole, name)
+            self.sets.addItem(item)
+        self.sets.setVisible(bool(sets))
+        self.sets_words.setText(
+            "Sets" if sets else "No sets yet: select particles on the map and save them under a name (S)."
+        )
+
+    def _select_set(self, item: QListWidgetItem) -> None:
+        session = self.state.session
+        if session is None:
+            return
+        name = str(item.data(Qt.ItemDataRole.UserRole))
+        self.tasks.run("set", lambda: session.selection(name), self.state.selection.set)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A few particles before and after preparing."""
+
+    before: NDArray[np.float32]
+    after: NDArray[np.float32]
+    words: str
+    seconds: float
+    """What preparing all of them will take"""
+
+
+def look(path: Path) -> Found:
+    """Read a particle file and say what is in it."""
+    from particle_explorer.io.reading import read
+
+    return _found(read(path), path)
+
+
+def look_at_layer(data: Any, name: str, scale: list[float], units: list[str]) -> Found:
+    """Take the pixels of an image layer; the pixel size counts when the layer's units are ångström."""
+    from particle_explorer.files import UserError, replacing
+    from particle_explorer.io.reading import read
+
+    array = np.asarray(data)
+    if array.ndim == 4 and array.shape[-1] == 3:
+        array = np.moveaxis(array, -1, 1)
+    if array.ndim not in (3, 4) or array.shape[-1] != array.shape[-2]:
+        raise UserError(
+            f"layer {name} has shape {tuple(array.shape)}; square images (number, side, side) are needed"
+        )
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) or "layer"
+    path = Path.cwd() / f"{safe}.npy"
+    number_ = 1
+    while path.exists():
+        number_ += 1
+        path = path.with_name(f"{safe}-{number_}.npy")
+    with replacing(path, overwrite=False) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+    return _found(read(path), path)
+
+
+def _found(particles: Particles, path: Path) -> Found:
+    from particle_explorer.io.inspecting import summarise
+    from particle_explorer.session import Session
+
+    table = particles.table
+    pixel_size = float(np.nanmedian(table["pixel_size_A"])) if table["pixel_size_A"].notna().any() else 0.0
+    box = float(np.median(table["box_px"]))
+    beside = path.with_name(f"{path.stem}_explorer")
+    if not os.access(path.parent, os.W_OK):
+        beside = Path.cwd() / beside.name
+    existing = beside if Session.is_session(beside) else None
+    return Found(
+        particles=particles,
+        lines=summarise(particles).lines(),
+        columns={str(name): _choices(table[name]) for name in table.columns},
+        unit="Å" if pixel_size else "px",
+        diameter=float(f"{0.9 * box * (pixel_size or 1.0):.3g}"),
+        folder=free_folder(beside),
+        existing=existing,
+    )
+
+
+def free_folder(folder: Path) -> Path:
+    """This folder, or the first of NAME-2, NAME-3 … that is not there yet."""
+    free, n = folder, 1
+    while free.exists() and (not free.is_dir() or any(free.iterdir())):
+        n += 1
+        free = folder.with_name(f"{folder.name}-{n}")
+    return free
+
+
+def _choices(column: pd.Series) -> list[str]:
+    if column.dtype.kind == "f" and not np.array_equal(column, np.round(column)):
+        return []
+    values = column.dropna().unique()
+    return [str(value) for value in sorted(values)] if len(values) <= MAX_CHOICES else []
+
+
+def preview(particles: Particles, config: PreprocessConfig, where: str) -> Preview:
+    """Prepare a few particles, spread over the stack, and time it."""
+    from particle_explorer import preprocess
+    from particle_explorer.files import UserError
+    from particle_explorer.particles import where_mask
+
+    table = particles.table
+    rows = np.flatnonzero(where_mask(table, where)) if where else np.arange(len(table))
+    if rows.size == 0:
+        raise UserError(f"no particle has {where}")
+    plan = preprocess.plan(table.iloc[rows], config)
+    boxes = table["box_px"].to_numpy()[rows]
+    sizes, counts = np.unique(boxes, return_counts=True)
+    alike = rows[boxes == sizes[np.argmax(counts)]]
+    few = alike[np.linspace(0, alike.size - 1, min(N_PREVIEW, alike.size)).astype(int)]
+    start = time.perf_counter()
+    before = particles.images.read(few)
+    after = preprocess.apply(before, table.iloc[few], plan)
+    seconds = (time.perf_counter() - start) * rows.size / few.size
+    words = f"{number(rows.size)} of {number(len(table))} particles. " if where else ""
+    return Preview(before, after, words + plan_words(plan), WORKER_START_S + seconds)
+
+
+def plan_words(plan: Plan) -> str:
+    """What will be done to the images, in plain words."""
+    size = plan.cached_pixel_size_A
+    pixel = f", {size:.3g} Å per pixel" if np.isfinite(size) else ""
+    return f"Box {plan.box_px} → {plan.cached_box_px} px{pixel}; " + "; ".join(plan.reasons) + "."
+
+
+def session_lines(session: Session) -> list[str]:
+    """What is open, in plain words."""
+    info = session.info
+    return [session.path.name, f"{number(info.n)} particles from {Path(info.source).name}", str(session.path)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _dropped(event: QDropEvent) -> Path | None:
+    """The one local file or folder that is dropped."""
+    mime = event.mimeData()
+    urls = mime.urls() if mime is not None else []
+    if len(urls) != 1 or not urls[0].isLocalFile():
+        return None
+    return Path(urls[0].toLocalFile())

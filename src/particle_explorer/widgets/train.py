@@ -1,0 +1,542 @@
+"""The Train dock: choose a model, watch it learn, and the runs of the session."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from qtpy.QtCore import Qt, Signal
+from qtpy.QtWidgets import (
+    QComboBox,
+    QFileDialog,
+    QHBoxLayout,
+    QLabel,
+    QListWidget,
+    QListWidgetItem,
+    QProgressBar,
+    QPushButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+from particle_explorer.configs import Config, ModelConfig, TrainConfig
+from particle_explorer.status import Status, read_status, request_stop
+from particle_explorer.widgets.background import Failure, JobFollower, Tasks
+from particle_explorer.widgets.form import ConfigForm, command_line
+from particle_explorer.widgets.job_bar import Complaint, duration, number, progress_words
+from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
+from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
+
+if TYPE_CHECKING:
+    import napari
+
+    from particle_explorer.session import Run, Session
+
+NAMES = {"class-map": "Class map", "spatial-vae": "spatial-VAE"}
+STATES = {
+    "new": "not started",
+    "running": "running",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped",
+    "interrupted": "interrupted",
+}
+MAX_POINTS = 2000
+"""Points of a curve that are painted."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one look into the folder of a run found."""
+
+    status: Status
+    metrics: pd.DataFrame
+    live: dict[str, NDArray[Any]]
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One run in the list."""
+
+    name: str
+    state: str
+    text: str
+    tip: str
+    showable: bool
+    resumable: bool = field(default=False)
+
+
+class TrainDock(QWidget):
+    """Start, follow, stop, resume and show runs."""
+
+    trained = Signal()
+
+    def __init__(self, napari_viewer: napari.Viewer) -> None:
+        super().__init__()
+        self.viewer = unwrapped(napari_viewer)
+        self.state = state_of(self.viewer)
+        self.tasks = Tasks(self)
+        self._run_path: Path | None = None
+        self._live_seen = ""
+        self._runs: list[Listed] = []
+        self._estimates: dict[str, float] = {}
+
+        self.no_session = QLabel("Open and prepare particles first: tab Particles.")
+        self.no_session.setWordWrap(True)
+        self.complaint = Complaint()
+        self.setup = self._build_setup()
+        self.watch = self._build_watch()
+        self.runs_page = self._build_runs()
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(6, 6, 6, 6)
+        layout.setSpacing(5)
+        for part in (self.no_session, self.complaint, self.setup, self.watch, self.runs_page):
+            layout.addWidget(part)
+        layout.addStretch(1)
+
+        self._follower = JobFollower(self, look, self._on_seen)
+        self.state.session_changed.connect(self._on_session)
+        self.state.run_changed.connect(self._on_run)
+        self._choose_model()
+        self._on_session(self.state.session)
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _build_setup(self) -> QWidget:
+        page = QWidget()
+        self.model = QComboBox()
+        self.forms: dict[str, ConfigForm[Any]] = {}
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Model"))
+        row.addWidget(self.model, 1)
+        layout.addLayout(row)
+        self.model_words = QLabel()
+        self.model_words.setWordWrap(True)
+        layout.addWidget(self.model_words)
+        for config in model_classes():
+            kind = str(config.model_fields["kind"].get_default())
+            self.model.addItem(NAMES.get(kind, kind), kind)
+            self.forms[kind] = ConfigForm(config, advanced_title="Advanced: the model")
+            layout.addWidget(self.forms[kind])
+        self.model.setToolTip("How the particles are laid out on a map")
+        self.model.currentIndexChanged.connect(self._choose_model)
+        self.train_form = ConfigForm(TrainConfig, advanced_title="Advanced: the training")
+        layout.addWidget(self.train_form)
+        self.device = QComboBox()
+        self.device.addItem("automatic", "auto")
+        self.device.addItem("CPU", "cpu")
+        self.device.setToolTip(
+            "What to compute on; automatic takes the GPU with most free memory, else the CPU"
+        )
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Compute on"))
+        row.addWidget(self.device, 1)
+        layout.addLayout(row)
+        self.train_button = QPushButton("Train")
+        self.train_button.clicked.connect(self.train)
+        layout.addWidget(self.train_button)
+        return page
+
+    def _build_watch(self) -> QWidget:
+        page = QWidget()
+        self.words = QLabel()
+        self.words.setWordWrap(True)
+        self.bar = QProgressBar()
+        self.bar.setTextVisible(False)
+        self.bar.setMaximumHeight(10)
+        self.stop_button = QPushButton("Stop")
+        self.stop_button.setToolTip("End after this step; what has been learned is kept and can be resumed")
+        self.stop_button.clicked.connect(self.stop)
+        self.curves = CurveView(
+            x_label="epoch", title="Loss", empty="The curve starts after the first epoch", height=120
+        )
+        self.panel = ImageRows()
+        row = QHBoxLayout()
+        row.addWidget(self.bar, 1)
+        row.addWidget(self.stop_button)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.words)
+        layout.addLayout(row)
+        layout.addWidget(self.panel)
+        layout.addWidget(self.curves)
+        return page
+
+    def _build_runs(self) -> QWidget:
+        page = QWidget()
+        self.runs_words = QLabel("Runs")
+        self.runs = QListWidget()
+        self.runs.setMaximumHeight(96)
+        self.runs.setToolTip("Click a run to show its map")
+        self.runs.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.runs.itemClicked.connect(self._show_clicked)
+        self.resume_button = QPushButton("Resume")
+        self.resume_button.setToolTip("Go on with the run chosen in the list from its last checkpoint")
+        self.resume_button.clicked.connect(self.resume)
+        self.load_button = QPushButton("Load a trained run…")
+        self.load_button.setToolTip("Choose the folder of a run, of this session or of another one")
+        self.load_button.clicked.connect(self._ask_for_run)
+        row = QHBoxLayout()
+        row.addWidget(self.resume_button)
+        row.addWidget(self.load_button, 1)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.runs_words)
+        layout.addWidget(self.runs)
+        layout.addLayout(row)
+        return page
+
+    # --- choosing ---------------------------------------------------------------------------------
+
+    def _choose_model(self, *_: object) -> None:
+        kind = self.model.currentData()
+        for name, form in self.forms.items():
+            form.setVisible(name == kind)
+        self.model_words.setText(_summary(self.forms[kind].value()))
+        self._say_time()
+
+    def _say_time(self) -> None:
+        seconds = self._estimates.get(self.model.currentData(), -1.0)
+        about = f" (about {duration(seconds)})" if seconds > 0 else ""
+        name = self.model.currentText()
+        self.train_button.setText(
+            f"Train the {name[0].lower() + name[1:] if name == 'Class map' else name}{about}"
+        )
+        self.train_button.setToolTip("Starts a process of its own, which goes on when napari is closed")
+
+    # --- a session --------------------------------------------------------------------------------
+
+    def _on_session(self, session: Session | None) -> None:
+        self.complaint.clear()
+        self._follow(None)
+        self._estimates.clear()
+        for part in (self.setup, self.runs_page):
+            part.setVisible(session is not None)
+        self.no_session.setVisible(session is None)
+        if session is not None:
+            self.tasks.run("devices", devices, self._on_devices, lambda _: None)
+            self._list_runs()
+
+    def _on_devices(self, found: list[tuple[str, str]]) -> None:
+        for name, words in found:
+            if self.device.findData(name) < 0:
+                self.device.addItem(words, name)
+        best = found[0][1] if found else f"CPU, {os.cpu_count()} cores"
+        self.device.setItemText(0, f"automatic: {best}")
+        self.train_form.set_applicable("devices", len(found) > 1, "This computer has one device to train on.")
+
+    def _list_runs(self) -> None:
+        session = self.state.session
+        if session is not None:
+            self.tasks.run("runs", lambda: list_runs(session), self._on_runs)
+
+    def _on_runs(self, found: tuple[list[Listed], dict[str, float]]) -> None:
+        self._runs, self._estimates = found
+        self._say_time()
+        shown = None if self.state.run is None else self.state.run.name
+        self.runs.clear()
+        for run in self._runs:
+            item = QListWidgetItem(("● " if run.name == shown else "   ") + run.text)
+            item.setData(Qt.ItemDataRole.UserRole, run.name)
+            item.setToolTip(run.tip)
+            self.runs.addItem(item)
+            if run.name == shown:
+                self.runs.setCurrentItem(item)
+        self.runs.setVisible(bool(self._runs))
+        self.runs_words.setText("Runs, newest first" if self._runs else "No runs yet.")
+        running = [run for run in self._runs if run.state == "running"]
+        if running and self._run_path is None and self.state.session is not None:
+            # training goes on while napari is closed; here it is found again
+            self._follow(self.state.session.path / "runs" / running[0].name)
+        resumable = any(run.resumable for run in self._runs)
+        self.resume_button.setVisible(resumable)
+
+    def _on_run(self, _: object) -> None:
+        if self.state.session is not None:
+            self._list_runs()
+
+    def _show_clicked(self, item: QListWidgetItem) -> None:
+        name = str(item.data(Qt.ItemDataRole.UserRole))
+        run = next((each for each in self._runs if each.name == name), None)
+        if run is not None and run.showable:
+            self.show_run(name)
+        elif run is not None:
+            self.complaint.show_failure(Failure(f"Run {name} has no map yet: it is {STATES[run.state]}."))
+
+    def show_run(self, name: str) -> None:
+        """Show the map of a run of the open session."""
+        session = self.state.session
+        if session is None:
+            return
+        self.complaint.clear()
+        from particle_explorer.state import read
+
+        self.tasks.run(
+            "show run", lambda: read(session, session.run(name)), self.state.show, self.complaint.show_failure
+        )
+
+    def _ask_for_run(self) -> None:
+        start = "" if self.state.session is None else str(self.state.session.path / "runs")
+        chosen = QFileDialog.getExistingDirectory(self, "Folder of a trained run", start)
+        if chosen:
+            self.load(Path(chosen))
+
+    def load(self, path: Path) -> None:
+        """Open the session of a run folder and show that run."""
+        session = self.state.session
+        if session is not None and path.parent == session.path / "runs":
+            self.show_run(path.name)
+            return
+        show_session(
+            self.state, self.tasks, path.parent.parent, run=path.name, failed=self.complaint.show_failure
+        )
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def arguments(self) -> list[str]:
+        """The command line of the training that the form describes."""
+        assert self.state.session is not None
+        model = self.forms[self.model.currentData()].value()
+        arguments = ["train", str(self.state.session.path)]
+        arguments += command_line("model", model) + command_line("train", self.train_form.value())
+        return [*arguments, "--device", self.device.currentData()]
+
+    def train(self) -> None:
+        """Start a new run."""
+        self._start(self.arguments())
+
+    def resume(self) -> None:
+        """Go on with the run chosen in the list, else with the newest one that can go on."""
+        session = self.state.session
+        item = self.runs.currentItem()
+        chosen = None if item is None else str(item.data(Qt.ItemDataRole.UserRole))
+        names = [run.name for run in self._runs if run.resumable]
+        if session is None or not names:
+            return
+        name = chosen if chosen in names else names[0]
+        self._start(["train", str(session.path), "--resume", name])
+
+    def _start(self, arguments: list[str]) -> None:
+        from particle_explorer import jobs
+
+        session = self.state.session
+        if session is None:
+            return
+        self.complaint.clear()
+        self._set_running(True)
+        self.words.setText("Starting the worker …")
+        self.bar.setRange(0, 0)
+        self.panel.clear()
+        self.curves.set_curves([])
+        self.tasks.run(
+            "train",
+            lambda: jobs.start(arguments, session.new_job("train")),
+            self._follow,
+            self._on_start_failed,
+        )
+
+    def stop(self) -> None:
+        """Ask the run that is followed to end in good order."""
+        if self._run_path is not None:
+            request_stop(self._run_path)
+            self.stop_button.setEnabled(False)
+            self.words.setText("Stopping; the model is saved first …")
+
+    def _on_start_failed(self, failure: Failure) -> None:
+        self._set_running(False)
+        self.complaint.show_failure(failure)
+
+    def _set_running(self, running: bool) -> None:
+        self.watch.setVisible(running)
+        self.setup.setVisible(not running and self.state.session is not None)
+        self.stop_button.setEnabled(running)
+
+    def _follow(self, folder: Path | None) -> None:
+        self._run_path = folder
+        self._live_seen = ""
+        self._set_running(folder is not None)
+        self._follower.follow(folder)
+
+    def _on_seen(self, seen: Seen) -> None:
+        status = seen.status
+        if self._run_path is not None and self._run_path.parent.name == "jobs":
+            run = run_of(status)
+            if run is not None and run.is_dir():
+                self._run_path = run
+                self._follower.follow(run)
+                self._list_runs()
+                return
+        if status.is_over:
+            self._on_over(seen)
+            return
+        if self.stop_button.isEnabled():
+            self.words.setText(progress_words(status) + (f" · on {status.device}" if status.device else ""))
+        self.bar.setRange(0, 1000 if status.fraction > 0 else 0)
+        self.bar.setValue(int(1000 * status.fraction))
+        self.curves.set_curves(curves_of(seen.metrics))
+        self._show_live(seen.live)
+
+    def _show_live(self, live: dict[str, NDArray[Any]]) -> None:
+        if not live:
+            return
+        rows = []
+        if live.get("panel_images") is not None and len(live["panel_images"]):
+            rows = [
+                ("Some particles", live["panel_images"][:8]),
+                ("What the model has learned of them", live["panel_reconstructions"][:8]),
+            ]
+        nodes = live.get("nodes_images")
+        if nodes is not None and len(nodes):
+            rows.append(
+                ("Along the map", nodes[np.linspace(0, len(nodes) - 1, min(8, len(nodes))).astype(int)])
+            )
+        self.panel.set_rows(rows)
+
+    def _on_over(self, seen: Seen) -> None:
+        status, path = seen.status, self._run_path
+        self._follow(None)
+        self._list_runs()
+        if path is None:
+            return
+        self.state.job_changed.emit(str(path))
+        if status.state == "finished" or (status.state == "stopped" and (path / "latents.parquet").exists()):
+            self.show_run(path.name)
+            self.trained.emit()
+        elif status.state == "stopped":
+            self.complaint.show_failure(Failure("Stopped; choose the run below and press Resume to go on."))
+        else:
+            words = (
+                status.error
+                or f"Training was {STATES[status.state]}; Resume goes on from its last checkpoint."
+            )
+            self.complaint.show_failure(Failure(words, seen.log))
+
+
+# --- in threads -----------------------------------------------------------------------------------
+
+
+def look(folder: Path) -> Seen:
+    """Read what a run, or the job that is about to make one, says of itself."""
+    from particle_explorer.jobs import read_log
+
+    status = read_status(folder)
+    if folder.parent.name != "runs":
+        return Seen(
+            status, pd.DataFrame(), {}, read_log(folder) if status.state in ("failed", "interrupted") else ""
+        )
+    metrics = read_metrics(folder / "metrics.csv")
+    live: dict[str, NDArray[Any]] = {}
+    pictures = sorted((folder / "live").glob("*.npz"))
+    if pictures:
+        live = read_live(pictures[-1])
+    return Seen(status, metrics, live, read_log(folder) if status.state in ("failed", "interrupted") else "")
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """The log of a run, thinned to what can be painted; empty before its first line."""
+    try:
+        metrics = pd.read_csv(path)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return pd.DataFrame()
+    return metrics.iloc[:: max(1, len(metrics) // MAX_POINTS)]
+
+
+def read_live(path: Path) -> dict[str, NDArray[Any]]:
+    """One live picture of a training; empty when it was replaced under the reader."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return {}
+
+
+def curves_of(metrics: pd.DataFrame) -> list[Curve]:
+    """The losses of a run, one curve per term, over its epochs."""
+    if metrics.empty or "epoch" not in metrics:
+        return []
+    x = metrics["epoch"].to_numpy(float)
+    counters = {"epoch", "step", "seconds", "images_per_second", "time"}
+    names = [name for name in metrics if name not in counters and metrics[name].dtype.kind == "f"]
+    return [Curve(str(name).replace("_", " "), x, metrics[name].to_numpy(float)) for name in names[:4]]
+
+
+def run_of(status: Status) -> Path | None:
+    """The run folder that a training job has made."""
+    match = re.search(r"\S.*[/\\]runs[/\\]\d{4}-[\w-]+", status.message)
+    return Path(match.group()) if match else None
+
+
+def list_runs(session: Session) -> tuple[list[Listed], dict[str, float]]:
+    """The runs, newest first, and how long each kind of model took here (s)."""
+    listed: list[Listed] = []
+    seconds: dict[str, float] = {}
+    for run in session.runs():
+        status = run.status
+        kind: str = run.config.model.kind
+        if status.state == "finished":
+            seconds[kind] = status.heartbeat - status.started
+        listed.append(_listed(run, status, kind))
+    if "class-map" not in seconds:
+        seconds["class-map"] = first_estimate(session)
+    return listed[::-1], seconds
+
+
+def first_estimate(session: Session) -> float:
+    """Seconds that a class map will take before any was fitted here: rough, by images and pixels."""
+    m = session.images.shape[-1]
+    cores = max(1, min(os.cpu_count() or 1, 16))
+    return 15 + session.n_particles * (m / 40) ** 2 * 0.006 / cores
+
+
+def _listed(run: Run, status: Status, kind: str) -> Listed:
+    words = [run.name, STATES[status.state]]
+    if status.n_epochs and not status.is_over:
+        words.append(f"epoch {status.epoch} of {status.n_epochs}")
+    dims = run.config.model.latent_dim
+    where = f"\nof the particles with {run.config.where}" if run.config.where else ""
+    tip = f"{NAMES.get(kind, kind)}, {dims} dimension{'s' if dims > 1 else ''}{where}\n{run.path}"
+    resumable = status.state in ("stopped", "interrupted", "failed") and run.can_resume
+    return Listed(run.name, status.state, " · ".join(words), tip, run.is_encoded, resumable)
+
+
+def devices() -> list[tuple[str, str]]:
+    """GPUs of this computer, as (name for `--device`, words); asks the driver, not torch."""
+    import shutil
+    import subprocess
+
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.free", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10)
+    found = []
+    for line in answer.stdout.splitlines():
+        index, name, free = (part.strip() for part in line.split(","))
+        found.append((int(free), f"cuda:{index}", f"{name}, {int(free) // 1024} GB free"))
+    return [(name, words) for _, name, words in sorted(found, reverse=True)]
+
+
+def model_classes() -> list[type[Config]]:
+    """The settings classes of all models, the default first."""
+    union = typing.get_args(ModelConfig)[0]
+    return list(typing.get_args(union))
+
+
+def _summary(config: Config) -> str:
+    """What a model is, in its own words."""
+    return " ".join((type(config).__doc__ or "").split())
+
+
+def particles_words(n: int) -> str:
+    """A count with its noun."""
+    return f"{number(n)} particle{'' if n == 1 else 's'}"
