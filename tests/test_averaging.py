@@ -16,7 +16,7 @@ from particle_explorer import averaging
 from particle_explorer.averaging import align, average_classes, class_average, frc, ssnr_ring
 from particle_explorer.configs import AverageConfig
 from particle_explorer.ctf import ctf_2d
-from particle_explorer.files import UserError
+from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix
 
 PIXEL_A = 3.0
@@ -355,6 +355,18 @@ def test_particles_come_out_bright() -> None:
     np.testing.assert_allclose(planned.image, average.image, atol=1e-5)
 
 
+def test_rows_without_a_pose_are_left_out() -> None:
+    n = 32
+    session = Originals(phantom(n, np.zeros(5)), make_table(5, n))
+    angle = np.array([0.0, np.nan, 0.0, np.nan, 0.0])
+    labels = [np.nan, 2, 2, 5, 7]
+    averages = average_classes(session, labels, angle, names=["two", "five", "seven"])
+    assert [(a.label, list(a.uid)) for a in averages] == [
+        ("two", [session.table.index[2]]),
+        ("seven", [session.table.index[4]]),
+    ]
+
+
 def test_averages_follow_what_was_said_of_the_ctf_on_import() -> None:
     n, k = 32, 6
     table = microscope(k, n, "phase-flipped")
@@ -413,5 +425,5 @@ def test_bad_input_is_said_in_a_sentence() -> None:
 def test_stopping_makes_nothing() -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(UserError, match="stopped"):
+    with pytest.raises(Stopped):
         class_average(Stack(phantom(32, np.zeros(3))), np.arange(3), np.zeros(3), np.zeros((3, 2)), stop=stop)

@@ -30,7 +30,7 @@ from scipy import ndimage, sparse
 
 from particle_explorer.configs import AverageConfig
 from particle_explorer.ctf import ctf_2d
-from particle_explorer.files import UserError
+from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix
 
 Float = NDArray[np.float32]
@@ -444,7 +444,7 @@ def average_classes(
         `(N,)` class of every row of the session; negative or NaN is in no class.
     angle_deg, shift_yx_px
         `(N,)` and `(N, 2)` poses, pixels of the originals; None for models without them. Rows with NaN are
-        left out.
+        left out, and so is a class of which nothing remains.
     names
         Captions, one per class in rising order of the label; by default the label.
 
@@ -461,6 +461,10 @@ def average_classes(
     rows = np.flatnonzero((label >= 0) & np.isfinite(angle) & np.isfinite(shift).all(1))
     if len(rows) == 0:
         raise UserError("no particle is in any class; cluster or select some first")
+    wanted = np.unique(label[label >= 0])
+    captions = [str(c) for c in wanted] if names is None else list(names)
+    if len(captions) != len(wanted):
+        raise ValueError(f"{len(captions)} names for {len(wanted)} classes")
     classes, which = np.unique(label[rows], return_inverse=True)
     config = config or AverageConfig()
     if plan.ctf == "none" and config.ctf == "auto":
@@ -476,7 +480,7 @@ def average_classes(
         table=table.iloc[rows],
         config=config,
         weights=np.ones(len(rows)),
-        labels=[str(c) for c in classes] if names is None else list(names),
+        labels=[captions[i] for i in np.searchsorted(wanted, classes)],
         signs=np.full(len(rows), plan.sign, dtype=np.float32),
         progress=progress,
         stop=stop,
@@ -563,7 +567,7 @@ def _in_two_threads(
         try:
             for block in _blocks(rows, boxes):
                 if stop is not None and stop.is_set():
-                    raise UserError("stopped before all images were averaged; nothing was kept")
+                    raise Stopped("stopped before all images were averaged; nothing was kept")
                 images = np.asarray(stack.read(rows[block]), dtype=np.float32)
                 waiting.append((block, pool.submit(work, block, images)))
                 if len(waiting) == 3:
