@@ -220,3 +220,40 @@ class SimulateConfig(Config):
     """Share of images that are not the molecule."""
     seed: int = setting(0, "Seed", ge=0, le=2**31 - 1)
     """Random seed."""
+
+
+class AccuracyConfig(Config):
+    """How well models find conformation and pose on stacks whose truth is known."""
+
+    stacks: Literal["all", "integrin-0.5", "integrin-0.1", "hinge"] = setting("all", "Stacks")
+    """`integrin-…` are the simulated integrin stacks of the folder of large data at that signal-to-noise ratio;
+    `hinge` is made by the package's own simulator, with CTF and junk."""
+    models: Literal["all", "class-map", "class-map-2d", "spatial-vae"] = setting("all", "Models")
+    """`class-map` is the class map of one dimension, `class-map-2d` the default of two."""
+    n_seeds: int = setting(3, "Seeds", ge=1, le=100)
+    """Runs of the one-dimensional class map per stack, with seeds 0, 1, …; the other models run once."""
+    n_particles: int = setting(0, "Particles", ge=0, le=10_000_000)
+    """Particles used of every stack, a fifth of them to score; 0 takes them all."""
+    vae_epochs: int = setting(0, "Epochs of spatial-VAE", ge=0, le=10_000)
+    """Passes of spatial-VAE over the particles; 0 takes the model's own number."""
+    data: str = setting("", "Folder of large data")
+    """Where `5hdb_sim` lies; empty takes the environment variable PARTICLE_EXPLORER_DATA."""
+    quick: bool = setting(False, "Quick")
+    """1500 particles, one seed, two epochs of spatial-VAE: whether everything runs, not how well."""
+
+
+class SpeedConfig(Config):
+    """Images per second of models, averaging and preprocessing."""
+
+    boxes_px: tuple[int, ...] = setting((40, 64, 128), "Boxes")
+    """Sides of the images that models are timed on."""
+    batch_size: int = setting(0, "Batch size", ge=0, le=100_000)
+    """Images per step; 0 takes the model's own."""
+    seconds: float = setting(4.0, "Seconds per measurement", gt=0, le=600)
+    """Least time each measurement takes, after its warm-up."""
+    stack_box_px: int = setting(256, "Box of the stack", ge=32, le=2048)
+    """Side of the images of the stack that averaging and preprocessing are timed on."""
+    stack_n: int = setting(1000, "Images of the stack", ge=8, le=1_000_000)
+    """Images of that stack; it is written to the temporary folder."""
+    quick: bool = setting(False, "Quick")
+    """A small box, a small stack and a fraction of a second each: whether everything runs, not how fast."""

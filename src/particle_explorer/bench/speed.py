@@ -1,0 +1,364 @@
+"""Images per second: of the models in training, encoding and decoding, of averaging and of preprocessing.
+
+Every figure stands beside a yardstick timed in the same run on the same machine: spatial-VAE beside a plain
+float32 implementation that decodes every pixel, averaging beside reading the same file from end to end and
+summing it, preprocessing beside a bare loop of reading and Fourier transforms. Each measurement runs in a
+process of its own, so that its peak of memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import torch
+from torch import Tensor, nn
+
+from particle_explorer import averaging, training
+from particle_explorer.bench.machine import describe
+from particle_explorer.configs import (
+    AverageConfig,
+    ClassMapConfig,
+    DataSpec,
+    PreprocessConfig,
+    SimulateConfig,
+    SpatialVAEConfig,
+    SpeedConfig,
+)
+from particle_explorer.files import write_text
+from particle_explorer.io.mrc import write_stack
+from particle_explorer.io.reading import read
+from particle_explorer.models.base import Batch
+from particle_explorer.models.build import build_model
+from particle_explorer.session import Session
+from particle_explorer.simulate import simulate
+
+MODELS: dict[str, ClassMapConfig | SpatialVAEConfig] = {
+    "class-map": ClassMapConfig(latent_dim=1),
+    "class-map-2d": ClassMapConfig(latent_dim=2),
+    "spatial-vae": SpatialVAEConfig(),
+}
+N_IMAGES = 3000
+"""Particles that models are timed on; enough for the start of the class map."""
+
+
+def run(
+    config: SpeedConfig, json_file: Path | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure everything; prints markdown tables and writes JSON."""
+    if config.quick:
+        update = {"boxes_px": (32,), "seconds": 0.2, "stack_box_px": 64, "stack_n": 64}
+        config = config.model_copy(update=update)
+    models: list[dict[str, Any]] = []
+    for box in config.boxes_px:
+        for name in MODELS:
+            models.append(_alone(time_model, name, box, config))
+            say(f"{name}, {box} px: " + _words(models[-1]))
+        models.append(_alone(time_plain_vae, box, config))
+        say(f"plain spatial-vae, {box} px: " + _words(models[-1]))
+    with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-") as folder:
+        stack = _stack(Path(folder), config)
+        images = [_alone(time_averaging, stack, config), _alone(time_preprocessing, stack, config)]
+    for result in images:
+        say(f"{result['what']}: " + _words(result))
+    say("\n" + _tables(models, images))
+    report = {
+        "machine": describe(),
+        "config": config.model_dump(mode="json"),
+        "models": models,
+        "images": images,
+    }
+    if json_file is not None:
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+        say(f"\nwritten to {json_file}")
+    return report
+
+
+def _words(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in result.items() if isinstance(value, (int, float)))
+
+
+def _alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """`measure(*args)` in a fresh process, with its peak of memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_memory, measure, *args).result()
+
+
+def _with_memory(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    result = measure(*args)
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result["peak_memory_MB"] = round(peak / (1e6 if sys.platform == "darwin" else 1e3))
+    return result
+
+
+def _rate(step: Callable[[], int], seconds: float) -> float:
+    """Images per second of a step that returns how many it did; the first is not counted."""
+    step()
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        done += step()
+    return done / spent
+
+
+# ---------------------------------------------------------------------- models
+
+
+class _InMemory:
+    """Simulated particles, normalised, as `models.base.Batches`."""
+
+    def __init__(self, box: int, n: int) -> None:
+        settings = SimulateConfig(
+            n=n, box_px=box, pixel_size_A=max(2.0, 260 / box), snr=0.2, defocus_max_A=0, defocus_min_A=0
+        )
+        simulation = simulate(settings)
+        self.images = torch.from_numpy(simulation.read(np.arange(n)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor) -> Batch:
+        return Batch(self.images[index], None, index)
+
+
+def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
+    """Start the model on simulated particles, then time steps of the kind that `training.fit` makes."""
+    torch.manual_seed(0)
+    device = training.choose_device("auto")
+    n = 300 if config.quick else N_IMAGES
+    data = DataSpec(box_px=box, n_channels=1, diameter_px=0.8 * box, n_particles=n)
+    model = build_model(MODELS[name], data).to(device)
+    batches = _InMemory(box, n)
+    batches.images = batches.images.to(device)
+    started = time.perf_counter()
+    for _ in model.start(batches):
+        pass
+    start_seconds = time.perf_counter() - started
+    size = min(config.batch_size or model.batch_size, n)
+    groups = [p for group in model.parts().values() for p in group]
+    optimiser = torch.optim.Adam(groups, lr=model.learning_rate)
+    model.schedule(0.5, model.n_epochs // 2)
+    model.train()
+
+    def train() -> int:
+        batch = batches.take(torch.randint(n, (size,)))
+        for part in model.parts():
+            with training.autocast(model, device, "auto"):
+                losses = model(batch, part)
+            optimiser.zero_grad(set_to_none=True)
+            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+            optimiser.step()
+        return size
+
+    def encode() -> int:
+        some = min(training.ENCODE_AT_ONCE, n)
+        with torch.no_grad(), training.autocast(model, device, "auto"):
+            model.encode(batches.take(torch.arange(some)))
+        return some
+
+    z = torch.zeros(1, model.latent_dim, device=device)
+
+    def decode() -> int:
+        with torch.inference_mode():
+            model.decode(z)
+        return 1
+
+    result: dict[str, Any] = {
+        "model": name,
+        "box_px": box,
+        "batch": size,
+        "start_seconds": round(start_seconds, 2),
+    }
+    result["train_per_s"] = round(_rate(train, config.seconds), 1)
+    model.eval()
+    result["encode_per_s"] = round(_rate(encode, config.seconds), 1)
+    result["decode_one_ms"] = round(1e3 / _rate(decode, config.seconds), 2)
+    return result
+
+
+class _PlainVAE(nn.Module):
+    """spatial-VAE as its paper writes it: float32, every pixel of every image decoded, no shortcut."""
+
+    def __init__(self, box: int, latent_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(box**2, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, 2 * (3 + latent_dim)),
+        )
+        self.coordinates = nn.Linear(2, hidden)
+        self.content = nn.Linear(latent_dim, hidden, bias=False)
+        self.decoder = nn.Sequential(nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+        line = torch.linspace(-1, 1, box)
+        self.grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1).reshape(-1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        mean, log_sd = self.encoder(flat).chunk(2, 1)
+        sample = mean + log_sd.exp() * torch.randn_like(mean)
+        angle, shift, z = sample[:, 0], sample[:, 1:3], sample[:, 3:]
+        cos, sin = angle.cos(), angle.sin()
+        turn = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+        at = self.grid @ turn + shift[:, None]
+        drawn = self.decoder(self.coordinates(at) + self.content(z)[:, None])[..., 0]
+        kl = (-log_sd + 0.5 * (log_sd * 2).exp() + 0.5 * mean**2 - 0.5).sum(1)
+        return (0.5 * (drawn - flat).square().sum(1) + kl).mean()
+
+
+def time_plain_vae(box: int, config: SpeedConfig) -> dict[str, Any]:
+    """The yardstick of spatial-VAE: same widths and batch, plainly written."""
+    torch.manual_seed(0)
+    ours = SpatialVAEConfig()
+    model = _PlainVAE(box, ours.latent_dim, ours.hidden)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    size = config.batch_size or 100
+    images = torch.randn(size, 1, box, box)
+
+    def train() -> int:
+        optimiser.zero_grad(set_to_none=True)
+        model(images).backward()
+        optimiser.step()
+        return size
+
+    return {
+        "model": "plain spatial-vae",
+        "box_px": box,
+        "batch": size,
+        "train_per_s": round(_rate(train, config.seconds), 1),
+    }
+
+
+# ---------------------------------------------------------------------- images
+
+
+def _stack(folder: Path, config: SpeedConfig) -> Path:
+    """A stack of noise with a star file that knows its CTF."""
+    n, box = config.stack_n, config.stack_box_px
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((min(n, 64), box, box), dtype=np.float32)
+    write_stack(folder / "stack.mrcs", np.stack([noise[i % len(noise)] for i in range(n)]), 1.0)
+    lines = [
+        "data_optics", "loop_", "_rlnOpticsGroup #1", "_rlnImagePixelSize #2", "_rlnImageSize #3",
+        "_rlnVoltage #4", "_rlnSphericalAberration #5", "_rlnAmplitudeContrast #6",
+        f"1 1.0 {box} 300.0 2.7 0.1", "", "data_particles", "loop_", "_rlnImageName #1", "_rlnOpticsGroup #2",
+        "_rlnDefocusU #3", "_rlnDefocusV #4", "_rlnDefocusAngle #5",
+    ]  # fmt: skip
+    defocus = rng.uniform(8000, 25000, n)
+    lines += [f"{i + 1:06d}@stack.mrcs 1 {u + 200:.1f} {u:.1f} 30.0" for i, u in enumerate(defocus)]
+    write_text(folder / "stack.star", "\n".join([*lines, ""]))
+    return folder / "stack.star"
+
+
+def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
+    """Averages of ten classes from the full-size images, beside reading the file and summing it."""
+    particles = read(star)
+    n = len(particles)
+    rng = np.random.default_rng(0)
+    angle, shift = rng.uniform(-180, 180, n), rng.normal(0, 2, (n, 2))
+
+    def summed() -> int:
+        path = star.with_name("stack.mrcs")
+        data = np.memmap(
+            path, dtype=np.float32, mode="r", offset=1024, shape=(n, config.stack_box_px, config.stack_box_px)
+        )
+        total = np.zeros(data.shape[1:], dtype=np.float64)
+        for start in range(0, n, 64):
+            total += data[start : start + 64].sum(0)
+        return n
+
+    def averaged(ctf: str) -> Callable[[], int]:
+        def step() -> int:
+            averaging.class_average(
+                particles.images,
+                np.arange(n),
+                angle,
+                shift,
+                table=particles.table,
+                config=AverageConfig(ctf=ctf),  # type: ignore[arg-type]
+            )
+            return n
+
+        return step
+
+    yardstick = _rate(summed, config.seconds)
+    rates = {ctf: _rate(averaged(ctf), config.seconds) for ctf in ("none", "wiener")}
+    return {
+        "what": f"averaging, {config.stack_box_px} px",
+        "images_per_s": round(rates["none"], 1),
+        "with_wiener_per_s": round(rates["wiener"], 1),
+        "yardstick": "reading the file and summing it",
+        "yardstick_per_s": round(yardstick, 1),
+        "ratio": round(rates["none"] / yardstick, 3),
+    }
+
+
+def time_preprocessing(star: Path, config: SpeedConfig) -> dict[str, Any]:
+    """Making a session (crop, flip, background, file on disk), beside reading and transforming."""
+    particles = read(star)
+    n = len(particles)
+    rows = np.arange(n)
+
+    def bare() -> int:
+        for start in range(0, n, 64):
+            scipy.fft.rfft2(particles.images.read(rows[start : start + 64]))
+        return n
+
+    with tempfile.TemporaryDirectory(dir=star.parent) as folder:
+        names = _counted(Path(folder))
+
+        def session() -> int:
+            Session.create(next(names), particles, PreprocessConfig())
+            return n
+
+        yardstick, rate = _rate(bare, config.seconds), _rate(session, config.seconds)
+    return {
+        "what": f"preprocessing, {config.stack_box_px} px",
+        "images_per_s": round(rate, 1),
+        "yardstick": "reading and a Fourier transform",
+        "yardstick_per_s": round(yardstick, 1),
+        "ratio": round(rate / yardstick, 3),
+    }
+
+
+def _counted(folder: Path) -> Iterator[Path]:
+    number = 0
+    while True:
+        yield folder / f"session-{number}"
+        number += 1
+
+
+def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | box | train, images/s | ratio to plain | encode, images/s | one picture, ms | peak, MB |"
+    ]
+    lines.append("|" + "---|" * 7)
+    plain = {m["box_px"]: m["train_per_s"] for m in models if m["model"].startswith("plain")}
+    for m in models:
+        ratio = m["train_per_s"] / plain[m["box_px"]] if m["model"] == "spatial-vae" else math.nan
+        cells = [
+            m["model"],
+            str(m["box_px"]),
+            f"{m['train_per_s']:.0f}",
+            "" if math.isnan(ratio) else f"{ratio:.1f}",
+        ]
+        cells += [str(m.get(name, "")) for name in ("encode_per_s", "decode_one_ms", "peak_memory_MB")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| what | images/s | yardstick | its images/s | ratio | peak, MB |", "|" + "---|" * 6]
+    for i in images:
+        names = ("what", "images_per_s", "yardstick", "yardstick_per_s", "ratio", "peak_memory_MB")
+        lines.append("| " + " | ".join(str(i.get(name, "")) for name in names) + " |")
+    return "\n".join(lines)
