@@ -552,24 +552,23 @@ class ScatterCanvas(QWidget):
     def _paint(self, painter: QPainter) -> None:
         look = self._look
         painter.fillRect(self.rect(), QColor(look.background))
-        plot = self.plot_rect()
-        painter.fillRect(plot, QColor(look.plot))
-        if self._points.rows.size:
-            painter.drawImage(plot, self._rendered())
-            paint_axes(painter, plot, self._view, self._titles, look, self.font(), self.width())
-            n_max = self._owned().n_max if self._was_density else 0
-            paint_legend(painter, plot, self._colouring, n_max, self._points.rows.size, look, self.font())
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-        if not self._points.rows.size and self._message:
+        if not self._points.rows.size:
             painter.setPen(QColor(look.text))
             flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
             painter.drawText(QRectF(self.rect()).adjusted(16, 8, -16, -8), flags, self._message)
+            return
+        plot = self.plot_rect()
+        painter.drawImage(plot, self._rendered())
+        paint_axes(painter, plot, self._view, self._titles, look, self.font(), self.width())
+        n_max = self._owned().n_max if self._was_density else 0
+        paint_legend(painter, plot, self._colouring, n_max, self._points.rows.size, look, self.font())
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         painter.setClipRect(plot)
         self._paint_active(painter)
         self._paint_handle(painter, plot)
         self._paint_path(painter)
         painter.setClipping(False)
-        if self._hint and self._points.rows.size:
+        if self._hint:
             self._paint_words(painter, self._hint, QPointF(plot.center().x(), plot.bottom() - 6))
         self._paint_hover(painter)
 

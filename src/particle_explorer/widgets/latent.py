@@ -1,0 +1,839 @@
+"""The latent view: the scatter with its axes, colours and handle, and what one does with a selection."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qtpy.QtCore import QPointF, QRectF, QSignalBlocker, QSize, Qt, QTimer, Signal
+from qtpy.QtGui import QColor, QIcon, QPainter, QPainterPath, QPen, QPixmap, QResizeEvent, QShowEvent
+from qtpy.QtWidgets import (
+    QComboBox,
+    QFrame,
+    QHBoxLayout,
+    QLabel,
+    QLineEdit,
+    QPushButton,
+    QScrollArea,
+    QSizePolicy,
+    QSlider,
+    QSpinBox,
+    QStackedWidget,
+    QToolButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+from particle_explorer.configs import ClusterConfig
+from particle_explorer.state import AppState, Opened, read
+from particle_explorer.widgets.background import Failure, JobFollower, Tasks
+from particle_explorer.widgets.colours import Colouring
+from particle_explorer.widgets.job_bar import Complaint, JobBar, number
+from particle_explorer.widgets.latent_axes import (
+    ONE_COLOUR,
+    Choice,
+    Columns,
+    HandleAxes,
+    LiveReader,
+    Place,
+    Seen,
+    read_columns,
+)
+from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool, follow
+from particle_explorer.widgets.splat import Points
+
+if TYPE_CHECKING:
+    import napari
+
+    from particle_explorer.session import Run, Session
+
+HINT = "Drag ◉ across the map. Lasso to select."
+NOTHING_OPEN = "No particles yet.\nOpen a stack in the tab Particles: its map appears here."
+NO_RUN = "No map yet.\nPress Train in the tab Train: the map appears here while it forms."
+LEARNING = "Learning the map … it appears here in a moment."
+MODIFIERS = "Shift adds, Alt or Ctrl takes away, both together keep the overlap.\nEsc clears, Ctrl+Z undoes."
+TOOLS: dict[Tool, str] = {
+    "handle": "Handle (D): click or drag anywhere to move ◉ there.\n"
+    "Arrow keys move it, with Shift ten steps; Enter takes it to the nearest particle.",
+    "lasso": f"Lasso (L): draw around particles, or click one.\n{MODIFIERS}",
+    "rectangle": f"Rectangle (R): drag a box around particles, or click one.\n{MODIFIERS}",
+    "pan": "Move the view (P), also with the middle button or the space bar.\n"
+    "The wheel zooms, over an axis only that axis.",
+}
+SLIDER_STEPS = 1000
+
+
+class LatentDock(QWidget):
+    """Shows the map of `state.run`; writes only into `state` (selection, handle, pose)."""
+
+    def __init__(self, napari_viewer: napari.Viewer | None = None, *, state: AppState | None = None) -> None:
+        super().__init__()
+        self.viewer = getattr(napari_viewer, "__wrapped__", napari_viewer)
+        if state is None:
+            from particle_explorer.widgets.workspace import state_of
+
+            state = state_of(self.viewer)
+        self.state = state
+        self.tasks = Tasks(self)
+        self._columns = Columns(state.features, np.zeros((0, 0)))
+        self._axes: HandleAxes | None = None
+        self._held: tuple[NDArray[np.float64], Place] | None = (
+            None  # where the hand put the handle, and its z
+        )
+        self._live_run: Path | None = None
+        self._new_from: set[str] | None = None  # columns there were before a job that makes some
+        self._hint_shown = False
+        self._view_of: tuple[Path | None, int] | None = (
+            None  # what the view is a view of: zoom is kept while this stays
+        )
+
+        self.canvas = ScatterCanvas(state.selection)
+        self.canvas.setMinimumHeight(150)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(2, 2, 2, 2)
+        layout.setSpacing(3)
+        picture = QHBoxLayout()
+        picture.setSpacing(0)
+        picture.addLayout(self._build_tools())
+        picture.addWidget(self.canvas, 1)
+        layout.addLayout(picture, 1)
+        layout.addLayout(self._build_choices())
+        layout.addWidget(self._build_sliders_area())
+        layout.addWidget(self._build_actions())
+        self.job = JobBar()
+        self.complaint = Complaint()
+        layout.addWidget(self.job)
+        layout.addWidget(self.complaint)
+        self.setFocusProxy(self.canvas)
+        self.setMinimumWidth(300)
+
+        self.canvas.handle_moved.connect(self._on_hand_moved)
+        self.canvas.snap_asked.connect(self._on_snap)
+        self.canvas.tool_changed.connect(self._on_tool)
+        self.canvas.density_changed.connect(self._on_density)
+        self.canvas.save_asked.connect(self._ask_name)
+        self.canvas.cluster_asked.connect(self._ask_clusters)
+        self.job.finished.connect(self._on_job_finished)
+        self.job.stopped.connect(self._on_job_over)
+        self.job.failed.connect(self._on_job_failed)
+        follow(self, state.session_changed, self._on_session)
+        follow(self, state.run_changed, self._on_run)
+        follow(self, state.features_changed, self._on_features)
+        follow(self, state.handle_changed, self._show_handle)
+        follow(self, state.pose_changed, self._show_pose)
+        follow(self, state.selection.changed, self._show_counts)
+        if self.viewer is not None:
+            theme = self.viewer.events.theme
+            theme.connect(self._on_theme)
+            self.destroyed.connect(lambda *_: theme.disconnect(self._on_theme))
+        self._on_theme()
+        self._live = JobFollower(self, LiveReader(), self._on_live, every_ms=600)
+        self._on_tool(self.canvas.tool)
+        self._on_session(state.session)
+        self._on_features()
+
+    def shutdown(self) -> None:
+        """Stop all background work; for tests and for whoever takes the dock away."""
+        self._live.stop()
+        self.job.hide()
+        self.tasks.stop()
+
+    def sizeHint(self) -> QSize:
+        return QSize(392, 430)
+
+    # ---- parts ----------------------------------------------------------------
+
+    def _build_tools(self) -> QVBoxLayout:
+        column = QVBoxLayout()
+        column.setSpacing(1)
+        self.tools: dict[str, QToolButton] = {}
+        for name, tip in TOOLS.items():
+            button = _tool_button(tip, checkable=True)
+            button.clicked.connect(lambda _=False, tool=name: self.canvas.set_tool(tool))
+            self.tools[name] = button
+            column.addWidget(button)
+        self.fit_button = _tool_button("Show the whole map (double click)")
+        self.fit_button.clicked.connect(self.canvas.fit)
+        self.density_button = _tool_button(
+            "Show how densely particles lie instead of single ones;\n"
+            "switches itself on when more than 300 000 are visible",
+            checkable=True,
+        )
+        self.density_button.clicked.connect(lambda on: self.canvas.set_density("on" if on else "off"))
+        column.addSpacing(4)
+        column.addWidget(self.fit_button)
+        column.addWidget(self.density_button)
+        column.addStretch(1)
+        return column
+
+    def _build_choices(self) -> QVBoxLayout:
+        self.x, self.y = _combo("Horizontal axis"), _combo("Vertical axis")
+        self.colour = _combo("Colour of the particles")
+        axes = QHBoxLayout()
+        for words, combo in (("x", self.x), ("y", self.y)):
+            axes.addWidget(QLabel(words))
+            axes.addWidget(combo, 1)
+        self.x.activated.connect(self._on_axes_chosen)
+        self.y.activated.connect(self._on_axes_chosen)
+        self.colour.activated.connect(self._show_colour)
+        below = QHBoxLayout()
+        below.addWidget(QLabel("colour"))
+        below.addWidget(self.colour, 1)
+        self.live_button = QToolButton()
+        self.live_button.setText("live")
+        self.live_button.setCheckable(True)
+        self.live_button.setChecked(True)
+        self.live_button.setVisible(False)
+        self.live_button.setToolTip(
+            "A run is learning: show its map as it forms, or the map of the finished run"
+        )
+        self.live_button.toggled.connect(self._on_live_toggled)
+        below.addWidget(self.live_button)
+        self.counts = QLabel()
+        self.counts.setAlignment(Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
+        self.counts.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
+        below.addWidget(self.counts, 1)
+        rows = QVBoxLayout()
+        rows.setSpacing(3)
+        for row in (axes, below):
+            row.setSpacing(4)
+            rows.addLayout(row)
+        return rows
+
+    def _build_sliders_area(self) -> QScrollArea:
+        """Sliders of the latent dimensions that are not on the axes, and of the pose."""
+        page = QWidget()
+        self._slider_rows = QVBoxLayout(page)
+        self._slider_rows.setContentsMargins(0, 0, 2, 0)
+        self._slider_rows.setSpacing(1)
+        self._dimension_rows = QVBoxLayout()
+        self._dimension_rows.setSpacing(1)
+        self._slider_rows.addLayout(self._dimension_rows)
+        self._sliders: dict[int, ValueSlider] = {}
+        self.angle = ValueSlider("angle", -180, 180, unit="°", digits=0, tip="Turn the reconstruction")
+        self.shift_x = ValueSlider("shift x", -10, 10, unit=" px", tip="Shift the reconstruction right")
+        self.shift_y = ValueSlider("y", -10, 10, unit=" px", tip="Shift the reconstruction down")
+        self.reset_pose = QToolButton()
+        self.reset_pose.setText("reset")
+        self.reset_pose.setToolTip("Angle and shift back to 0")
+        self.reset_pose.clicked.connect(lambda: self.state.set_pose(0.0, np.zeros(2)))
+        for widgets in ((self.angle, self.reset_pose), (self.shift_x, self.shift_y)):
+            row = QHBoxLayout()
+            row.setSpacing(8)
+            for widget in widgets:
+                row.addWidget(widget, 1 if isinstance(widget, ValueSlider) else 0)
+            self._slider_rows.addLayout(row)
+        for slider in (self.angle, self.shift_x, self.shift_y):
+            slider.moved.connect(self._on_pose_moved)
+        self.sliders = QScrollArea()
+        self.sliders.setWidgetResizable(True)
+        self.sliders.setFrameShape(QFrame.Shape.NoFrame)
+        self.sliders.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.sliders.setWidget(page)
+        return self.sliders
+
+    def _fit_sliders(self) -> None:
+        """All sliders where there is room, else three rows of them and a scroll bar."""
+        row = max(self.angle.sizeHint().height(), self.reset_pose.sizeHint().height()) + 1
+        room = max(3 * row, int(0.2 * self.height()))
+        self._slider_rows.invalidate()
+        self.sliders.setFixedHeight(min(self._slider_rows.totalSizeHint().height(), room))
+
+    def resizeEvent(self, event: QResizeEvent | None) -> None:
+        super().resizeEvent(event)
+        self._fit_sliders()
+
+    def showEvent(self, event: QShowEvent | None) -> None:
+        super().showEvent(event)
+        QTimer.singleShot(0, self._fit_sliders)
+
+    def _build_actions(self) -> QStackedWidget:
+        self.actions_stack = QStackedWidget()
+        self.actions_stack.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+        self.umap_button = QPushButton("Compute UMAP")
+        self.cluster_button = QPushButton("Cluster…")
+        self.save_button = QPushButton("Save set…")
+        self.clear_button = QPushButton("Clear")
+        self.umap_button.clicked.connect(self.compute_umap)
+        self.cluster_button.clicked.connect(self._ask_clusters)
+        self.save_button.clicked.connect(self._ask_name)
+        self.clear_button.clicked.connect(self.state.selection.clear)
+        self.actions_stack.addWidget(
+            _row(self.umap_button, self.cluster_button, self.save_button, self.clear_button)
+        )
+        self.n_clusters = QSpinBox()
+        self.n_clusters.setRange(2, 1000)
+        self.n_clusters.setValue(int(ClusterConfig.model_fields["n_clusters"].get_default()))
+        self.n_clusters.setToolTip("How many groups (k-means on the latent coordinates)")
+        self.start_cluster = QPushButton("Cluster")
+        self.start_cluster.clicked.connect(self.cluster)
+        self.n_clusters.lineEdit().returnPressed.connect(self.cluster)
+        self.actions_stack.addWidget(
+            _row(QLabel("k-means groups"), self.n_clusters, self.start_cluster, self._back_button())
+        )
+        self.set_name = QLineEdit()
+        self.set_name.setPlaceholderText("Name of the set")
+        self.set_name.returnPressed.connect(self.save_set)
+        self.confirm_save = QPushButton("Save")
+        self.confirm_save.clicked.connect(self.save_set)
+        self.actions_stack.addWidget(_row(self.set_name, self.confirm_save, self._back_button()))
+        return self.actions_stack
+
+    def _back_button(self) -> QPushButton:
+        button = QPushButton("Back")
+        button.clicked.connect(lambda: self.actions_stack.setCurrentIndex(0))
+        return button
+
+    # ---- what is open ----------------------------------------------------------
+
+    def _on_session(self, session: Session | None) -> None:
+        self.complaint.clear()
+        self._live_run, self._held, self._new_from = None, None, None
+        self._live.follow(None if session is None else session.path)
+        self.canvas.set_density("auto")
+        self.canvas.clear_points()
+        self._view_of = None
+        self._show_state()
+
+    def _on_run(self, run: Run | None) -> None:
+        self._held, self._axes = None, None
+        if run is not None and self._live_run == run.path:
+            self._live_run = None
+        self._show_state()
+
+    def _on_features(self) -> None:
+        if not self._shows_live:
+            features = self.state.features
+            self.tasks.run("columns", lambda: read_columns(features), self._on_columns, self._complain)
+
+    @property
+    def _shows_live(self) -> bool:
+        return self._live_run is not None and self.live_button.isChecked()
+
+    def _on_live(self, seen: Seen) -> None:
+        was = self._live_run
+        self._live_run = seen.run_path
+        self.live_button.setVisible(self._live_run is not None)
+        if self._shows_live and seen.live is not None:
+            features, live = self.state.features, seen.live
+            self.tasks.run("columns", lambda: read_columns(features, live), self._on_columns, self._complain)
+        if was != self._live_run:
+            if was is not None and self._live_run is None and self.state.run is not None:
+                self._on_features()  # it has ended without a map of its own, or that map is being opened now
+            self._show_state()
+
+    def _on_live_toggled(self, on: bool) -> None:
+        if not on:
+            self._on_features()
+        self._show_state()
+
+    def _on_columns(self, columns: Columns) -> None:
+        """Offer and show the columns that were found; choices made before stay where they still fit."""
+        if len(columns.features) != self.state.selection.mask.size:
+            return  # of a session that has been closed meanwhile
+        self._columns = columns
+        self._axes = None  # of other columns; the new ones come with the points
+        self._follow_new_columns(columns)
+        first = columns.first_axes()
+        self._offer_columns(columns)
+        keys = {choice.key for choice in columns.axes}
+        run = self.state.run
+        shown = self._live_run if self._shows_live else None if run is None else run.path
+        source = (shown, columns.n_dims)
+        chosen = (
+            self.x.currentData() in keys
+            and self.y.currentData() in keys
+            and self.x.currentData() != self.y.currentData()
+        )
+        if first is not None and (not chosen or self._view_of is None or self._view_of[1] != columns.n_dims):
+            _choose(self.x, first[0])
+            _choose(self.y, first[1])
+        self._show_points(keep_view=self._view_of == source)
+        self._view_of = source
+        self._show_colour()
+        if columns.n_dims and self.state.handle_z.size == columns.n_dims and not self.state.handle_z.any():
+            self.state.set_handle(columns.median)  # the origin may be far from every particle
+        self._build_sliders()
+        self._show_state()
+
+    def _offer_columns(self, columns: Columns) -> None:
+        axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
+        for combo, choices in ((self.x, axes), (self.y, axes), (self.colour, colours)):
+            _offer(combo, choices)
+
+    def _follow_new_columns(self, columns: Columns) -> None:
+        """Show what a job has just written: an embedding on the axes, clusters as colours."""
+        if self._new_from is None:
+            return
+        new = [choice for choice in (*columns.axes, *columns.colours) if choice.key not in self._new_from]
+        self._new_from = None
+        keys = list(dict.fromkeys(choice.key for choice in new))
+        pair = [key for key in keys if key.startswith("umap")]
+        self._offer_columns(columns)
+        if len(pair) >= 2:
+            _choose(self.x, pair[0])
+            _choose(self.y, pair[1])
+        elif keys:
+            _choose(self.colour, keys[0])
+
+    def _show_points(self, *, keep_view: bool = False) -> None:
+        columns, x, y = self._columns, self.x.currentData(), self.y.currentData()
+        if columns.n_dims == 0 or x is None or y is None:
+            self.canvas.clear_points()
+            self.canvas.set_handle(None, None)
+            self._axes = None
+            return
+        titles = (columns.title(x), columns.title(y))
+
+        def work() -> tuple[Points, HandleAxes]:
+            return columns.points(x, y), columns.handle_axes(x, y)
+
+        def done(found: tuple[Points, HandleAxes]) -> None:
+            if len(columns.features) != self.state.selection.mask.size:
+                return
+            points, self._axes = found
+            self.canvas.set_points(points, titles=titles, keep_view=keep_view)
+            self._show_handle(self.state.handle_z)
+            self._show_hint()
+
+        self.tasks.run("points", work, done, self._complain)
+
+    def _on_axes_chosen(self, *_: object) -> None:
+        self._held = None
+        self._show_points()
+        self._build_sliders()
+
+    def _show_colour(self, *_: object) -> None:
+        columns, key = self._columns, self.colour.currentData()
+
+        def done(colouring: Colouring) -> None:
+            self.canvas.set_colouring(colouring)
+
+        key = ONE_COLOUR if key is None else key
+        self.tasks.run("colour", lambda: columns.colouring(key), done, self._complain)
+
+    def _show_state(self) -> None:
+        """Words where there is nothing to see; what cannot be done now says why."""
+        state, learning = self.state, self._shows_live
+        message = (
+            NOTHING_OPEN
+            if state.session is None and not len(state.features)
+            else LEARNING
+            if learning
+            else NO_RUN
+        )
+        self.canvas.set_message(message)
+        mapped = self._columns.n_dims > 0 and len(self._columns.features) == state.selection.mask.size
+        for widget in (
+            self.x,
+            self.y,
+            self.colour,
+            self.fit_button,
+            self.density_button,
+            *self.tools.values(),
+        ):
+            widget.setEnabled(mapped)
+        self.sliders.setVisible(state.handle_z.size > 0)
+        busy = self.job.folder is not None
+        encoded = state.run is not None and state.handle_z.size > 0
+        why = (
+            "Wait until the job below has ended" if busy else "" if encoded else "There is no trained map yet"
+        )
+        for button, tip in (
+            (self.umap_button, "Lay the particles out so that neighbours stay together, in the background"),
+            (self.cluster_button, "Sort the particles into groups (C)"),
+        ):
+            button.setEnabled(not why)
+            button.setToolTip(why or tip)
+        self._show_counts()
+
+    def _show_counts(self, *_: object) -> None:
+        selection = self.state.selection
+        n, total = selection.count, selection.mask.size
+        if not total:
+            self.counts.setText("")
+        elif n:
+            self.counts.setText(f"{number(n)} of {number(total)} selected")
+        else:
+            self.counts.setText(f"{number(total)} particles")
+        for button, tip in (
+            (self.save_button, "Keep the selected particles under a name (S)"),
+            (self.clear_button, "Select nothing (Esc); Ctrl+Z brings it back"),
+        ):
+            button.setEnabled(n > 0)
+            button.setToolTip(tip if n else "Nothing is selected; draw a lasso around particles first")
+        if n == 0 and self.actions_stack.currentIndex() == 2:
+            self.actions_stack.setCurrentIndex(0)
+
+    def _show_hint(self) -> None:
+        has_handle = self.canvas.handle != (None, None)
+        if has_handle and not self._hint_shown:
+            self.canvas.set_hint(HINT)
+
+    # ---- the handle --------------------------------------------------------------
+
+    def _on_hand_moved(self, x: float, y: float) -> None:
+        if self._axes is None:
+            return
+        self._hint_shown = True
+        self.canvas.set_hint("")
+        place: Place = (None if math.isnan(x) else x, None if math.isnan(y) else y)
+        z = self._axes.z_at(*place, self.state.handle_z)
+        self._held = (z, place)
+        self.state.set_handle(z)
+
+    def _on_snap(self, row: int) -> None:
+        z = self._columns.z[row]
+        if not np.isfinite(z).all() or self.state.handle_z.size != z.size:
+            return
+        x, y = (float(self._columns.values(combo.currentData())[row]) for combo in (self.x, self.y))
+        kept = self.canvas.handle
+        self._held = (z, (None if kept[0] is None else x, None if kept[1] is None else y))
+        self.state.selection.set_active(row)
+        self.state.set_handle(z)
+        self._show_handle(z)
+
+    def _show_handle(self, z: NDArray[np.float64]) -> None:
+        if self._axes is None or z.size == 0 or z.size != self._columns.n_dims:
+            self.canvas.set_handle(None, None)
+            return
+        if self._held is not None and np.array_equal(self._held[0], z):
+            place = self._held[1]  # in an embedding the way back from z is only approximate
+        else:
+            place = self._axes.place(z)
+        self.canvas.set_handle(*place)
+        for i, slider in self._sliders.items():
+            slider.set_value(float(z[i]))
+
+    def _build_sliders(self) -> None:
+        """One slider for each dimension that the axes do not hold, unless they hold the whole space."""
+        d = self._columns.n_dims if self.state.handle_z.size == self._columns.n_dims else 0
+        keys = {self.x.currentData(), self.y.currentData()}
+        on_axes = [
+            key for key in keys if key is not None and key.startswith(("z_", "pc_")) and key[-1].isdigit()
+        ]
+        hidden = (
+            []
+            if len([key for key in on_axes if "std" not in key]) >= d
+            else [i for i in range(d) if f"z_{i}" not in keys]
+        )
+        if list(self._sliders) != hidden:
+            for old in self._sliders.values():
+                self._dimension_rows.removeWidget(old)
+                old.deleteLater()
+            self._sliders = {}
+            for i in hidden:
+                tip = f"Move ◉ along dimension {i + 1} of the map"
+                slider = ValueSlider(f"map {i + 1}", 0, 1, digits=2, tip=tip)
+                slider.moved.connect(lambda value, i=i: self._on_slider(i, value))
+                self._sliders[i] = slider
+                self._dimension_rows.addWidget(slider)
+        for i, slider in self._sliders.items():
+            slider.set_range(*(float(value) for value in self._columns.spread[i]))
+            slider.set_value(float(self.state.handle_z[i]))
+        QTimer.singleShot(0, self._fit_sliders)  # when the style has had its say
+
+    def _on_slider(self, i: int, value: float) -> None:
+        z = self.state.handle_z.copy()
+        z[i] = value
+        self.state.set_handle(z)
+
+    # ---- the pose ----------------------------------------------------------------
+
+    def _on_pose_moved(self, _: float) -> None:
+        self.state.set_pose(self.angle.value, np.array([self.shift_y.value, self.shift_x.value]))
+
+    def _show_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
+        self.angle.set_value(angle_deg)
+        self.shift_y.set_value(float(shift_yx_px[0]))
+        self.shift_x.set_value(float(shift_yx_px[1]))
+
+    # ---- jobs ----------------------------------------------------------------------
+
+    def compute_umap(self) -> None:
+        """Start an embedding in the background."""
+        self._start("embed", ["--method", "umap"], "UMAP …")
+
+    def cluster(self) -> None:
+        """Start k-means with the number of groups that is shown."""
+        self.actions_stack.setCurrentIndex(0)
+        self._start("cluster", ["--n-clusters", str(self.n_clusters.value())], "Clustering …")
+
+    def _start(self, kind: str, options: list[str], words: str) -> None:
+        from particle_explorer import jobs
+
+        run = self.state.run
+        if run is None or self.job.folder is not None:
+            return
+        self.complaint.clear()
+        session = run.session
+
+        def work() -> Path:
+            return jobs.start([kind, str(run.path), *options], session.new_job(kind))
+
+        def started(folder: Path) -> None:
+            self._new_from = {choice.key for choice in (*self._columns.axes, *self._columns.colours)}
+            self.job.follow(folder, words)
+            self._show_state()
+            self.state.job_changed.emit(str(folder))
+
+        self.tasks.run("start job", work, started, self._complain)
+
+    def _on_job_finished(self, status: Any) -> None:
+        session, run = self.state.session, self.state.run
+        if session is None or run is None:
+            self._on_job_over(status)
+            return
+
+        def done(opened: Opened) -> None:
+            if (
+                opened.run is not None
+                and self.state.run is not None
+                and opened.run.path == self.state.run.path
+            ):
+                self.state.set_features(opened.features)
+
+        self.tasks.run("features", lambda: read(session, run), done, self._complain)
+        self._show_state()
+
+    def _on_job_over(self, _: Any) -> None:
+        self._new_from = None
+        self._show_state()
+
+    def _on_job_failed(self, failure: Failure) -> None:
+        self._on_job_over(None)
+        self._complain(failure)
+
+    def _complain(self, failure: Failure) -> None:
+        self.complaint.show_failure(failure)
+
+    # ---- sets ------------------------------------------------------------------------
+
+    def _ask_clusters(self) -> None:
+        if self.cluster_button.isEnabled():
+            self.actions_stack.setCurrentIndex(1)
+            self.n_clusters.setFocus()
+            self.n_clusters.selectAll()
+
+    def _ask_name(self) -> None:
+        if not self.state.selection.count or self.state.session is None:
+            return
+        self.actions_stack.setCurrentIndex(2)
+        taken = set(self.state.session.selections())
+        free = next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken)
+        self.set_name.setText(free)
+        self.set_name.selectAll()
+        self.set_name.setFocus()
+
+    def save_set(self) -> None:
+        """Keep the selection under the name that was typed."""
+        session, name = self.state.session, self.set_name.text().strip()
+        if session is None or not name:
+            return
+        mask = self.state.selection.mask
+        how = f"chosen by hand in {self.x.currentText()} / {self.y.currentText()}"
+        if self.state.run is not None:
+            how += f" of run {self.state.run.name}"
+
+        def done(_: None) -> None:
+            self.actions_stack.setCurrentIndex(0)
+            self.canvas.setFocus()
+            self.state.sets_changed.emit()
+
+        self.complaint.clear()
+        self.tasks.run("save set", lambda: session.save_selection(name, mask, how), done, self._complain)
+
+    # ---- look ------------------------------------------------------------------------
+
+    def _on_tool(self, tool: str) -> None:
+        for name, button in self.tools.items():
+            button.setChecked(name == tool)
+
+    def _on_density(self, on: bool) -> None:
+        self.density_button.setChecked(on)
+
+    def _on_theme(self, *_: object) -> None:
+        look = LOOKS["dark"] if self.viewer is None else look_of(self.viewer.theme)
+        self.canvas.set_look(look)
+        for name, button in (*self.tools.items(), ("fit", self.fit_button), ("density", self.density_button)):
+            button.setIcon(_icon(name, look.text, look.line))
+
+
+class ValueSlider(QWidget):
+    """A slider with its name and its value."""
+
+    moved = Signal(float)
+    """by hand"""
+
+    def __init__(
+        self, name: str, low: float, high: float, *, unit: str = "", digits: int = 1, tip: str = ""
+    ) -> None:
+        super().__init__()
+        self._low, self._high, self._unit, self._digits = low, high, unit, digits
+        self._value = 0.0
+        self.slider = QSlider(Qt.Orientation.Horizontal)
+        self.slider.setRange(0, SLIDER_STEPS)
+        self.slider.setMinimumWidth(36)
+        self.slider.setAccessibleName(name)
+        self.slider.valueChanged.connect(self._on_moved)
+        self.words = QLabel()
+        self.words.setMinimumWidth(self.words.fontMetrics().horizontalAdvance(f"−{high:.{digits}f}{unit}"))
+        self.setToolTip(tip)
+        row = QHBoxLayout(self)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.setSpacing(3)
+        row.addWidget(QLabel(name))
+        row.addWidget(self.slider, 1)
+        row.addWidget(self.words)
+        self.set_value(0.0)
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    def set_range(self, low: float, high: float) -> None:
+        self._low, self._high = low, high if high > low else low + 1
+        self.set_value(self._value)
+
+    def set_value(self, value: float) -> None:
+        """Show a value, silently; one outside the range leaves the knob at its end."""
+        self._value = value
+        share = (value - self._low) / (self._high - self._low)
+        with QSignalBlocker(self.slider):
+            self.slider.setValue(round(min(max(share, 0.0), 1.0) * SLIDER_STEPS))
+        self._say()
+
+    def _on_moved(self, step: int) -> None:
+        value = self._low + step / SLIDER_STEPS * (self._high - self._low)
+        self._value = round(value, max(self._digits, 2)) if self._digits else float(round(value))
+        self._say()
+        self.moved.emit(self._value)
+
+    def _say(self) -> None:
+        self.words.setText(f"{self._value:.{self._digits}f}{self._unit}".replace("-", "−"))
+
+
+def look_of(theme: str) -> Look:
+    """Our colours for one of napari's themes."""
+    from napari.utils.theme import get_theme
+
+    colours = get_theme(theme)
+    base = LOOKS["light" if colours.type == "light" else "dark"]
+    text, ground, line = (colours.text.as_hex(), colours.background.as_hex(), colours.secondary.as_hex())
+    return Look(_six(ground), base.plot, _six(text), _six(line), base.ring, base.accent, base.plain)
+
+
+def _six(colour: str) -> str:
+    return QColor(colour).name()
+
+
+def _combo(tip: str) -> QComboBox:
+    combo = QComboBox()
+    combo.setToolTip(tip)
+    combo.setAccessibleName(tip)
+    combo.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+    combo.setMinimumContentsLength(5)
+    combo.setMaxVisibleItems(20)
+    return combo
+
+
+def _offer(combo: QComboBox, choices: tuple[Choice, ...]) -> None:
+    """Put choices into a combo box without a signal; what was chosen stays chosen where it is still there."""
+    if [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count())] == [
+        (choice.key, choice.short) for choice in choices
+    ]:
+        return
+    kept = combo.currentData()
+    with QSignalBlocker(combo):
+        combo.clear()
+        for choice in choices:
+            combo.addItem(choice.short, choice.key)
+            combo.setItemData(combo.count() - 1, choice.title, Qt.ItemDataRole.ToolTipRole)
+        widest = max((combo.fontMetrics().horizontalAdvance(choice.short) for choice in choices), default=0)
+        combo.view().setMinimumWidth(min(widest + 40, 380))
+        combo.setCurrentIndex(max(0, combo.findData(kept)))
+
+
+def _choose(combo: QComboBox, key: str) -> None:
+    with QSignalBlocker(combo):
+        combo.setCurrentIndex(combo.findData(key))
+
+
+def _row(*widgets: QWidget) -> QWidget:
+    page = QWidget()
+    row = QHBoxLayout(page)
+    row.setContentsMargins(0, 0, 0, 0)
+    row.setSpacing(4)
+    for widget in widgets:
+        row.addWidget(widget, 0 if isinstance(widget, QLabel) else 1)
+    return page
+
+
+def _tool_button(tip: str, *, checkable: bool = False) -> QToolButton:
+    button = QToolButton()
+    button.setToolTip(tip)
+    button.setAccessibleName(tip.partition(":")[0].partition("\n")[0])
+    button.setCheckable(checkable)
+    button.setAutoRaise(True)
+    button.setIconSize(QSize(18, 18))
+    button.setFixedSize(26, 24)
+    return button
+
+
+def _icon(name: str, colour: str, off: str) -> QIcon:
+    icon = QIcon()
+    icon.addPixmap(_drawing(name, colour), QIcon.Mode.Normal)
+    icon.addPixmap(_drawing(name, off), QIcon.Mode.Disabled)
+    return icon
+
+
+def _drawing(name: str, colour: str) -> QPixmap:
+    """Small pictures of the tools, drawn, so that no font and no file has to have them."""
+    size = 54  # three times the size they are shown at, for sharp edges on dense screens
+    picture = QPixmap(size, size)
+    picture.fill(Qt.GlobalColor.transparent)
+    painter = QPainter(picture)
+    painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+    pen = QPen(QColor(colour), 4.5)
+    pen.setCapStyle(Qt.PenCapStyle.RoundCap)
+    painter.setPen(pen)
+    if name == "handle":
+        painter.drawEllipse(QPointF(27, 27), 18, 18)
+        painter.setBrush(QColor(colour))
+        painter.drawEllipse(QPointF(27, 27), 6, 6)
+    elif name == "lasso":
+        path = QPainterPath(QPointF(20, 46))
+        path.cubicTo(26, 40, 20, 36, 14, 32)
+        path.cubicTo(0, 20, 16, 6, 32, 8)
+        path.cubicTo(52, 11, 54, 30, 36, 34)
+        path.cubicTo(28, 36, 18, 36, 14, 32)
+        painter.drawPath(path)
+    elif name == "rectangle":
+        pen.setDashPattern([2, 1.8])
+        painter.setPen(pen)
+        painter.drawRect(QRectF(8, 12, 38, 30))
+    elif name == "pan":
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            tip = QPointF(27 + 20 * dx, 27 + 20 * dy)
+            painter.drawLine(QPointF(27, 27), tip)
+            for side in (-1, 1):
+                painter.drawLine(
+                    tip, QPointF(tip.x() - 7 * dx + 7 * side * dy, tip.y() - 7 * dy + 7 * side * dx)
+                )
+    elif name == "fit":
+        for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            corner = QPointF(27 + 18 * dx, 27 + 18 * dy)
+            painter.drawLine(corner, QPointF(corner.x() - 11 * dx, corner.y()))
+            painter.drawLine(corner, QPointF(corner.x(), corner.y() - 11 * dy))
+    else:
+        painter.setPen(Qt.PenStyle.NoPen)
+        shade = QColor(colour)
+        for radius, strength in ((22, 70), (15, 120), (8, 255)):
+            shade.setAlpha(strength)
+            painter.setBrush(shade)
+            painter.drawEllipse(QPointF(27, 27), radius, radius * 0.8)
+    painter.end()
+    return picture
