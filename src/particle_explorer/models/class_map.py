@@ -1,0 +1,641 @@
+"""The class map: 2D classification whose classes lie on a smooth map. The default model.
+
+A decoder turns every node of a latent grid into a class image; every particle gets its posterior over
+node × in-plane angle × shift by search: the maximum-likelihood classification of Scheres et al. (2005)
+joined with the generative topographic mapping of Bishop, Svensén and Williams (1998), the pose marginalised
+by search. With whitened image y, whitened node image m and unit noise,
+
+    log p(y | node, pose) - log p(y | noise alone) = y · m_pose - ½ ‖m_pose‖²
+
+What is compared are windows: the *image* is shifted by whole pixels, the *template* is turned (and shifted
+by fractions), so that all scores are matrix products of window rows with template rows. A search over all
+angles and shifts with a few nodes proposes poses; all nodes are scored at the proposed poses only. The
+gradient of the marginal likelihood with respect to the templates, Σ γ (y - m), is one more product; only
+turning and decoding the nodes goes through autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from particle_explorer.configs import ClassMapConfig, DataSpec
+from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
+from particle_explorer.models.layers import SmoothDecoder
+from particle_explorer.transforms import (
+    FourierBand,
+    fourier_radius,
+    place,
+    pose_gradients,
+    real_rows,
+    register,
+    rotation_matrix,
+    soft_disc,
+    turning_matrix,
+    unplace,
+)
+
+_BLOCK_BYTES = 8 * 2**20
+"""Rows and scores made at a time in a search; small enough to stay in a processor's cache."""
+_SPARSE_BOX_PX = 128
+"""Larger boxes are turned image by image: their turning matrix would take more than half a gigabyte."""
+_DISC_EDGE_PX = 2.0
+
+
+class _Expectation(NamedTuple):
+    log_evidence: Tensor
+    """`(b,)` nats over noise alone, under the current temperature"""
+    gradient: Tensor
+    """`(k, c, n, n)` of the mean of `log_evidence` with respect to the whitened nodes"""
+    node: Tensor
+    """`(b, k)` posterior of the nodes"""
+
+
+@contextmanager
+def _fast_products(precision: str) -> Iterator[None]:
+    """float32 products through bf16 where the hardware has it (sums and results stay float32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _block(floats_per_image: int, factor: int = 1) -> int:
+    return max(1, factor * _BLOCK_BYTES // (4 * floats_per_image))
+
+
+class _Turn(torch.autograd.Function):
+    """Images `(k, n²)` turned by a sparse matrix `(r·n², n²)`: `(r, k, n²)`."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        k, n2 = images.shape
+        return (matrix @ images.T.contiguous()).view(-1, n2, k).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        k = gradients[0].shape[1]
+        columns = gradients[0].transpose(1, 2).reshape(-1, k)
+        return (ctx.transposed @ columns).T, None, None
+
+
+def _turn(images: Tensor, by: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+    """`(k, n²)` images turned by every angle: `(r, k, n²)`."""
+    if isinstance(by, tuple):
+        turned: Tensor = _Turn.apply(images, *by)
+        return turned
+    n = math.isqrt(images.shape[1])
+    return place(images.view(1, -1, n, n), by, mode="bicubic").flatten(2)
+
+
+def _polynomial(z: Tensor, degree: int) -> Tensor:
+    """`(b, d)` → `(b, m)` monomials of total degree up to `degree`, constant first."""
+    if z.shape[1] == 1:
+        return z ** torch.arange(degree + 1, device=z.device)
+    terms = [z[:, 0] ** i * z[:, 1] ** j for i in range(degree + 1) for j in range(degree + 1 - i)]
+    return torch.stack(terms, -1)
+
+
+class ClassMap(ParticleModel):
+    """Exact posterior over map × angle × shift; see the module's text.
+
+    Memory: window rows in blocks of `_BLOCK_BYTES`; templates k·r·c·w² floats (w: side of the window around
+    the particle); per particle of the session 4·(proposals + latent_dim + 1) bytes while training.
+    """
+
+    learning_rate = 2e-3
+    batch_size = 1000
+    n_epochs = 8
+    precision: str = "auto"
+    """`float32` forbids products in lower precision."""
+    gauge_degree = 4
+    n_proposals = 16
+    n_encode_proposals = 24
+    search_every = 2
+    """Epochs between searches over all poses; in between the proposals of the last one are kept."""
+
+    def __init__(self, config: ClassMapConfig, data: DataSpec) -> None:
+        super().__init__(config, data)
+        n, d = data.box_px, config.latent_dim
+        self.latent_dim = d
+        side = config.nodes_per_dim or (24 if d == 1 else 12)
+        axis = torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
+        node_z = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
+        n_coarse = min(side, 8 if d == 1 else 4)
+        pick = torch.linspace(0, side - 1, 2 * n_coarse + 1)[1::2].round().long().unique()
+        coarse = pick if d == 1 else (pick[:, None] * side + pick).flatten()
+
+        self.disc_px = min(data.diameter_px / 2, n / 2 - _DISC_EDGE_PX - 0.5)
+        self.box = n
+        spread = config.shift_range_px or max(2.0, round(0.075 * n))
+        self.shift_step = max(1, round(n / 48))
+        n_side = max(1, math.floor(spread / self.shift_step + 1e-6))
+        at = torch.arange(-n_side, n_side + 1) * self.shift_step
+        shifts = torch.cartesian_prod(at, at)
+        shifts = shifts[shifts.float().norm(dim=1) <= n_side * self.shift_step + 0.3 * self.shift_step]
+        n_angles = max(12, round(360 / config.angle_step_deg))
+        self.angle_step = 2 * math.pi / n_angles
+
+        def constant(name: str, value: Tensor) -> None:
+            self.register_buffer(name, value, persistent=False)
+
+        constant("node_z", node_z)
+        constant("coarse", coarse)
+        constant("angles", torch.arange(n_angles) * self.angle_step)
+        constant("shifts", shifts)
+        constant("mask", soft_disc(n, self.disc_px + 1, _DISC_EDGE_PX))
+        constant("shell", fourier_radius(n).round().long().clamp(max=n // 2))
+        self.register_buffer("noise_power", torch.ones(n // 2 + 1))
+        self.register_buffer("shift_sd", torch.tensor(spread / 2))
+        n_terms = _polynomial(torch.zeros(1, d), self.gauge_degree).shape[1]
+        self.register_buffer("gauge", torch.zeros(n_terms, 3))
+        self.node_z: Tensor
+        self.coarse: Tensor
+        self.angles: Tensor
+        self.shifts: Tensor
+        self.mask: Tensor
+        self.shell: Tensor
+        self.noise_power: Tensor
+        self.shift_sd: Tensor
+        self.gauge: Tensor
+        # turns of half a step move the rim by this much; shorter waves only blur the search
+        rim = self.disc_px * self.angle_step / 2
+        self.coarse_band = FourierBand(n, min(n // 2, max(8.0, n / (3 * rim))))
+        self.band = FourierBand(n, n // 2)
+        self._matrices: tuple[Tensor, Tensor] | None = None
+        self.decoder = SmoothDecoder(d, data.n_channels, n, self.disc_px)
+        self.heat = 1.0
+        """Inverse temperature of the likelihood while fitting."""
+        self._epoch = 0
+        self._proposals: Tensor | None = None
+        self._proposed_in: Tensor | None = None
+        self._last_z: Tensor | None = None
+        self._power: Tensor | None = None
+
+    # ---- pictures
+
+    def nodes(self) -> Tensor:
+        return self.node_z
+
+    def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        images = self.decoder(z)
+        turn, move = self._gauge_at(z)
+        if angle is None and shift is None and not bool(self.gauge.any()):
+            return images
+        angle = torch.zeros_like(turn) if angle is None else angle
+        shift = torch.zeros_like(move) if shift is None else shift
+        # placing the gauged reference = one turn by the sum of the angles
+        moved = torch.einsum("bij,bj->bi", rotation_matrix(angle), move.flip(-1)).flip(-1)
+        return place(images, angle + turn, moved + shift, mode="bicubic")
+
+    def _gauge_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn (rad) and move (px yx) that bring the decoder's frame at `z` into the reported one."""
+        terms = _polynomial(z.clamp(-1, 1), self.gauge_degree) @ self.gauge
+        return terms[:, 0], terms[:, 1:]
+
+    # ---- whitening
+
+    def _whitener(self) -> Tensor:
+        """`(n, n // 2 + 1)` filter that makes the noise white with variance 1."""
+        return self.noise_power.clamp_min(1e-8).rsqrt()[self.shell]
+
+    def _filter(self, images: Tensor, factor: Tensor) -> Tensor:
+        n = images.shape[-1]
+        return torch.fft.irfft2(torch.fft.rfft2(images) * factor, s=(n, n))
+
+    def _radial_power(self, images: Tensor) -> Tensor:
+        """`(b, c, n, n)` → `(b, n // 2 + 1)` power per pixel in each shell (white noise of variance 1 gives 1)."""
+        n = images.shape[-1]
+        power = torch.fft.rfft2(images).abs().square().mean(1) / n**2
+        # the half spectrum counts a column twice where its mirror image is left out
+        twice = torch.full((n // 2 + 1,), 2.0, device=images.device)
+        twice[0] = 1.0
+        if n % 2 == 0:
+            twice[-1] = 1.0
+        weight = twice.expand(n, -1)
+        total = torch.zeros(len(images), n // 2 + 1, device=images.device)
+        total.index_add_(1, self.shell.flatten(), (power * weight).flatten(1))
+        count = torch.zeros(n // 2 + 1, device=images.device).index_add_(0, self.shell.flatten(), weight.flatten())
+        return total / count
+
+    def _set_noise(self, power: Tensor) -> None:
+        # shell 0 is one coefficient, which background normalisation has touched: it takes its neighbour's
+        power = power.clone()
+        power[0] = power[1]
+        padded = F.pad(power.log()[None, None], (1, 1), mode="replicate")
+        smooth = F.conv1d(padded, torch.tensor([[[0.25, 0.5, 0.25]]], device=power.device))[0, 0]
+        self.noise_power.copy_(smooth.exp())
+
+    # ---- rows and templates
+
+    def _rows(self, images: Tensor, band: FourierBand) -> Tensor:
+        """`(b, c, n, n)` → `(b, c, q)` coefficients of the whitened images in one band."""
+        return band(images) * self._whitener().flatten()[band.index]
+
+    def _templates(self, nodes: Tensor, band: FourierBand) -> Tensor:
+        """Node images `(k, c, n, n)` turned by each angle of the search and whitened: `(r, k, px)` rows."""
+        k, c, n, _ = nodes.shape
+        turned = _turn(nodes.reshape(k * c, n * n), self._turning()).view(-1, k, c, n, n)
+        return real_rows(self._rows(turned, band))
+
+    def _turning(self) -> tuple[Tensor, Tensor] | Tensor:
+        """The turning matrix and its transpose, or the angles where a device has no sparse products."""
+        if self.angles.device.type == "mps" or self.box > _SPARSE_BOX_PX:
+            return self.angles
+        if self._matrices is None or self._matrices[0].device != self.angles.device:
+            self._matrices = turning_matrix(self.box, self.angles)
+        return self._matrices
+
+    def _log_prior(self, moves: Tensor) -> Tensor:
+        """Log of the Gaussian prior of shifts `(..., 2)`, up to its constant."""
+        return -(moves.float() ** 2).sum(-1) / (2 * self.shift_sd**2)
+
+    def _log_prior_shifts(self) -> Tensor:
+        return self._log_prior(self.shifts).log_softmax(0)
+
+    def _search(self, images: Tensor, templates: Tensor, n_best: int) -> Tensor:
+        """The most promising poses of each image: `(b, p)` indices shift · r + angle.
+
+        `templates` `(r, k, px)` of a few nodes in the coarse band; a pose is ranked by its best node.
+        """
+        r, k, px = templates.shape
+        flat = templates.flatten(0, 1)
+        minus_norm = -0.5 * flat.square().sum(-1)
+        prior = self._log_prior_shifts()
+        back = self.coarse_band.phases(-self.shifts)[:, None]
+        found = []
+        for part in self._rows(images, self.coarse_band).split(_block(len(prior) * (px + r * k))):
+            rows = real_rows(part[:, None] * back)
+            scores = torch.addmm(minus_norm, rows.flatten(0, 1), flat.T)
+            best = scores.view(len(part), len(prior), r, k).amax(-1) + prior[:, None]
+            found.append(best.flatten(1).topk(n_best, dim=1).indices)
+        return torch.cat(found)
+
+    def _expect(
+        self, images: Tensor, pose: Tensor, templates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Score all nodes at proposed poses `(b, p)` in the full band.
+
+        Returns log evidence `(b,)`, the gradient of its sum with respect to `templates` `(r, k, px)`, the
+        posterior of the nodes `(b, k)` and that of the poses `(b, p)`.
+        """
+        r, k, px = templates.shape
+        b, p = pose.shape
+        minus_norm = -0.5 * templates.square().sum(-1)
+        prior = self._log_prior_shifts() - math.log(r * k)
+        back = self.band.phases(-self.shifts)[:, None]
+        gradient = torch.zeros_like(templates)
+        evidence, nodes, poses = [], [], []
+        step = _block(p * (px + 2 * k), 4)
+        for start in range(0, b, step):
+            part = pose[start : start + step]
+            coefficients = self._rows(images[start : start + step], self.band)
+            angle = (part % r).flatten()
+            order = angle.argsort(stable=True)
+            count = torch.bincount(angle, minlength=r).tolist()
+            shift = (part // r).flatten()[order]
+            rows = real_rows(coefficients[order // p] * back[shift])
+            scores = rows.new_empty(len(order), k)
+            for a, (row, score) in enumerate(zip(rows.split(count), scores.split(count), strict=True)):
+                if len(row):
+                    torch.addmm(minus_norm[a], row, templates[a].T, out=score)
+            scores += prior[shift, None]
+            by_image = torch.empty_like(scores)
+            by_image[order] = scores
+            logits = by_image.view(len(part), p * k).mul_(self.heat)
+            total = logits.logsumexp(1, keepdim=True)
+            gamma = logits.sub_(total).exp_().view(len(part), p, k)
+            evidence.append(total[:, 0] / self.heat)
+            nodes.append(gamma.sum(1))
+            poses.append(gamma.sum(2))
+            weights = gamma.view(-1, k)[order]
+            for a, (row, weight) in enumerate(zip(rows.split(count), weights.split(count), strict=True)):
+                if len(row):
+                    gradient[a].addmm_(weight.T, row)
+                    gradient[a].addcmul_(templates[a], weight.sum(0)[:, None], value=-1)
+        return torch.cat(evidence), gradient, torch.cat(nodes), torch.cat(poses)
+
+    # ---- fitting
+
+    def schedule(self, fraction: float, epoch: int) -> None:
+        self.heat = min(1.0, 0.3 + 0.7 * fraction / 0.4)
+        if epoch != self._epoch and self._power is not None:
+            self._set_noise(self._power)
+        self._epoch = epoch
+
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        nodes = self.decoder(self.node_z)
+        fixed = nodes.detach().requires_grad_()
+        with torch.enable_grad():
+            graph = self._templates(fixed, self.band)
+        templates = graph.detach()
+        with torch.no_grad(), _fast_products(self.precision):
+            pose = self._propose(batch, nodes)
+            evidence, gradient, node, _ = self._expect(batch.images, pose, templates)
+        (pulled,) = torch.autograd.grad(graph, fixed, gradient)
+        pulled = pulled / len(batch.images)
+        self._remember(batch, node, nodes.detach())
+        # its value is the mean negative log evidence, its gradient that of the posterior
+        surrogate = -(nodes * pulled).sum()
+        loss = surrogate - surrogate.detach() - evidence.mean()
+        return {"negative_log_likelihood": loss}
+
+    def _propose(self, batch: Batch, nodes: Tensor) -> Tensor:
+        row = batch.row
+        n_poses = len(self.angles) * len(self.shifts)
+        p = min(self.n_proposals, n_poses)
+        if self._proposals is None:
+            size = max(self.data.n_particles, int(row.max()) + 1)
+            self._proposals = torch.zeros(size, p, dtype=torch.int32, device=row.device)
+            self._proposed_in = torch.full((size,), -1, dtype=torch.int32, device=row.device)
+        assert self._proposed_in is not None
+        when = self._proposed_in[row]
+        if bool(((when < 0) | (self._epoch - when >= self.search_every)).any()):
+            pose = self._search(batch.images, self._templates(nodes[self.coarse], self.coarse_band), p)
+            self._proposals[row] = pose.int()
+            self._proposed_in[row] = self._epoch
+            return pose
+        return self._proposals[row].long()
+
+    def _remember(self, batch: Batch, node: Tensor, nodes: Tensor) -> None:
+        """Keep what the live view and the noise estimate need of this step."""
+        with torch.no_grad():
+            if self._last_z is None:
+                size = max(self.data.n_particles, int(batch.row.max()) + 1)
+                self._last_z = torch.full((size, self.latent_dim), torch.nan, device=node.device)
+            self._last_z[batch.row] = node @ self.node_z
+            raw = self._radial_power(batch.images).mean(0)
+            model = node.mean(0) @ self._radial_power(nodes)
+            power = torch.maximum(raw - model, 0.1 * raw)
+            self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
+
+    def latest(self) -> tuple[Tensor, Tensor] | None:
+        if self._last_z is None:
+            return None
+        row = self._last_z[:, 0].isfinite().nonzero()[:, 0]
+        return row, self._last_z[row]
+
+    def start(self, batches: Batches) -> Iterator[Step]:
+        n_fit = len(batches)
+        device = self.node_z.device
+        some = torch.randperm(n_fit)[: min(n_fit, 4096)]
+        with torch.no_grad(), _fast_products(self.precision):
+            yield from self._start_noise(batches, some)
+            yield from self._start_template(batches, n_fit)
+            targets = None
+            for item in self._start_components(batches, n_fit):
+                if isinstance(item, Step):
+                    yield item
+                else:
+                    targets = item
+        assert targets is not None
+        yield from self._start_decoder(targets.to(device))
+
+    def _start_noise(self, batches: Batches, some: Tensor) -> Iterator[Step]:
+        yield Step("noise", 0.0)
+        images = torch.cat([batches.take(part).images for part in some.split(1024)])
+        total = self._radial_power(images).mean(0)
+        outside = 1 - soft_disc(self.data.box_px, self.disc_px + 2, 2.0, device=images.device)
+        share = outside.square().mean()
+        if share > 0.05:
+            around = self._radial_power(images * outside).mean(0) / share
+            total = torch.minimum(total, around)
+        self._set_noise(total)
+
+    def _start_template(self, batches: Batches, n_fit: int) -> Iterator[Step]:
+        """One template by annealed EM."""
+        n, c = self.data.box_px, self.data.n_channels
+        device = self.node_z.device
+        n_steps, size = 60, min(n_fit, 300)
+        template = torch.zeros(1, c, n, n, device=device)
+        sample = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)]).images
+        template[0] = sample.mean(0) * self.mask
+        for step in range(n_steps):
+            heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
+            band = self.coarse_band if step < 0.6 * n_steps else self.band
+            chosen = torch.randint(len(sample), (size,))
+            new = self._one_template_step(sample[chosen], template, heat, band)
+            keep = 0.0 if step < 5 else 0.7
+            template = keep * template + (1 - keep) * new * self.mask
+            if step % 5 == 4:
+                yield Step("one template", step / n_steps)
+        self._template = template
+
+    def _one_template_step(self, images: Tensor, template: Tensor, heat: float, band: FourierBand) -> Tensor:
+        """The average `(1, c, n, n)` of images, brought back by the posterior over all poses of one template."""
+        templates = self._templates(template, band)[:, 0]
+        minus_norm = -0.5 * templates.square().sum(-1)
+        prior = self._log_prior_shifts()
+        phases = band.phases(-self.shifts)[:, None]
+        total = torch.zeros_like(templates)
+        for part in self._rows(images, band).split(_block(len(prior) * templates.shape[1])):
+            rows = real_rows(part[:, None] * phases).flatten(0, 1)
+            scores = torch.addmm(minus_norm, rows, templates.T).view(len(part), len(prior), -1)
+            gamma = ((scores + prior[:, None]) * heat).flatten(1).softmax(1)
+            total.addmm_(gamma.view(len(rows), -1).T, rows)
+        coefficients = torch.view_as_complex(total.view(len(total), self.data.n_channels, -1, 2))
+        whitener = self._whitener().flatten()[band.index]
+        return unplace(band.images(coefficients / whitener), self.angles, mode="bicubic").sum(0, keepdim=True) / len(images)
+
+    def _start_components(self, batches: Batches, n_fit: int) -> Iterator[Any]:
+        """Align by the template; yields steps and then the node images to start from."""
+        n, c, d = self.data.box_px, self.data.n_channels, self.latent_dim
+        whitener = self._whitener()
+        chosen = torch.randperm(n_fit)[: min(n_fit, 16384)]
+        templates = self._templates(self._template, self.coarse_band)
+        aligned = []
+        for i, part in enumerate(chosen.split(1024)):
+            images = batches.take(part).images
+            pose = self._search(images, templates, 1)[:, 0]
+            r = len(self.angles)
+            whitened = self._filter(images, whitener)
+            aligned.append(unplace(whitened, self.angles[pose % r], self.shifts[pose // r].float()))
+            yield Step("aligning", min(1.0, (i + 1) * 1024 / len(chosen)))
+        stack = torch.cat(aligned)
+        mean = stack.mean(0)
+        blur = torch.exp(-2 * (math.pi * 1.0 * fourier_radius(n, stack.device) / n) ** 2)
+        flat = (self._filter(stack - mean, blur) * self.mask).flatten(1)
+        _, s, v = torch.svd_lowrank(flat, q=d + 6, niter=3)
+        sd = s / math.sqrt(len(flat))
+        sd = (sd[:d] ** 2 - sd[-1] ** 2).clamp_min(1e-6).sqrt()
+        components = v[:, :d].T.reshape(d, c, n, n) * sd[:, None, None, None]
+        z = self.node_z * math.sqrt(3)
+        nodes = mean * self.mask + torch.einsum("kd,dchw->kchw", z, components)
+        yield self._filter(nodes, 1 / whitener)
+
+    def _start_decoder(self, targets: Tensor) -> Iterator[Step]:
+        targets = targets * self.decoder.disc
+        scale = (targets - targets.mean(0)).std().clamp_min(1e-6)
+        with torch.no_grad():
+            self.decoder.base.copy_(targets.mean(0))
+        n_steps = 150
+        optimizer = torch.optim.Adam(self.decoder.parameters(), lr=4e-3)
+        for step in range(n_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 4e-3 * 0.5 * (1 + math.cos(math.pi * step / n_steps)) + 1e-5
+            loss = ((self.decoder(self.node_z) - targets) / scale).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 20 == 19:
+                yield Step("ordering", (step + 1) / n_steps)
+        optimizer.zero_grad()
+        self._start_loss = float(loss.detach())
+
+    def finish(self, batches: Batches) -> Iterator[Step]:
+        """Bring the canonical frames along the map into register on the whole image."""
+        yield Step("gauge", 0.0)
+        with torch.no_grad():
+            self.gauge.zero_()
+            raw = self.decoder(self.node_z)
+            weight = self.mask
+            terms = _polynomial(self.node_z, self.gauge_degree)
+            angles = torch.deg2rad(torch.arange(-40.0, 41.0, 4.0, device=raw.device))
+            middle = self.node_z.norm(dim=1).argmin()
+            reference = raw[middle : middle + 1]
+            for i in range(6):
+                turn, move = register(raw, reference, weight, angles=angles, max_shift_px=4)
+                value = torch.cat([turn[:, None], move], 1)
+                self.gauge.copy_(torch.linalg.lstsq(terms, value).solution)
+                turn, move = self._gauge_at(self.node_z)
+                reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
+                yield Step("gauge", (i + 1) / 6)
+        self._proposals = self._proposed_in = None
+
+    # ---- encoding
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoding:
+        with _fast_products(self.precision):
+            nodes = self.decoder(self.node_z)
+            parts = [self._encode_part(part, nodes) for part in batch.images.split(1024)]
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return Encoding(whole.pop("z"), whole.pop("z_std"), whole.pop("angle"), whole.pop("shift"), whole)
+
+    def _encode_part(self, images: Tensor, nodes: Tensor) -> dict[str, Tensor]:
+        b, r, k = len(images), len(self.angles), len(nodes)
+        p = min(self.n_encode_proposals, r * len(self.shifts))
+        pose = self._search(images, self._templates(nodes[self.coarse], self.coarse_band), p)
+
+        # each proposed cell is divided: 3 angles × 2 × 2 shifts
+        third, quarter = self.angle_step / 3, self.shift_step / 4
+        fine_turns = torch.tensor([-third, 0.0, third], device=images.device)
+        near = torch.tensor([-quarter, quarter], device=images.device)
+        fine_moves = torch.cartesian_prod(near, near)
+        turns, moves = fine_turns.repeat_interleave(4), fine_moves.repeat(3, 1)
+        n_fine = len(turns)
+
+        coefficients = self._rows(images, self.band)
+        back, ahead = self.band.phases(-self.shifts)[:, None], self.band.phases(fine_moves)[:, None, None]
+        angle_index = (pose % r).flatten()
+        order = angle_index.argsort(stable=True)
+        count = torch.bincount(angle_index, minlength=r).tolist()
+        shift_index = (pose // r).flatten()[order]
+        image = order // p
+        node_score = images.new_empty(b * p, k)
+        cell_score = images.new_empty(b * p, n_fine)
+        best_score = images.new_empty(b * p)
+        best_at = order.new_empty(b * p)
+        normaliser = self._log_prior(self.shifts).logsumexp(0) + math.log(r * k * n_fine)
+        done = 0
+        for a, size in enumerate(count):
+            if not size:
+                continue
+            at, shift = order[done : done + size], shift_index[done : done + size]
+            row = real_rows(coefficients[image[done : done + size]] * back[shift])
+            turned = place(nodes.flatten(0, 1)[None], self.angles[a] + fine_turns, mode="bicubic")
+            turned_rows = self._rows(turned.unflatten(1, nodes.shape[:2]), self.band)
+            templates = real_rows(turned_rows[:, None] * ahead).flatten(0, 2)
+            score = torch.addmm(-0.5 * templates.square().sum(-1), row, templates.T).view(size, n_fine, k)
+            score += (self._log_prior(self.shifts[shift, None] + moves) - normaliser)[..., None]
+            top, where = score.flatten(1).max(1)
+            weight = score.sub_(top[:, None, None]).exp_()
+            node_score[at] = weight.sum(1).log() + top[:, None]
+            cell_score[at] = weight.sum(2).log() + top[:, None]
+            best_score[at], best_at[at] = top, where
+            done += size
+
+        node_score, cell_score = node_score.view(b, p, k), cell_score.view(b, p * n_fine)
+        by_node = node_score.logsumexp(1)
+        evidence = by_node.logsumexp(1)
+        node = by_node.softmax(1)
+        z = node @ self.node_z
+        z_std = (node @ self.node_z**2 - z**2).clamp_min(0).sqrt()
+        cell = cell_score.softmax(1)
+        entropy = -(cell * cell.clamp_min(1e-30).log()).sum(1)
+
+        chosen = best_score.view(b, p).argmax(1)
+        pick = torch.arange(b, device=pose.device)
+        where = best_at.view(b, p)[pick, chosen]
+        best_pose, best_node = pose[pick, chosen], where % k
+        angle = self.angles[best_pose % r] + turns[where // k]
+        move = self.shifts[best_pose // r] + moves[where // k]
+        cell_angle = (self.angles[pose % r][..., None] + turns).flatten(1)
+        cell_move = (self.shifts[pose // r][:, :, None] + moves).flatten(1, 2)
+        away = torch.remainder(cell_angle - angle[:, None] + math.pi, 2 * math.pi) - math.pi
+        inside = (away.abs() <= 2.5 * self.angle_step) & ((cell_move - move[:, None]).norm(dim=-1) <= 3 * self.shift_step)
+        mode = torch.where(inside, cell, 0)
+        mode = mode / mode.sum(1, keepdim=True).clamp_min(1e-30)
+        angle_var = (mode * away**2).sum(1) - (mode * away).sum(1) ** 2
+        centre = torch.einsum("bm,bmi->bi", mode, cell_move)
+        shift_var = torch.einsum("bm,bmi->bi", mode, (cell_move - centre[:, None]) ** 2).mean(1)
+
+        whitener = self._whitener()
+        angle, move, curvature, residual = self._refine(
+            self._filter(images, whitener), self._filter(nodes, whitener)[best_node], angle, move
+        )
+        local = torch.linalg.inv(curvature)
+        angle_std = torch.maximum(angle_var.clamp_min(0), local[:, 0, 0]).sqrt()
+        shift_std = torch.maximum(shift_var, (local[:, 1, 1] + local[:, 2, 2]) / 2).sqrt()
+
+        turn, shift_gauge = self._gauge_at(self.node_z[best_node])
+        angle = angle - turn
+        move = move - torch.einsum("bij,bj->bi", rotation_matrix(angle), shift_gauge.flip(-1)).flip(-1)
+        angle = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+        return {
+            "z": z, "z_std": z_std, "angle": angle, "shift": move, "log_likelihood": evidence,
+            "angle_std": angle_std, "shift_std": shift_std, "pose_entropy": entropy, "residual": residual,
+        }  # fmt: skip
+
+    def _refine(
+        self, whitened: Tensor, template: Tensor, angle: Tensor, move: Tensor, n_steps: int = 3
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gauss-Newton on angle and shift against each image's own node; only improvements are kept.
+
+        Returns angle, shift, curvature `(b, 3, 3)` of the log posterior and mean squared residual `(b,)`.
+        """
+        gradients = pose_gradients(template)
+        prior = torch.diag(torch.tensor([1e-6, 0.0, 0.0], device=angle.device))
+        prior[1, 1] = prior[2, 2] = self.shift_sd**-2
+        curvature = torch.einsum("bichw,bjchw->bij", gradients, gradients) + prior
+        start_angle, start_move = angle, move
+        best = torch.full_like(angle, -torch.inf)
+        best_angle, best_move, residual = angle, move, torch.zeros_like(angle)
+        for step in range(n_steps + 1):
+            difference = unplace(whitened, angle, move, mode="bicubic") * self.mask - template
+            score = -0.5 * difference.square().sum((1, 2, 3)) + self._log_prior(move)
+            better = score > best
+            best = torch.where(better, score, best)
+            best_angle = torch.where(better, angle, best_angle)
+            best_move = torch.where(better[:, None], move, best_move)
+            residual = torch.where(better, difference.square().sum((1, 2, 3)), residual)
+            if step == n_steps:
+                break
+            slope = torch.einsum("bichw,bchw->bi", gradients, difference)
+            # the prior's pull, in the reference frame
+            slope[:, 1:] -= torch.einsum("bji,bj->bi", rotation_matrix(angle), move.flip(-1)).flip(-1) / self.shift_sd**2
+            delta = torch.linalg.solve(curvature, slope)
+            angle = start_angle + (angle + delta[:, 0] - start_angle).clamp(-self.angle_step, self.angle_step)
+            ahead = torch.einsum("bij,bj->bi", rotation_matrix(angle), delta[:, 1:].flip(-1)).flip(-1)
+            reach = 1.5 * self.shift_step
+            move = start_move + (move + ahead - start_move).clamp(-reach, reach)
+        return best_angle, best_move, curvature, residual / self.mask.sum() / template.shape[1]
