@@ -23,7 +23,7 @@ RANKS: dict[str, int] = {
         [
             ["configs", "pose", "files", "transforms"],
             ["particles", "ctf", "status"],
-            ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics"],
+            ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "report"],
             ["session", "gauge"],
             ["training"],
             ["jobs", "state"],
