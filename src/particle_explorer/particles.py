@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,6 +166,14 @@ _CLAUSE = re.compile(
     r"""\s*(?P<column>`[^`]+`|[^\s=!<>]+)\s*(?P<op>==|!=|<=|>=|<|>)\s*(?P<value>"[^"]*"|'[^']*'|[^\s"']\S*)\s*"""
 )
 _AND = re.compile(r"and\s+", re.IGNORECASE)
+_COMPARE: dict[str, Callable[..., Any]] = {
+    "==": np.equal,
+    "!=": np.not_equal,
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+}
 
 
 def where_mask(table: pd.DataFrame, text: str) -> NDArray[np.bool_]:
@@ -182,7 +190,8 @@ def where_mask(table: pd.DataFrame, text: str) -> NDArray[np.bool_]:
         match = _CLAUSE.match(text, position)
         if match is None:
             raise UserError(
-                f'cannot read "{text[position:].strip()}" in the condition "{text}"; write COLUMN OP VALUE, for '
+                f'cannot read "{text[position:].strip()}" in the condition "{text}"; write COLUMN OP VALUE, '
+                "for "
                 f'instance "class_id == 3 and defocus_u_A < 20000", with one of == != < <= > >='
             )
         mask &= _clause_mask(table, match["column"].strip("`"), match["op"], match["value"])
@@ -218,9 +227,7 @@ def _clause_mask(table: pd.DataFrame, name: str, op: str, value: str) -> NDArray
     else:
         column = column.astype(str)
     values = column.to_numpy()
-    compare = {
-        "==": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal,
-    }[op]  # fmt: skip
+    compare = _COMPARE[op]
     return np.asarray(compare(values, wanted), dtype=bool)
 
 

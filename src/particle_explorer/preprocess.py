@@ -1,4 +1,5 @@
-"""From original images to the cached images that models see: CTF phases, Fourier crop, background, contrast."""
+"""From original images to the cached images that models see: CTF phases, Fourier crop, background,
+contrast."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class Plan:
     background: str
     """"ring" or "none\""""
     ctf: str
-    """"flip-raw" flips the phases of images whose `ctf_state` is raw, "flip-all" of all, "keep" of none (the CTF is
-    still known), "none" does not know any CTF."""
+    """"flip-raw" flips the phases of images whose `ctf_state` is raw, "flip-all" of all, "keep" of none (the
+    CTF is still known), "none" does not know any CTF."""
     reasons: tuple[str, ...]
     """Why, one sentence each, for the preview and the log."""
 
@@ -52,8 +53,8 @@ class Plan:
 def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -> Plan:
     """Decide the preprocessing of all particles of `table`.
 
-    `guessed_sign` (+1 particle bright, -1 dark, 0 unknown) is used where neither the settings nor the file say the
-    contrast; `io.inspecting.guess_contrast` makes it from a sample of images.
+    `guessed_sign` (+1 particle bright, -1 dark, 0 unknown) is used where neither the settings nor the file
+    say the contrast; `io.inspecting.guess_contrast` makes it from a sample of images.
     """
     if not len(table):
         raise UserError("there are no particles to prepare; the condition leaves none over")
@@ -68,7 +69,8 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
         if diameter > box:
             size = box * pixel_size if known else box
             raise UserError(
-                f"the particle diameter of {config.diameter_A:g} {unit} is larger than the box of {size:g} {unit}"
+                f"the particle diameter of {config.diameter_A:g} {unit} is larger than the box of {size:g} "
+                f"{unit}"
             )
         reasons.append(f"diameter {config.diameter_A:g} {unit}" + ("" if known else " (pixel size unknown)"))
     else:
@@ -79,10 +81,15 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
     if cached_box > box:
         raise UserError(f"the box of {cached_box} px is larger than the original images of {box} px")
     if cached_box < LEAST_BOX_PX:
-        raise UserError(f"a box of {cached_box} px is too small to see anything in; {LEAST_BOX_PX} px or more is needed")
+        raise UserError(
+            f"a box of {cached_box} px is too small to see anything in; {LEAST_BOX_PX} px or more is needed"
+        )
     scale = box / cached_box
     if diameter / scale < 4:
-        raise UserError(f"the particle would be only {diameter / scale:.1f} px wide in the cached images; check the diameter")
+        raise UserError(
+            f"the particle would be only {diameter / scale:.1f} px wide in the cached images; check the "
+            "diameter"
+        )
 
     sign = _sign(table, config, guessed_sign, reasons)
     ctf = _ctf_action(table, config, pixel_size, reasons)
@@ -116,22 +123,30 @@ def _one_pixel_size(table: pd.DataFrame) -> float:
     shown = ", ".join("unknown" if math.isnan(size) else f"{size:g}" for size in sizes)
     raise UserError(
         f"the images have several pixel sizes ({shown} Å); choose one, for instance "
-        f'--where "pixel_size_A < {(sizes[0] + sizes[1]) / 2 if np.isfinite(sizes[1]) else sizes[0] * 1.01:.6g}"'
+        f'--where "pixel_size_A < '
+        f'{(sizes[0] + sizes[1]) / 2 if np.isfinite(sizes[1]) else sizes[0] * 1.01:.6g}"'
     )
 
 
 def _sign(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int, reasons: list[str]) -> int:
     if config.contrast != "auto":
-        reasons.append("contrast inverted, as asked" if config.contrast == "invert" else "contrast kept, as asked")
+        reasons.append(
+            "contrast inverted, as asked" if config.contrast == "invert" else "contrast kept, as asked"
+        )
         return -1 if config.contrast == "invert" else 1
     said = np.unique(table["contrast_sign"])
     if len(said) > 1:
         raise UserError(
-            'the file gives bright particles and dark ones; choose one kind, for instance --where "contrast_sign == -1"'
+            "the file gives bright particles and dark ones; choose one kind, for instance --where "
+            '"contrast_sign == -1"'
         )
-    sign, by = (int(said[0]), "the file says") if said[0] else (int(np.sign(guessed_sign)), "the images look like")
+    sign, by = (
+        (int(said[0]), "the file says") if said[0] else (int(np.sign(guessed_sign)), "the images look like")
+    )
     if sign == 0:
-        reasons.append("contrast kept: neither the file nor the images say whether the particle is bright or dark")
+        reasons.append(
+            "contrast kept: neither the file nor the images say whether the particle is bright or dark"
+        )
         return 1
     reasons.append(
         f"contrast inverted: {by} dark particles" if sign < 0 else f"contrast kept: {by} bright particles"
@@ -139,12 +154,18 @@ def _sign(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int, reas
     return sign
 
 
-def _ctf_action(table: pd.DataFrame, config: PreprocessConfig, pixel_size_A: float, reasons: list[str]) -> str:
+def _ctf_action(
+    table: pd.DataFrame, config: PreprocessConfig, pixel_size_A: float, reasons: list[str]
+) -> str:
     states = set(table["ctf_state"].unique())
     if config.ctf == "none" or states == {"none"}:
-        reasons.append("no CTF, as asked" if config.ctf == "none" else "no CTF: the particles carry no defocus")
+        reasons.append(
+            "no CTF, as asked" if config.ctf == "none" else "no CTF: the particles carry no defocus"
+        )
         return "none"
-    missing = [name for name in _NEEDED if name not in table or not np.isfinite(table[name].to_numpy(float)).all()]
+    missing = [
+        name for name in _NEEDED if name not in table or not np.isfinite(table[name].to_numpy(float)).all()
+    ]
     if "none" in states:
         missing.append("the defocus of some particles")
     if not math.isfinite(pixel_size_A):
@@ -158,7 +179,9 @@ def _ctf_action(table: pd.DataFrame, config: PreprocessConfig, pixel_size_A: flo
         reasons.append(f"amplitude contrast not given, {USUAL_AMPLITUDE_CONTRAST} taken")
     if config.ctf == "phase-flip":
         if "premultiplied" in states:
-            raise UserError("the images are multiplied by their CTF already, so their phases must not be flipped again")
+            raise UserError(
+                "the images are multiplied by their CTF already, so their phases must not be flipped again"
+            )
         reasons.append("phases flipped, as asked")
         return "flip-all"
     if "raw" in states:
@@ -210,8 +233,8 @@ def effective_ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32] |
 
 
 def fourier_crop(images: Images, m: int) -> Images:
-    """`(..., n, n)` → `(..., m, m)`: the frequencies below m / 2 kept; values keep their scale and pixel n // 2 goes to
-    m // 2, so poses about the centre stay true with shifts scaled by m / n."""
+    """`(..., n, n)` → `(..., m, m)`: the frequencies below m / 2 kept; values keep their scale and pixel n //
+    2 goes to m // 2, so poses about the centre stay true with shifts scaled by m / n."""
     spectrum = _cropped_spectrum(np.asarray(images, np.float32), m)
     return np.asarray(scipy.fft.irfft2(spectrum, s=(m, m), axes=(-2, -1)), np.float32)
 
@@ -224,7 +247,9 @@ def _cropped_spectrum(images: Images, m: int) -> NDArray[np.complex64]:
     if m == n:
         return np.asarray(spectrum, np.complex64)
     low, high = (m + 1) // 2, m // 2
-    kept = np.concatenate([spectrum[..., :low, : m // 2 + 1], spectrum[..., n - high :, : m // 2 + 1]], axis=-2)
+    kept = np.concatenate(
+        [spectrum[..., :low, : m // 2 + 1], spectrum[..., n - high :, : m // 2 + 1]], axis=-2
+    )
     kept *= np.float32((m / n) ** 2)
     offset = m // 2 - (n // 2) * m / n  # where the centre would land, short of m // 2
     if offset:
@@ -235,7 +260,8 @@ def _cropped_spectrum(images: Images, m: int) -> NDArray[np.complex64]:
 
 
 def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
-    """`(n, n)`: outside the particle and inside the circle that fits the box; with the corners where that is thin."""
+    """`(n, n)`: outside the particle and inside the circle that fits the box; with the corners where that is
+    thin."""
     y, x = np.indices((n, n)) - n // 2
     radius = np.hypot(y, x)
     ring = (radius > diameter_px / 2) & (radius <= n / 2)
@@ -249,8 +275,9 @@ def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
 def normalise_background(images: Images, diameter_px: float) -> None:
     """Bring the ring around the particle to mean 0 and standard deviation 1, in place, per image.
 
-    Means are per channel, the deviation one for all channels, so that colours stay. A background much quieter than
-    the image (`NOISE_FLOOR`) is not blown up: clean simulations and masked images keep their relative contrast.
+    Means are per channel, the deviation one for all channels, so that colours stay. A background much quieter
+    than the image (`NOISE_FLOOR`) is not blown up: clean simulations and masked images keep their relative
+    contrast.
     """
     ring = background_ring(images.shape[-1], diameter_px)
     outside = images[..., ring].astype(np.float64)  # (k, c, p)
@@ -272,7 +299,9 @@ def _flipped_rows(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.bool_]:
 
 def _ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32]:
     def column(name: str, default: float) -> NDArray[np.float64]:
-        values = rows_table[name].to_numpy(np.float64) if name in rows_table else np.full(len(rows_table), default)
+        values = (
+            rows_table[name].to_numpy(np.float64) if name in rows_table else np.full(len(rows_table), default)
+        )
         return np.where(np.isfinite(values), values, default)
 
     return ctf_2d(
@@ -298,6 +327,7 @@ def _check(images: Images, rows_table: pd.DataFrame) -> None:
         row = rows_table.iloc[int(bad[0])]
         what = "holds NaN or infinite values" if broken[bad[0]] else "is blank (all pixels equal)"
         raise UserError(
-            f"row {int(row['source_row']) + 1} (image {int(row['stack_index']) + 1} of {row['stack_path'] or 'the layer'}) "
+            f"row {int(row['source_row']) + 1} (image {int(row['stack_index']) + 1} of "
+            f"{row['stack_path'] or 'the layer'}) "
             f'{what}; leave it out, for instance --where "source_row != {int(row["source_row"])}"'
         )

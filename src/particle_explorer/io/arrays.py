@@ -20,7 +20,8 @@ _LONGEST_HEADER = 1 << 20
 
 
 def npy_layout(path: str, pool: DescriptorPool) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """(shape, column order, type, first byte) of an .npy file, checked against its size; nothing is unpickled."""
+    """(shape, column order, type, first byte) of an .npy file, checked against its size; nothing is
+    unpickled."""
     start = pool.pread(path, 12, 0)
     if not start.startswith(_MAGIC) or len(start) < 12:
         raise UserError(f"{path} is no .npy file")
@@ -33,13 +34,19 @@ def npy_layout(path: str, pool: DescriptorPool) -> tuple[tuple[int, ...], bool, 
     header.seek(8)
     try:
         if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header, max_header_size=_LONGEST_HEADER)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(
+                header, max_header_size=_LONGEST_HEADER
+            )
         else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(header, max_header_size=_LONGEST_HEADER)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(
+                header, max_header_size=_LONGEST_HEADER
+            )
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} has a damaged .npy header") from error
     if dtype.hasobject:
-        raise UserError(f"{path} holds pickled Python objects, which are not read; save a plain array of numbers")
+        raise UserError(
+            f"{path} holds pickled Python objects, which are not read; save a plain array of numbers"
+        )
     if any(side < 0 for side in shape):
         raise UserError(f"{path} has a damaged .npy header")
     expected = first_byte + math.prod(shape) * dtype.itemsize
@@ -49,8 +56,11 @@ def npy_layout(path: str, pool: DescriptorPool) -> tuple[tuple[int, ...], bool, 
     return shape, fortran, dtype, first_byte
 
 
-def image_shape(shape: tuple[int, ...], dtype: DTypeLike, name: str) -> tuple[int, tuple[int, int, int], bool]:
-    """(number of images, (c, n, n), channels last) of an array: (n, n), (N, n, n), (N, c, n, n) or (N, n, n, 3)."""
+def image_shape(
+    shape: tuple[int, ...], dtype: DTypeLike, name: str
+) -> tuple[int, tuple[int, int, int], bool]:
+    """(number of images, (c, n, n), channels last) of an array: (n, n), (N, n, n), (N, c, n, n) or (N, n, n,
+    3)."""
     dtype = np.dtype(dtype)
     if dtype.kind not in "biuf":
         raise UserError(f"{name} holds values of type {dtype}; images are integers or real numbers")
@@ -64,7 +74,8 @@ def image_shape(shape: tuple[int, ...], dtype: DTypeLike, name: str) -> tuple[in
         found = shape[0], (shape[3], shape[1], shape[2]), True
     else:
         raise UserError(
-            f"{name} has the shape {'×'.join(map(str, shape))}; particle images are N×n×n, or N×3×n×n or N×n×n×3 in colour"
+            f"{name} has the shape {'×'.join(map(str, shape))}; particle images are N×n×n, or N×3×n×n or "
+            "N×n×n×3 in colour"
         )
     if found[0] == 0 or found[1][1] < 2:
         raise UserError(f"{name} holds no images (shape {'×'.join(map(str, shape))})")
@@ -89,7 +100,9 @@ class NpyFile:
         wanted = [int(index) for index in indices]
         for place, data in read_images(self._pool, self.path, wanted, self._first_byte, self._image_bytes):
             image = np.frombuffer(data, self._dtype)
-            images[place] = image.reshape(n, n, c).transpose(2, 0, 1) if self._channels_last else image.reshape(c, n, n)
+            images[place] = (
+                image.reshape(n, n, c).transpose(2, 0, 1) if self._channels_last else image.reshape(c, n, n)
+            )
         return images
 
 

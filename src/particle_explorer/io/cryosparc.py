@@ -1,7 +1,8 @@
 """cryoSPARC particle datasets (`.cs`).
 
-A `.cs` file is a NumPy structured array, or, newer, a compressed stream that only cryoSPARC's own library reads.
-Fields and conventions: cryosparc-tools; signs of `alignments2D` as pyem's `cryosparc2` has used them for years.
+A `.cs` file is a NumPy structured array, or, newer, a compressed stream that only cryoSPARC's own library
+reads. Fields and conventions: cryosparc-tools; signs of `alignments2D` as pyem's `cryosparc2` has used them
+for years.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _load_stream(path: Path) -> Records:
 
 
 def _plain(column: NDArray[Any]) -> NDArray[Any]:
-    return np.array([str(value).encode() for value in column], dtype=bytes) if column.dtype.hasobject else column
+    return (
+        np.array([str(value).encode() for value in column], dtype=bytes) if column.dtype.hasobject else column
+    )
 
 
 def passthrough_of(path: Path) -> Path | None:
@@ -82,7 +85,10 @@ def passthrough_of(path: Path) -> Path | None:
         return None
     wanted = _without_iteration(path.name)
     beside = sorted(path.parent.glob("*passthrough*.cs"))
-    return next((other for other in beside if _without_iteration(other.name.replace("_passthrough", "")) == wanted), None)
+    return next(
+        (other for other in beside if _without_iteration(other.name.replace("_passthrough", "")) == wanted),
+        None,
+    )
 
 
 def _without_iteration(name: str) -> str:
@@ -129,7 +135,8 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     if len(outside):
         row = int(outside[0])
         raise UserError(
-            f"{path}, row {row + 1}: image {int(index[row])} (counted from 0) of {files[int(codes[row])].path}, "
+            f"{path}, row {row + 1}: image {int(index[row])} (counted from 0) of "
+            f"{files[int(codes[row])].path}, "
             f"which holds {int(n_images[row])}"
         )
     notes += [note for file in files for note in file.notes]
@@ -148,7 +155,9 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
             "source_row": np.arange(n),
             "pixel_size_A": size,
             "box_px": images.box_px,
-            "contrast_sign": np.sign(fields["blob/sign"]).astype(np.int8) if "blob/sign" in fields else np.int8(0),
+            "contrast_sign": np.sign(fields["blob/sign"]).astype(np.int8)
+            if "blob/sign" in fields
+            else np.int8(0),
             "ctf_state": pd.Series(["raw" if has_ctf else "none"], dtype="str").repeat(n).to_numpy(),
         }
     )
@@ -160,7 +169,9 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     if "alignments2D/class" in fields:
         table["class_id"] = fields["alignments2D/class"].astype(np.int64) + 1
     if "alignments2D/pose" in fields and "alignments2D/shift" in fields:
-        aligned = fields["alignments2D/psize_A"].astype(np.float64) if "alignments2D/psize_A" in fields else size
+        aligned = (
+            fields["alignments2D/psize_A"].astype(np.float64) if "alignments2D/psize_A" in fields else size
+        )
         unknown = ~(np.isfinite(size) & np.isfinite(aligned) & (aligned > 0))
         angle, shift = from_cryosparc(
             fields["alignments2D/pose"].astype(np.float64),
@@ -181,7 +192,8 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
 
 
 def _flat(fields: dict[str, NDArray[Any]]) -> pd.DataFrame:
-    """One column per field, vectors as `name[0]`, `name[1]` …; text decoded; uid is the index and not here."""
+    """One column per field, vectors as `name[0]`, `name[1]` …; text decoded; uid is the index and not
+    here."""
     columns: dict[str, Any] = {}
     for name, values in fields.items():
         if name == "uid":

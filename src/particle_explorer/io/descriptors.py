@@ -97,20 +97,25 @@ class _Descriptor:
 def read_images(
     pool: DescriptorPool, path: str, indices: list[int], first_byte: int, n_bytes: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Equally sized records → (position in `indices`, bytes); neighbours are read in one go of up to 4 MiB."""
+    """Equally sized records → (position in `indices`, bytes); neighbours are read in one go of up to 4
+    MiB."""
     most = max(1, (4 << 20) // n_bytes)
     order = sorted(range(len(indices)), key=indices.__getitem__)
     at = 0
     while at < len(order):
         first, end = indices[order[at]], at + 1
-        while end < len(order) and indices[order[end]] - indices[order[end - 1]] <= 1 and (
-            indices[order[end]] - first < most
+        while (
+            end < len(order)
+            and indices[order[end]] - indices[order[end - 1]] <= 1
+            and (indices[order[end]] - first < most)
         ):
             end += 1
         count = indices[order[end - 1]] - first + 1
         block = pool.pread(path, count * n_bytes, first_byte + first * n_bytes)
         if len(block) < count * n_bytes:
-            raise UserError(f"{path} is shorter than when it was opened: image {first + 1} and on cannot be read")
+            raise UserError(
+                f"{path} is shorter than when it was opened: image {first + 1} and on cannot be read"
+            )
         for place in order[at:end]:
             start = (indices[place] - first) * n_bytes
             yield place, block[start : start + n_bytes]

@@ -29,8 +29,8 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2"}
 class MrcFile:
     """One MRC file as a stack of square images; a single 2-D image is a stack of one.
 
-    Tolerated, each with a note: a missing MAP stamp, a damaged byte-order stamp, bytes after the data. Anything
-    else that does not fit together is a `UserError`.
+    Tolerated, each with a note: a missing MAP stamp, a damaged byte-order stamp, bytes after the data.
+    Anything else that does not fit together is a `UserError`.
     """
 
     def __init__(self, path: Path | str, pool: DescriptorPool | None = None) -> None:
@@ -41,22 +41,31 @@ class MrcFile:
         header = self._pool.pread(self.path, HEADER_BYTES, 0)
         for magic, name in COMPRESSED.items():
             if header.startswith(magic):
-                raise UserError(f"{self.path} is compressed with {name}; decompress it first, images are read in place")
+                raise UserError(
+                    f"{self.path} is compressed with {name}; decompress it first, images are read in place"
+                )
         if len(header) < HEADER_BYTES:
-            raise UserError(f"{self.path} is no MRC file: it has {size} bytes, and the header alone takes {HEADER_BYTES}")
+            raise UserError(
+                f"{self.path} is no MRC file: it has {size} bytes, and the header alone takes {HEADER_BYTES}"
+            )
         if header[208:211] != b"MAP":
-            notes.append(f'{self.path} lacks the "MAP" stamp of an MRC file; its sizes fit the file, so it is read')
+            notes.append(
+                f'{self.path} lacks the "MAP" stamp of an MRC file; its sizes fit the file, so it is read'
+            )
         order = self._byte_order(header, notes)
         nx, ny, nz, mode = struct.unpack_from(order + "4i", header, 0)
         (n_symbol_bytes,) = struct.unpack_from(order + "i", header, 92)
         if mode not in DTYPES:
             raise UserError(
-                f"{self.path} holds data of MRC mode {mode}, which is not a mode of real images; modes 0, 1, 2, 6 and 12 are read"
+                f"{self.path} holds data of MRC mode {mode}, which is not a mode of real images; modes 0, 1, "
+                "2, 6 and 12 are read"
             )
         if nx != ny:
             raise UserError(f"{self.path} holds images of {nx} × {ny} px; particle images must be square")
         if not 2 <= nx <= LARGEST_BOX or nz < 1:
-            raise UserError(f"{self.path} is damaged or no MRC file: its header says {nz} images of {nx} × {ny} px")
+            raise UserError(
+                f"{self.path} is damaged or no MRC file: its header says {nz} images of {nx} × {ny} px"
+            )
         (ispg,) = struct.unpack_from(order + "i", header, 88)
         if ispg > 400:
             raise UserError(f"{self.path} holds 3-D volumes (space group {ispg}), not particle images")
@@ -72,7 +81,9 @@ class MrcFile:
         if size > expected:
             notes.append(f"{self.path} has {size - expected} bytes after its last image; they are ignored")
         if ispg == 1 and nx == nz > 1 and not self.path.endswith(".mrcs"):
-            notes.append(f"{self.path} is a cube marked as a volume; if it is a 3-D map, it holds no particle images")
+            notes.append(
+                f"{self.path} is a cube marked as a volume; if it is a 3-D map, it holds no particle images"
+            )
         self.n_images = nz
         self.shape = (1, nx, nx)
         self.pixel_size_A = self._header_pixel_size(header, order, nx)
@@ -119,7 +130,9 @@ class MrcFile:
 class StackWriter:
     """Writes `n_images` square images one batch after the other into an open file, then the header."""
 
-    def __init__(self, file: BinaryIO, n_images: int, box_px: int, pixel_size_A: float, dtype: str = "float32") -> None:
+    def __init__(
+        self, file: BinaryIO, n_images: int, box_px: int, pixel_size_A: float, dtype: str = "float32"
+    ) -> None:
         self._file = file
         self._n, self._box = n_images, box_px
         self._pixel_size_A = pixel_size_A if math.isfinite(pixel_size_A) and pixel_size_A > 0 else 0.0
@@ -174,13 +187,20 @@ class StackWriter:
 
 
 def write_stack(
-    path: Path | str, images: NDArray[Any], pixel_size_A: float, *, overwrite: bool = False, dtype: str = "float32"
+    path: Path | str,
+    images: NDArray[Any],
+    pixel_size_A: float,
+    *,
+    overwrite: bool = False,
+    dtype: str = "float32",
 ) -> None:
     """Write `(k, n, n)` images as an MRC image stack; pixel size in Å, NaN or 0 where unknown."""
     images = np.asarray(images)
     if images.ndim != 3 or images.shape[1] != images.shape[2]:
         raise ValueError(f"a stack of images is (k, n, n), not {images.shape}")
-    write_stack_in_batches(path, [images], len(images), images.shape[1], pixel_size_A, overwrite=overwrite, dtype=dtype)
+    write_stack_in_batches(
+        path, [images], len(images), images.shape[1], pixel_size_A, overwrite=overwrite, dtype=dtype
+    )
 
 
 def write_stack_in_batches(

@@ -16,10 +16,10 @@ _SHOWN = 20
 def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None = None) -> dict[str, str]:
     """Stack names as written → absolute paths; all that are missing are listed in one `UserError`.
 
-    Tried in turn: the name as it is, if absolute; under `project_dir`, dropping leading folders of the name one by
-    one; beside `source` and under each folder above it (RELION's and cryoSPARC's project root is one of them); the
-    same without cryoSPARC's unique-number prefix of the file name. Names may be absolute or hold `..`, as RELION
-    follows them too.
+    Tried in turn: the name as it is, if absolute; under `project_dir`, dropping leading folders of the name
+    one by one; beside `source` and under each folder above it (RELION's and cryoSPARC's project root is one
+    of them); the same without cryoSPARC's unique-number prefix of the file name. Names may be absolute or
+    hold `..`, as RELION follows them too.
     """
     source = Path(os.path.abspath(source))
     if project_dir is not None and not Path(project_dir).is_dir():
@@ -38,7 +38,8 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
             listed += f" and {len(missing) - _SHOWN} more"
         total = len(missing) + len(found)
         raise UserError(
-            f"{source} names {total} image stack{'s' * (total > 1)}, and {len(missing)} cannot be found: {listed}; "
+            f"{source} names {total} image stack{'s' * (total > 1)}, and {len(missing)} cannot be found: "
+            f"{listed}; "
             f"looked beside the file and in the folders above it"
             + (f" and under {project_dir}" if project_dir is not None else "")
             + "; give the project folder that the names start from (--project-dir)"

@@ -70,7 +70,8 @@ def open_stacks(table: pd.DataFrame) -> ImageStack:
     if len(outside):
         row = int(outside[0])
         raise UserError(
-            f"{unique[codes[row]]} holds {int(n_images[row])} images now, and image {int(index[row]) + 1} was asked for"
+            f"{unique[codes[row]]} holds {int(n_images[row])} images now, and image {int(index[row]) + 1} "
+            "was asked for"
         )
     return ImageStack(files, codes, index)
 

@@ -1,14 +1,13 @@
 """RELION particle star files, 3.0 (pixels, one table) and 3.1 and later (Å, optics table), in and out.
 
-Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; the pose through `pose.from_relion`.
+Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; the pose through
+`pose.from_relion`.
 """
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from pathlib import Path
-
 
 import numpy as np
 import pandas as pd
@@ -133,44 +132,54 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     table = pd.concat([table, original], axis=1)
     table.index = pd.Index(make_uids(names), name="uid")
     if not table.index.is_unique:
-        raise UserError(f"{star.path}: two particles got the same identity by their names; please report this file")
+        raise UserError(
+            f"{star.path}: two particles got the same identity by their names; please report this file"
+        )
     return Particles(images, table, star.path.absolute(), "star", tuple(notes))
 
 
-def _split_image_names(star: StarFile, names: Sequence[str]) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+def _split_image_names(
+    star: StarFile, names: Sequence[str]
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
     """`000012@stack.mrcs` → unique stack names, stack of every row, 0-based index; a bare name is image 1."""
-    stacks: dict[str, int] = {}
-    stack_of = np.empty(len(names), np.int64)
-    index = np.empty(len(names), np.int64)
-    for row, name in enumerate(names):
-        number, at, stack = name.partition("@")
-        if not at:
-            number, stack = "1", name
-        try:
-            index[row] = int(number) - 1
-        except (ValueError, OverflowError):
-            index[row] = -1
-        if index[row] < 0 or not stack:
-            raise UserError(
-                f'{star.path}, row {row + 1}: the image name "{name}" is not of the form 000001@stack.mrcs, '
-                f"with images counted from 1"
-            )
-        stack_of[row] = stacks.setdefault(stack, len(stacks))
-    return list(stacks), stack_of, index
+    parts = [name.partition("@") if "@" in name else ("1", "", name) for name in names]
+    try:
+        numbers_written = [int(part[0]) for part in parts]
+        in_order = all(0 < number < 1 << 62 for number in numbers_written) and all(part[2] for part in parts)
+    except ValueError:
+        in_order = False
+    if not in_order:
+        row = next(row for row, part in enumerate(parts) if not _is_place(part[0]) or not part[2])
+        raise UserError(
+            f'{star.path}, row {row + 1}: the image name "{names[row]}" is not of the form 000001@stack.mrcs, '
+            f"with images counted from 1"
+        )
+    stack_of, stacks = pd.factorize(np.array([part[2] for part in parts], dtype=object))
+    return [str(stack) for stack in stacks], stack_of, np.array(numbers_written, np.int64) - 1
+
+
+def _is_place(number: str) -> bool:
+    try:
+        return 0 < int(number) < 1 << 62
+    except ValueError:
+        return False
 
 
 def _with_optics(star: StarFile, table: pd.DataFrame, optics: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """The particle table with the columns of its optics groups; where both have a column, the particle's counts,
-    as in RELION's `CTF::readByGroup`."""
+    """The particle table with the columns of its optics groups; where both have a column, the particle's
+    counts, as in RELION's `CTF::readByGroup`."""
     if not len(optics):
         return table
     if "rlnOpticsGroup" not in table:
         if len(optics) > 1:
             raise UserError(
-                f"{star.path} has {len(optics)} optics groups, but its particles do not say which they belong to "
+                f"{star.path} has {len(optics)} optics groups, but its particles do not say which they "
+                "belong to "
                 f"(no column _rlnOpticsGroup)"
             )
-        table = table.assign(rlnOpticsGroup=optics["rlnOpticsGroup"].iloc[0] if "rlnOpticsGroup" in optics else 1)
+        table = table.assign(
+            rlnOpticsGroup=optics["rlnOpticsGroup"].iloc[0] if "rlnOpticsGroup" in optics else 1
+        )
         notes.append("the particles name no optics group; the only one there is was taken for all")
     if "rlnOpticsGroup" not in optics:
         raise UserError(f"{star.path}: the optics table has no column _rlnOpticsGroup")
@@ -182,7 +191,8 @@ def _with_optics(star: StarFile, table: pd.DataFrame, optics: pd.DataFrame, note
     if len(unknown):
         row = int(unknown[0])
         raise UserError(
-            f"{star.path}, row {row + 1}: optics group {table['rlnOpticsGroup'].iloc[row]} is not in the optics table, "
+            f"{star.path}, row {row + 1}: optics group {table['rlnOpticsGroup'].iloc[row]} is not in the "
+            "optics table, "
             f"which has {', '.join(map(str, group))}"
         )
     joined = optics.drop(columns=names_of(list(optics.columns), list(table.columns))).take(place)
@@ -192,7 +202,8 @@ def _with_optics(star: StarFile, table: pd.DataFrame, optics: pd.DataFrame, note
 def _pixel_size(
     star: StarFile, table: pd.DataFrame, header: NDArray[np.float64], notes: list[str]
 ) -> NDArray[np.float64]:
-    """Å per pixel of the images: optics table, then detector pixel / magnification, then MRC header, then NaN."""
+    """Å per pixel of the images: optics table, then detector pixel / magnification, then MRC header, then
+    NaN."""
     size = np.full(len(table), np.nan)
     if "rlnImagePixelSize" in table:
         size = numbers(table, "rlnImagePixelSize", star.path).copy()
@@ -261,5 +272,7 @@ def _integers(table: pd.DataFrame, label: str, where: Path) -> NDArray[np.int64]
     values = numbers(table, label, where)
     wrong = np.flatnonzero(values != np.round(values))
     if len(wrong):
-        raise UserError(f"{where}, row {int(wrong[0]) + 1}: {label} is {values[wrong[0]]}, which is not a whole number")
+        raise UserError(
+            f"{where}, row {int(wrong[0]) + 1}: {label} is {values[wrong[0]]}, which is not a whole number"
+        )
     return values.astype(np.int64)
