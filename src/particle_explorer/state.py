@@ -124,6 +124,8 @@ class AppState:
     """`(d,)` latent position under the handle"""
     pose_changed = Signal(float, np.ndarray)
     """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
+    held_changed = Signal(bool)
+    """whether pictures and averages hold a part of the particle still (`gauge.json` of the run)"""
     classes_changed = Signal(str)
     """name of class averages newly written into the session"""
     sets_changed = Signal()
@@ -137,6 +139,7 @@ class AppState:
         self.features: pd.DataFrame = pd.DataFrame()
         self.selection = Selection()
         self.handle_z: NDArray[np.float64] = np.zeros(0)
+        self.held = False
         self.angle_deg = 0.0
         self.shift_yx_px: NDArray[np.float64] = np.zeros(2)
 
@@ -151,6 +154,8 @@ class AppState:
     def show(self, opened: Opened) -> None:
         """Show what `read` has read, maybe in another thread; quick."""
         other_session = opened.session is not self.session
+        if opened.run is None or self.run is None or opened.run.path != self.run.path:
+            self.set_held(False)
         self.session, self.run, self.features = opened.session, opened.run, opened.features
         latents = [name for name in map(str, self.features) if re.fullmatch(r"z_\d+", name)]
         self.handle_z = np.zeros(0 if opened.run is None else len(latents))
@@ -176,6 +181,12 @@ class AppState:
         if not np.array_equal(z, self.handle_z):
             self.handle_z = z
             self.handle_changed.emit(z)
+
+    def set_held(self, held: bool) -> None:
+        """Show everything with a part of the particle held still, or as the run has it."""
+        if held != self.held:
+            self.held = held
+            self.held_changed.emit(held)
 
     def set_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
         shift = np.asarray(shift_yx_px, float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,20 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import AverageConfig
+from particle_explorer.files import replacing
+from particle_explorer.state import Opened, read
 from particle_explorer.status import Status
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
+from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.painted import Curve, CurveView
-from particle_explorer.widgets.workspace import caption, state_of, unwrapped
+from particle_explorer.widgets.workspace import fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
     import napari
 
-    from particle_explorer.session import Session, StoredClasses
+    from particle_explorer.session import Run, Session, StoredClasses
 
 LAYER = "class averages"
 SELECTION = "selection"
@@ -70,8 +74,7 @@ class ClassesDock(QWidget):
         self.layer: Any = None
         self.montage: Montage | None = None
         self.stored: StoredClasses | None = None
-        self.chosen = 0
-        self._question_for: list[str] = []
+        self._exported: list[Path] = []
 
         self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
         self.no_run.setWordWrap(True)
@@ -79,20 +82,25 @@ class ClassesDock(QWidget):
         self.make = self._build_make()
         self.bar = JobBar()
         self.bar.finished.connect(self._on_averaged)
-        self.bar.stopped.connect(lambda _: self._update_buttons())
+        self.bar.stopped.connect(self._update_buttons)
         self.bar.failed.connect(self._on_failed)
+        self.held_bar = JobBar()
+        self.held_bar.finished.connect(self._on_held_ready)
+        self.held_bar.stopped.connect(lambda _: self.held.setChecked(False))
+        self.held_bar.failed.connect(self._on_held_failed)
         self.results = self._build_results()
         layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 6, 6, 6)
         layout.setSpacing(5)
-        for part in (self.no_run, self.make, self.complaint, self.bar, self.results):
+        for part in (self.no_run, self.make, self.held_bar, self.complaint, self.bar, self.results):
             layout.addWidget(part)
         layout.addStretch(1)
 
-        self.state.session_changed.connect(self._on_session)
-        self.state.features_changed.connect(self._on_features)
-        self.state.selection.changed.connect(self._update_buttons)
-        self.state.classes_changed.connect(self._list_sets)
+        follow(self, self.state.session_changed, self._on_session)
+        follow(self, self.state.features_changed, self._on_features)
+        follow(self, self.state.held_changed, self._show_held)
+        follow(self, self.state.selection.changed, self._update_buttons)
+        follow(self, self.state.classes_changed, self._list_sets)
         self._on_session(self.state.session)
         self._on_features()
 
@@ -104,10 +112,13 @@ class ClassesDock(QWidget):
         self.what.setToolTip("Average the particles selected on the map, or one average per cluster or class")
         self.what.currentIndexChanged.connect(self._update_buttons)
         self.held = QCheckBox("Hold the most rigid part still")
+        self.held.toggled.connect(self._on_held)
         self.held.setToolTip(
             "<p>Turns the frames along the map so that the part that changes least stays where it is;"
             " motion is then seen relative to it.</p>"
         )
+        self.held_words = QLabel()
+        self.held_words.setWordWrap(True)
         self.form = ConfigForm(AverageConfig)
         self.average_button = QPushButton("Average")
         self.average_button.clicked.connect(self.average)
@@ -120,6 +131,7 @@ class ClassesDock(QWidget):
         layout.addLayout(row)
         layout.addWidget(self.form)
         layout.addWidget(self.held)
+        layout.addWidget(self.held_words)
         layout.addWidget(self.average_button)
         return page
 
@@ -148,7 +160,8 @@ class ClassesDock(QWidget):
         layout.addLayout(row)
         layout.addWidget(self.quality)
         layout.addWidget(self.quality_words)
-        layout.addWidget(Folded("Export", self._build_export()))
+        self.export_part = Folded("Export…", self._build_export())
+        layout.addWidget(self.export_part)
         return page
 
     def _build_export(self) -> QWidget:
@@ -175,7 +188,7 @@ class ClassesDock(QWidget):
         self.export_bar = JobBar()
         self.export_bar.finished.connect(self._on_exported)
         self.export_bar.failed.connect(self._on_failed)
-        self.export_bar.stopped.connect(lambda _: self._update_buttons())
+        self.export_bar.stopped.connect(self._update_buttons)
         self.export_words = QLabel()
         self.export_words.setWordWrap(True)
         self.export_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
@@ -207,7 +220,6 @@ class ClassesDock(QWidget):
         self.results.setVisible(False)
         if self.layer is not None:
             self.layer.visible = False
-        caption(self.viewer, "classes", "")
         if session is not None:
             self.export_path.setText(str(default_export(session)))
             self._list_sets()
@@ -259,16 +271,14 @@ class ClassesDock(QWidget):
         if session is None or run is None:
             return
         self.complaint.clear()
-        by = self.what.currentData()
+        by = str(self.what.currentData()).partition(" ")[0]  # a column of a repeated result: its result
         mask = np.array(self.state.selection.mask)
-        settings = command_line("average", self.form.value())
-        if self.held.isChecked():
-            settings.append("--held")
+        settings = command_line("average", self.form.value()) + (["--held"] if self.state.held else [])
 
         def work() -> Path:
             arguments = ["average", str(run.path)]
             if by == SELECTION:
-                name = unused("selection", session.selections())
+                name = unused("averaged", session.selections())
                 session.save_selection(name, mask, how="averaged")
                 arguments += ["--selection", name]
             else:
@@ -277,6 +287,60 @@ class ClassesDock(QWidget):
 
         self.average_button.setEnabled(False)
         self.tasks.run("average", work, self._follow, self._on_failed)
+
+    def average_selection(self) -> None:
+        """Average what is selected, if something is."""
+        self.what.setCurrentIndex(self.what.findData(SELECTION))
+        if self.average_button.isEnabled():
+            self.average()
+
+    # --- a part held still ----------------------------------------------------------------------------
+
+    def _on_held(self, wanted: bool) -> None:
+        run = self.state.run
+        if run is None or wanted == self.state.held or self.held_bar.folder is not None:
+            return
+        self.complaint.clear()
+        if not wanted:
+            self.state.set_held(False)
+        elif run.gauge() is not None:
+            self.state.set_held(True)
+        else:
+            self._start_holding(run)
+
+    def _start_holding(self, run: Run) -> None:
+        from particle_explorer import jobs
+
+        self.held.setEnabled(False)
+        self.tasks.run(
+            "hold still",
+            lambda: jobs.start(["hold-still", str(run.path), "--auto"], run.session.new_job("hold-still")),
+            lambda folder: self.held_bar.follow(folder, "Finding the part that changes least"),
+            self._on_held_failed,
+        )
+
+    def _on_held_ready(self, _: object) -> None:
+        session, run = self.state.session, self.state.run
+
+        def done(opened: Opened) -> None:
+            self.held.setEnabled(True)
+            if self.state.run is run:
+                self.state.set_features(opened.features)
+                self.state.set_held(True)
+
+        self.tasks.run("held", lambda: read(session, run), done, self._on_held_failed)
+
+    def _on_held_failed(self, failure: Failure) -> None:
+        self.held.setEnabled(True)
+        self.held.setChecked(False)
+        self._on_failed(failure)
+
+    def _show_held(self, held: bool) -> None:
+        self.held.setChecked(held)
+        run = self.state.run
+        gauge = run.gauge() if held and run is not None else None
+        self.held_words.setText("" if gauge is None else gauge_words(gauge))
+        self.held_words.setVisible(bool(self.held_words.text()))
 
     def _follow(self, folder: Path) -> None:
         self.bar.follow(folder, "Averaging")
@@ -323,12 +387,6 @@ class ClassesDock(QWidget):
         self.one.blockSignals(False)
         self.montage = montage(stored.images, [caption_lines(each) for each in stored.classes])
         self._show_layer(self.montage)
-        n = len(stored.classes)
-        caption(
-            self.viewer,
-            "classes",
-            f"class averages: {stored.name}, {n} average{'s' if n > 1 else ''} of originals",
-        )
         self._show_quality()
         self._update_buttons()
 
@@ -343,13 +401,13 @@ class ClassesDock(QWidget):
                 scale=scale,
                 translate=translate,
             )
-            self.layer.name_overlay.visible = True
+            tile(self.layer)
             self.layer.mouse_drag_callbacks.append(self._on_click)
         else:
             self.layer.data = made.pixels
             self.layer.scale, self.layer.translate = scale, translate
             self.layer.visible = True
-        self.viewer.reset_view()
+        fit_view(self.viewer)
 
     def _placement(self, made: Montage) -> tuple[tuple[float, float], tuple[float, float]]:
         """As large on the canvas as one particle image: all tiles of napari's grid share one camera."""
@@ -382,7 +440,7 @@ class ClassesDock(QWidget):
         x = np.arange(len(frc)) / (n * (size if known else 1.0))
         independent = bool(one["halves_independent"])
         self.quality.x_label = "Å" if known else "pixels"
-        self.quality.title = f"Agreement of two halves (FRC), class {one['label']}"
+        self.quality.title = f"Agreement of two halves (FRC): {one['label']}"
         self.quality.set_curves(
             [Curve("", x, frc)], y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True
         )
@@ -400,17 +458,24 @@ class ClassesDock(QWidget):
         dialog.fileSelected.connect(self.export_path.setText)
         dialog.open()
 
+    def show_export(self) -> None:
+        """Unfold the export, if there is something to export."""
+        if self.stored is not None:
+            self.export_part.button.setChecked(True)
+            self.export_button.setFocus()
+
+    def export_files(self) -> list[Path]:
+        """What would be written."""
+        out = Path(self.export_path.text()).expanduser()
+        wanted = ((self.export_stars, out), (self.export_averages, out.with_suffix(".mrcs")))
+        return [path for box, path in wanted if box.isChecked()]
+
     def export(self) -> None:
         """Export, or ask first when a file is there already."""
-        out = Path(self.export_path.text()).expanduser()
-        files = ([out] if self.export_stars.isChecked() else []) + (
-            [out.with_suffix(".mrcs")] if self.export_averages.isChecked() else []
-        )
-        there = [path.name for path in files if path.exists()]
+        there = [path.name for path in self.export_files() if path.exists()]
         if there:
-            self.question_words.setText(
-                f"{' and '.join(there)} exist{'s' if len(there) == 1 else ''} already."
-            )
+            plural = "s" if len(there) == 1 else ""
+            self.question_words.setText(f"{' and '.join(there)} exist{plural} already.")
             self.question.setVisible(True)
             return
         self._export(overwrite=False)
@@ -427,26 +492,53 @@ class ClassesDock(QWidget):
             return
         self.complaint.clear()
         self.export_words.clear()
+        files = self.export_files()
+        star = next((path for path in files if path.suffix != ".mrcs"), None)
+        averages = next((path for path in files if path.suffix == ".mrcs"), None)
         arguments = self.export_arguments(overwrite=overwrite)
+        pictures = session.path / "classes" / f"{stored.name}.mrcs"
         self.export_button.setEnabled(False)
-        self.tasks.run(
-            "export",
-            lambda: jobs.start(arguments, session.new_job("export")),
-            lambda folder: self.export_bar.follow(folder, "Exporting"),
-            self._on_failed,
-        )
+
+        def work() -> Path | None:
+            if averages is not None:
+                copy_file(pictures, averages, overwrite=overwrite)
+            return None if star is None else jobs.start(arguments, session.new_job("export"))
+
+        def done(folder: Path | None) -> None:
+            if folder is None:
+                self._on_exported(Status(state="finished"))
+            else:
+                self.export_bar.follow(folder, "Exporting")
+
+        self._exported = files
+        self.tasks.run("export", work, done, self._on_failed)
 
     def export_arguments(self, *, overwrite: bool) -> list[str]:
-        """The command line of the export that the dock describes."""
+        """The command line that writes the particles behind the averages that are shown."""
         assert self.state.session is not None and self.stored is not None
+        how = self.stored.how
         arguments = ["export", str(self.state.session.path), "--out", self.export_path.text()]
-        if self.state.run is not None:
-            arguments += ["--run", self.state.run.name]
+        for option, key in (("--run", "run"), ("--classes", "by"), ("--selection", "selection")):
+            if how.get(key):
+                arguments += [option, str(how[key])]
+        arguments += ["--held"] if how.get("held") else []
         return arguments + (["--overwrite"] if overwrite else [])
 
-    def _on_exported(self, status: Status) -> None:
+    def _on_exported(self, _: Status) -> None:
         self._update_buttons()
-        self.export_words.setText(f"Written: {status.message or self.export_path.text()}")
+        self.export_words.setText("Written:\n" + "\n".join(str(path) for path in self._exported))
+
+
+def copy_file(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Copy a file so that it is there as a whole or not at all."""
+    with replacing(target, overwrite=overwrite) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def gauge_words(gauge: dict[str, Any]) -> str:
+    """By how much the frames were turned to hold the part still."""
+    turned = gauge.get("largest_turn_deg")
+    return "" if turned is None else f"The frames were turned by up to {float(turned):.0f}°."
 
 
 def groupings(features: Any) -> list[str]:
@@ -463,7 +555,9 @@ def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
     """Class, number of particles, and how far the signal reaches."""
     radius = one.get("ssnr_radius_A")
     reach = "" if radius is None else f"signal > noise to {radius:.3g} Å"
-    return f"class {one['label']} · {number(one['n'])}", reach
+    label = str(one["label"])
+    name = f"class {label}" if label.isdigit() else label
+    return f"{name} · {number(one['n'])}", reach
 
 
 def unused(name: str, taken: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from particle_explorer.configs import PreprocessConfig
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
+from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.painted import ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
@@ -48,6 +48,8 @@ N_PREVIEW = 9
 MAX_CHOICES = 60
 """Values of a column that are offered in the subset row; more are typed."""
 WORKER_START_S = 3.0
+LAYER_BLOCK = 256
+"""Images of a layer that are written at once."""
 METADATA = "particle_explorer"
 """Key of layer metadata by which the dock knows what a layer was read from."""
 COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
@@ -101,8 +103,8 @@ class ParticlesDock(QWidget):
         self._preview_timer.setSingleShot(True)
         self._preview_timer.setInterval(250)
         self._preview_timer.timeout.connect(self._preview)
-        self.state.session_changed.connect(self._on_session)
-        self.state.sets_changed.connect(self._list_sets)
+        follow(self, self.state.session_changed, self._on_session)
+        follow(self, self.state.sets_changed, self._list_sets)
         self.viewer.layers.events.inserted.connect(self._on_layer_inserted)
         self.viewer.layers.selection.events.active.connect(self._on_active_layer)
         self._on_active_layer()
@@ -442,19 +444,24 @@ class ParticlesDock(QWidget):
             return
         self.complaint.clear()
         target = Path(self.folder.text()).expanduser()
-        arguments = ["import", str(found.particles.source), "--session", str(target)]
-        arguments += command_line("preprocess", self.form.value())
-        if self.where():
-            arguments += ["--where", self.where()]
-        status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
+        where, settings = self.where(), command_line("preprocess", self.form.value())
+
+        def work() -> Path:
+            source = found.particles.source
+            if found.particles.kind == "layer":
+                source = save_layer(found.particles, target)
+            arguments = ["import", str(source), "--session", str(target), *settings]
+            status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
+            return jobs.start([*arguments, "--where", where] if where else arguments, status_folder)
+
+        self._target = target
         self._set_busy(True)
         self.tasks.run(
             "prepare",
-            lambda: jobs.start(arguments, status_folder),
+            work,
             lambda folder: self.import_bar.follow(folder, "Preparing the images"),
             self._on_import_failed,
         )
-        self._target = target
 
     def _set_busy(self, busy: bool) -> None:
         for part in (
@@ -549,47 +556,53 @@ def look(path: Path) -> Found:
 
 
 def look_at_layer(data: Any, name: str, scale: list[float], units: list[str]) -> Found:
-    """Take the pixels of an image layer; the pixel size counts when the layer's units are ångström."""
-    from particle_explorer.files import UserError, replacing
-    from particle_explorer.io.reading import read
+    """Take the images of a layer; their pixel size is known when the layer is measured in ångström."""
+    from particle_explorer.io.reading import read_array
 
-    array = np.asarray(data)
-    if array.ndim == 4 and array.shape[-1] == 3:
-        array = np.moveaxis(array, -1, 1)
-    if array.ndim not in (3, 4) or array.shape[-1] != array.shape[-2]:
-        raise UserError(
-            f"layer {name} has shape {tuple(array.shape)}; square images (number, side, side) are needed"
-        )
+    in_angstrom = bool(units) and units[-1].lower() in ("å", "angstrom", "ångström")
+    size = scale[-1] if in_angstrom else float("nan")
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) or "layer"
-    path = Path.cwd() / f"{safe}.npy"
-    number_ = 1
+    return _found(read_array(data, safe, size), Path.cwd() / f"{safe}.npy")
+
+
+def save_layer(particles: Particles, beside: Path) -> Path:
+    """Write the images of a layer as NAME.npy beside a session; a worker process cannot see a layer."""
+    from particle_explorer.files import replacing
+
+    path, n = beside.parent / f"{particles.source.stem}.npy", 1
     while path.exists():
-        number_ += 1
-        path = path.with_name(f"{safe}-{number_}.npy")
+        n += 1
+        path = path.with_name(f"{particles.source.stem}-{n}.npy")
+    images = particles.images
+    box, channels = int(images.box_px[0]), images.n_channels
+    shape = (len(images), box, box) if channels == 1 else (len(images), box, box, channels)
     with replacing(path, overwrite=False) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-    return _found(read(path), path)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in range(0, len(images), LAYER_BLOCK):
+            block = images.read(np.arange(start, min(start + LAYER_BLOCK, len(images))))
+            file.write(np.ascontiguousarray(np.moveaxis(block, 1, -1), "<f4").tobytes())
+    return path
 
 
 def _found(particles: Particles, path: Path) -> Found:
     from particle_explorer.io.inspecting import summarise
-    from particle_explorer.session import Session
+    from particle_explorer.plugin import plugin_setting
+    from particle_explorer.session import Session, default_path
 
     table = particles.table
     pixel_size = float(np.nanmedian(table["pixel_size_A"])) if table["pixel_size_A"].notna().any() else 0.0
     box = float(np.median(table["box_px"]))
-    beside = path.with_name(f"{path.stem}_explorer")
-    if not os.access(path.parent, os.W_OK):
-        beside = Path.cwd() / beside.name
-    existing = beside if Session.is_session(beside) else None
+    proposed = default_path(path)
+    if plugin_setting("session_folder"):
+        proposed = Path(plugin_setting("session_folder")).expanduser() / proposed.name
     return Found(
         particles=particles,
         lines=summarise(particles).lines(),
         columns={str(name): _choices(table[name]) for name in table.columns},
         unit="Å" if pixel_size else "px",
         diameter=float(f"{0.9 * box * (pixel_size or 1.0):.3g}"),
-        folder=free_folder(beside),
-        existing=existing,
+        folder=free_folder(proposed),
+        existing=proposed if Session.is_session(proposed) else None,
     )
 
 
@@ -641,8 +654,16 @@ def plan_words(plan: Plan) -> str:
 
 def session_lines(session: Session) -> list[str]:
     """What is open, in plain words."""
-    info = session.info
-    return [session.path.name, f"{number(info.n)} particles from {Path(info.source).name}", str(session.path)]
+    info, plan = session.info, session.plan
+    where = f" with {info.where}" if info.where else ""
+    known = np.isfinite(plan.cached_pixel_size_A)
+    size = f", {plan.cached_pixel_size_A:.3g} Å per pixel" if known else ""
+    diameter = plan.diameter_px * (plan.cached_pixel_size_A if known else 1.0)
+    return [
+        f"{number(info.n)} particles of {Path(info.source).name}{where}",
+        f"prepared in {plan.cached_box_px} px{size}, diameter {diameter:.3g} {'Å' if known else 'px'}",
+        f"session {session.path}",
+    ]
 
 
 def _is_number(text: str) -> bool:

@@ -12,7 +12,8 @@ from qtpy.QtCore import Qt, QTimer
 from qtpy.QtWidgets import QWidget
 
 from particle_explorer.widgets.background import Failure, Mailbox, notify
-from particle_explorer.widgets.workspace import caption, state_of, unwrapped
+from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
     import napari
@@ -33,6 +34,7 @@ class Request(NamedTuple):
     z: NDArray[np.float64]
     angle_deg: float
     shift_yx_px: NDArray[np.float64]
+    held: bool
     for_contrast: NDArray[np.float64] | None
     """`(k, d)` positions of particles, once per run"""
 
@@ -65,9 +67,10 @@ class Reconstruction:
         self._rest.setInterval(REST_MS)
         self._rest.setTimerType(Qt.TimerType.CoarseTimer)
         self._rest.timeout.connect(self._at_rest)
-        self.state.run_changed.connect(self._on_run)
-        self.state.handle_changed.connect(self._ask)
-        self.state.pose_changed.connect(self._ask)
+        follow(owner, self.state.run_changed, self._on_run)
+        follow(owner, self.state.handle_changed, self._ask)
+        follow(owner, self.state.pose_changed, self._ask)
+        follow(owner, self.state.held_changed, self._ask)
         self._on_run(self.state.run)
 
     def pause(self) -> None:
@@ -97,8 +100,9 @@ class Reconstruction:
         if run is None or self._paused or not self.state.handle_z.size or not run.has_weights:
             return
         spread = self._positions() if self._limits_of != run.path else None
+        state = self.state
         self._mailbox.submit(
-            Request(run.path, self.state.handle_z, self.state.angle_deg, self.state.shift_yx_px, spread)
+            Request(run.path, state.handle_z, state.angle_deg, state.shift_yx_px, state.held, spread)
         )
 
     def _positions(self) -> NDArray[np.float64]:
@@ -123,7 +127,7 @@ class Reconstruction:
             self._client = DecodeClient(request.run_path)
         turned = request.angle_deg != 0 or bool(np.any(request.shift_yx_px))
         pose = (request.angle_deg, request.shift_yx_px) if turned else (None, None)
-        image = self._client.decode(request.z[None], *pose)[0]
+        image = self._client.decode(request.z[None], *pose, held=request.held)[0]
         limits = None
         if request.for_contrast is not None:
             some = self._client.decode(request.for_contrast)
@@ -155,7 +159,9 @@ class Reconstruction:
             self._limits_of = drawn.run_path
             self.layer.contrast_limits_range = _widened(drawn.limits)
             self.layer.contrast_limits = drawn.limits
-            self.layer.scale = self._scale()
+            if tuple(self.layer.scale) != self._scale():
+                self.layer.scale = self._scale()
+                fit_view(self.viewer)
         if not self.layer.visible:
             self.layer.visible = True
         self._rest.start()
@@ -170,7 +176,9 @@ class Reconstruction:
             scale=self._scale(),
             interpolation2d="cubic",
         )
-        self.layer.name_overlay.visible = True
+        tile(self.layer)
+        self.viewer.layers.move(self.viewer.layers.index(self.layer), 0)  # the first tile
+        fit_view(self.viewer)
         self._limits_of = None
         if self.state.run is not None:
             self._ask()
@@ -183,12 +191,11 @@ class Reconstruction:
     def _at_rest(self) -> None:
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.refresh(extent=False, highlight=False)
-        where = ", ".join(f"{value:.2f}" for value in self.state.handle_z)
-        pose = "canonical view"
+        pose = "a part held still" if self.state.held else "canonical view"
         if self.state.angle_deg or np.any(self.state.shift_yx_px):
             y, x = self.state.shift_yx_px
             pose = f"turned {self.state.angle_deg:.0f}°, shifted {x:.1f}, {y:.1f} px"
-        caption(self.viewer, "reconstruction", f"reconstruction at ({where}), {pose}")
+        caption(self.viewer, "reconstruction", f"reconstruction: {pose}")
 
     def _fail(self, failure: Failure) -> None:
         caption(self.viewer, "reconstruction", "reconstruction: the worker that draws it failed")

@@ -11,7 +11,8 @@ from qtpy.QtWidgets import QWidget
 
 from particle_explorer.pose import rotation_matrix
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.workspace import caption, state_of, unwrapped
+from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
     import napari
@@ -94,16 +95,17 @@ class SelectedParticles:
         self.viewer = unwrapped(viewer)
         self.state = state_of(self.viewer)
         self.layer: Any = None
-        self.view: View = "raw"
+        self.view: View = "aligned"
         self._session: Session | None = None
         self._pending = QTimer(owner)
         self._pending.setSingleShot(True)
         self._pending.setInterval(0)
         self._pending.timeout.connect(self._show)
-        self.state.session_changed.connect(self._later)
-        self.state.features_changed.connect(self._later)
-        self.state.selection.changed.connect(self._later)
-        self.state.selection.active_changed.connect(self._on_active)
+        follow(owner, self.state.session_changed, self._later)
+        follow(owner, self.state.features_changed, self._later)
+        follow(owner, self.state.held_changed, self._later)
+        follow(owner, self.state.selection.changed, self._later)
+        follow(owner, self.state.selection.active_changed, self._on_active)
         self.viewer.dims.events.current_step.connect(self._on_slider)
         self._later()
 
@@ -142,7 +144,7 @@ class SelectedParticles:
             if session is not self._session:
                 self.layer.contrast_limits = _limits(data)
                 self.layer.scale = self._scale(session)
-                self.viewer.reset_view()
+                fit_view(self.viewer)
         self._session = session
         if not self.layer.visible:
             self.layer.visible = True
@@ -153,8 +155,9 @@ class SelectedParticles:
         if self.view == "raw" or not self.can_align:
             return ParticleRows(session.images, rows)
         features = self.state.features
-        angle = features["angle_deg"].to_numpy(float)[rows]
-        shift = features[["shift_y_px", "shift_x_px"]].to_numpy(float)[rows]
+        held = "pose-held " if self.state.held and "pose-held angle_deg" in features else ""
+        angle = features[f"{held}angle_deg"].to_numpy(float)[rows]
+        shift = features[[f"{held}shift_y_px", f"{held}shift_x_px"]].to_numpy(float)[rows]
         originals = session.table["box_px"].to_numpy(float)[rows]
         return ParticleRows(
             session.images, rows, angle, shift * (session.images.shape[-1] / originals)[:, None]
@@ -170,9 +173,9 @@ class SelectedParticles:
             axis_labels=("particle", "y", "x"),
             multiscale=False,
         )
-        self.layer.name_overlay.visible = True
+        tile(self.layer)
         self.viewer.dims.set_current_step(self._axis(), 0)
-        self.viewer.reset_view()
+        fit_view(self.viewer)
 
     def _scale(self, session: Session) -> tuple[float, float, float]:
         size = session.plan.cached_pixel_size_A
@@ -216,9 +219,9 @@ class SelectedParticles:
         total = self.state.selection.mask.size
         how = "aligned" if self.view == "aligned" and self.can_align else "as prepared"
         if self.state.selection.count:
-            words = f"selected particles: {number(n)} of {number(total)}, {how}"
+            words = f"{number(n)} of {number(total)} particles selected, {how}"
         else:
-            words = f"no particle is selected: showing all {number(total)}, {how}"
+            words = f"none selected: all {number(total)} particles, {how}"
         caption(self.viewer, "selected", words)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,12 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import Config, ModelConfig, TrainConfig
+from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_stop
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, duration, number, progress_words
+from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
@@ -60,6 +61,8 @@ class Seen:
     metrics: pd.DataFrame
     live: dict[str, NDArray[Any]]
     log: str = ""
+    run_path: Path | None = None
+    """The run that the job has made, when the folder is a job's"""
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ class TrainDock(QWidget):
         layout.addStretch(1)
 
         self._follower = JobFollower(self, look, self._on_seen)
-        self.state.session_changed.connect(self._on_session)
-        self.state.run_changed.connect(self._on_run)
+        follow(self, self.state.session_changed, self._on_session)
+        follow(self, self.state.run_changed, self._on_run)
         self._choose_model()
         self._on_session(self.state.session)
 
@@ -232,6 +235,8 @@ class TrainDock(QWidget):
         for name, words in found:
             if self.device.findData(name) < 0:
                 self.device.addItem(words, name)
+        if plugin_setting("device") == "cpu":
+            self.device.setCurrentIndex(self.device.findData("cpu"))
         best = found[0][1] if found else f"CPU, {os.cpu_count()} cores"
         self.device.setItemText(0, f"automatic: {best}")
         self.train_form.set_applicable("devices", len(found) > 1, "This computer has one device to train on.")
@@ -370,13 +375,11 @@ class TrainDock(QWidget):
 
     def _on_seen(self, seen: Seen) -> None:
         status = seen.status
-        if self._run_path is not None and self._run_path.parent.name == "jobs":
-            run = run_of(status)
-            if run is not None and run.is_dir():
-                self._run_path = run
-                self._follower.follow(run)
-                self._list_runs()
-                return
+        if seen.run_path is not None:
+            self._run_path = seen.run_path
+            self._follower.follow(seen.run_path)
+            self._list_runs()
+            return
         if status.is_over:
             self._on_over(seen)
             return
@@ -431,16 +434,12 @@ def look(folder: Path) -> Seen:
     from particle_explorer.jobs import read_log
 
     status = read_status(folder)
+    log = read_log(folder) if status.state in ("failed", "interrupted") else ""
     if folder.parent.name != "runs":
-        return Seen(
-            status, pd.DataFrame(), {}, read_log(folder) if status.state in ("failed", "interrupted") else ""
-        )
-    metrics = read_metrics(folder / "metrics.csv")
-    live: dict[str, NDArray[Any]] = {}
+        return Seen(status, pd.DataFrame(), {}, log, run_of(folder, status))
     pictures = sorted((folder / "live").glob("*.npz"))
-    if pictures:
-        live = read_live(pictures[-1])
-    return Seen(status, metrics, live, read_log(folder) if status.state in ("failed", "interrupted") else "")
+    live = read_live(pictures[-1]) if pictures else {}
+    return Seen(status, read_metrics(folder / "metrics.csv"), live, log)
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -466,15 +465,18 @@ def curves_of(metrics: pd.DataFrame) -> list[Curve]:
     if metrics.empty or "epoch" not in metrics:
         return []
     x = metrics["epoch"].to_numpy(float)
-    counters = {"epoch", "step", "seconds", "images_per_second", "time"}
+    counters = {"epoch", "step", "seconds", "images_per_second", "learning_rate"}
     names = [name for name in metrics if name not in counters and metrics[name].dtype.kind == "f"]
     return [Curve(str(name).replace("_", " "), x, metrics[name].to_numpy(float)) for name in names[:4]]
 
 
-def run_of(status: Status) -> Path | None:
-    """The run folder that a training job has made."""
-    match = re.search(r"\S.*[/\\]runs[/\\]\d{4}-[\w-]+", status.message)
-    return Path(match.group()) if match else None
+def run_of(job: Path, status: Status) -> Path | None:
+    """The run that the process of this training job is fitting."""
+    runs = job.parent.parent / "runs"
+    for folder in sorted(runs.iterdir(), reverse=True) if runs.is_dir() else []:
+        if status.pid and read_status(folder).pid == status.pid:
+            return folder
+    return None
 
 
 def list_runs(session: Session) -> tuple[list[Listed], dict[str, float]]:

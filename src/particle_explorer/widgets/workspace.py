@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from qtpy.QtCore import Qt, QTimer
-from qtpy.QtGui import QHideEvent, QShowEvent
+from qtpy.QtGui import QHideEvent, QKeySequence, QShortcut, QShowEvent
 from qtpy.QtWidgets import (
+    QComboBox,
     QDockWidget,
     QFrame,
     QMainWindow,
@@ -23,12 +24,15 @@ from qtpy.QtWidgets import (
 
 from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks, notify
+from particle_explorer.widgets.latent_plot import follow
 
 if TYPE_CHECKING:
     import napari
 
 DOCK_NAME = "Particle Explorer"
 COLUMN_PX = 392
+FONT_SIZE = 8.0
+VIEW_MARGIN = 0.13
 
 _states: WeakKeyDictionary[napari.Viewer, AppState] = WeakKeyDictionary()
 _captions: WeakKeyDictionary[napari.Viewer, dict[str, str]] = WeakKeyDictionary()
@@ -50,7 +54,22 @@ def caption(viewer: napari.Viewer, of: str, line: str) -> None:
     lines = _captions.setdefault(viewer, {})
     if lines.get(of, "") != line:
         lines[of] = line
-        viewer.text_overlay.text = "\n".join(words for words in lines.values() if words)
+        viewer.text_overlay.text = " · ".join(words for words in lines.values() if words)
+
+
+def fit_view(viewer: napari.Viewer) -> None:
+    """Show every tile whole, with room above for its name and below for the words about it.
+
+    Later in the event loop: the canvas lays its tiles out anew after a layer has come or gone.
+    """
+    viewer = unwrapped(viewer)
+    QTimer.singleShot(0, lambda: viewer.reset_view(margin=VIEW_MARGIN))
+
+
+def tile(layer: Any) -> None:
+    """Write the name of a layer of ours over its tile."""
+    layer.name_overlay.visible = True
+    layer.name_overlay.font_size = FONT_SIZE
 
 
 def show_session(
@@ -112,6 +131,17 @@ class Workspace(QWidget):
             self.tabs.addTab(_scrolling(dock), name)
             self.tabs.setTabToolTip(self.tabs.count() - 1, hint)
 
+        self.particle_view = QComboBox()
+        self.particle_view.addItem("particles aligned", "aligned")
+        self.particle_view.addItem("particles as prepared", "raw")
+        self.particle_view.setToolTip(
+            "How the layer 'selected particles' shows them:\nturned and moved back by their poses, or as prepared"
+        )
+        self.particle_view.currentIndexChanged.connect(
+            lambda _: self.selected.set_view(self.particle_view.currentData())
+        )
+        self.tabs.setCornerWidget(self.particle_view, Qt.Corner.TopRightCorner)
+
         self.splitter = QSplitter(Qt.Orientation.Vertical)
         self.splitter.addWidget(self.latent)
         self.splitter.addWidget(self.tabs)
@@ -124,12 +154,20 @@ class Workspace(QWidget):
 
         self.viewer.grid.enabled = True
         self.viewer.text_overlay.visible = True
+        self.viewer.text_overlay.font_size = FONT_SIZE
         self.viewer.text_overlay.position = "bottom_left"
         self.particles.prepared.connect(self.show_train)
         self.train.trained.connect(self._trained)
-        self.state.session_changed.connect(self._on_session)
+        follow(self, self.state.session_changed, self._on_session)
+        follow(self, self.state.features_changed, self._show_view_choice)
+        follow(self, self.state.run_changed, self._on_run)
+        self._show_view_choice()
         self.setMinimumWidth(320)
-        self._fitted = False
+        for key, slot in (("A", self._average), ("E", self._export)):
+            shortcut = QShortcut(QKeySequence(key), self.latent)
+            shortcut.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
+            shortcut.activated.connect(slot)
+        self._fitted = self._had_run = False
         self._fit_splitter()
         QTimer.singleShot(0, self._warm_up)
 
@@ -140,9 +178,21 @@ class Workspace(QWidget):
     def show_train(self) -> None:
         self.tabs.setCurrentIndex(1)
 
+    def _average(self) -> None:
+        self.tabs.setCurrentIndex(2)
+        self.classes.average_selection()
+
+    def _export(self) -> None:
+        self.tabs.setCurrentIndex(2)
+        self.classes.show_export()
+
     def _trained(self) -> None:
         # the first look at a map is the moment to say what one does with it
         self.latent.setFocus()
+
+    def _show_view_choice(self, *_: object) -> None:
+        self.particle_view.setEnabled(self.selected.can_align)
+        self.particle_view.setVisible(self.state.session is not None)
 
     def _on_session(self, session: object) -> None:
         self._fit_splitter()
@@ -150,10 +200,15 @@ class Workspace(QWidget):
             self.viewer.title = f"{self.state.session.path.name} · Particle Explorer"
             self.tabs.setCurrentIndex(1 if self.state.run is None else 2)
 
+    def _on_run(self, run: object) -> None:
+        if run is not None and not self._had_run:
+            self._had_run = True
+            self._fit_splitter()
+
     def _fit_splitter(self) -> None:
         """More room for the form while there is no map to look at."""
         height = max(self.height(), 560)
-        top = 0.3 if self.state.session is None else 0.56
+        top = 0.3 if self.state.session is None else 0.5 if self.state.run is None else 0.62
         self.splitter.setSizes([int(height * top), int(height * (1 - top))])
 
     def _warm_up(self) -> None:
@@ -186,7 +241,7 @@ class Workspace(QWidget):
 def _import_slow_modules() -> None:
     """Modules that stall the window for a tenth of a second when they are first needed under the mouse."""
     import pyarrow.parquet  # noqa: F401
-    import scipy.ndimage
+    import scipy.ndimage  # noqa: F401
 
     import particle_explorer.io.reading
     import particle_explorer.preprocess
