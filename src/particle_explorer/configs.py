@@ -9,6 +9,11 @@ Two habits make one class fit all readers: every number has bounds, and "off" or
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +33,50 @@ def setting(
 class Config(BaseModel):
     """A frozen group of settings; unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Read the descriptions of the fields."""
+        describe(cls)
+
+
+def describe(config: type[BaseModel]) -> None:
+    """Make the attribute docstrings of a class the descriptions of its fields.
+
+    pydantic's `use_attribute_docstrings` does the same, but reads the source again for every class, which
+    would be most of the time that the command line takes to start.
+    """
+    for base in reversed(config.__mro__):
+        if not issubclass(base, Config):
+            continue
+        for name, text in _attribute_docstrings(base.__module__).get(base.__qualname__, {}).items():
+            if name in config.model_fields:
+                config.model_fields[name].description = text
+
+
+@functools.cache
+def _attribute_docstrings(module: str) -> dict[str, dict[str, str]]:
+    """{class: {attribute: docstring}} of the classes at the top of a module."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not file or not file.endswith(".py"):
+        return {}
+    with open(file, encoding="utf-8") as source:
+        tree = ast.parse(source.read())
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            texts = found.setdefault(node.name, {})
+            for field, after in itertools.pairwise(node.body):
+                said = after.value if isinstance(after, ast.Expr) else None
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(field.target, ast.Name)
+                    and isinstance(said, ast.Constant)
+                    and isinstance(said.value, str)
+                ):
+                    texts[field.target.id] = inspect.cleandoc(said.value)
+    return found
 
 
 class PreprocessConfig(Config):
@@ -68,7 +116,9 @@ class ClassMapConfig(Config):
     angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
     """Step of the angular search while fitting; reported angles are refined far below it."""
 
-    shift_range_px: float = setting(0.0, "Shift range", unit="px", advanced=True, ge=0, le=64, zero="automatic")
+    shift_range_px: float = setting(
+        0.0, "Shift range", unit="px", advanced=True, ge=0, le=64, zero="automatic"
+    )
     """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
 
 
@@ -90,7 +140,9 @@ class SpatialVAEConfig(Config):
     infer_shift: bool = setting(True, "Infer shifts")
     """Infer a shift per particle beside the angle; the paper's 5HDB experiment has this off."""
 
-    shift_sd_px: float = setting(0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64, zero="automatic")
+    shift_sd_px: float = setting(
+        0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64, zero="automatic"
+    )
     """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box."""
 
     content_freeze_epochs: int = setting(2, "Epochs of pose only", advanced=True, ge=0, le=100)
@@ -226,8 +278,8 @@ class AccuracyConfig(Config):
     """How well models find conformation and pose on stacks whose truth is known."""
 
     stacks: Literal["all", "integrin-0.5", "integrin-0.1", "hinge"] = setting("all", "Stacks")
-    """`integrin-…` are the simulated integrin stacks of the folder of large data at that signal-to-noise ratio;
-    `hinge` is made by the package's own simulator, with CTF and junk."""
+    """`integrin-…` are the simulated integrin stacks of the folder of large data at that signal-to-noise
+    ratio; `hinge` is made by the package's own simulator, with CTF and junk."""
     models: Literal["all", "class-map", "class-map-2d", "spatial-vae"] = setting("all", "Models")
     """`class-map` is the class map of one dimension, `class-map-2d` the default of two."""
     n_seeds: int = setting(3, "Seeds", ge=1, le=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from particle_explorer.configs import ClusterConfig, EmbedConfig
-from particle_explorer.files import UserError
+from particle_explorer.files import UserError, replacing
 
 Array = NDArray[np.float32]
 
@@ -48,6 +49,11 @@ class Latents:
             columns |= {"shift_y_px": self.shift_yx_px[:, 0], "shift_x_px": self.shift_yx_px[:, 1]}
         columns |= dict(self.extras)
         return pd.DataFrame(columns, index=pd.Index(self.uid, dtype=np.uint64, name="uid"))
+
+    def write(self, path: Path, *, overwrite: bool = True) -> None:
+        """Write the table as parquet."""
+        with replacing(path, overwrite=overwrite) as temporary:
+            self.table.to_parquet(temporary, compression="zstd")
 
     @classmethod
     def from_table(cls, table: pd.DataFrame) -> Latents:
@@ -110,7 +116,7 @@ def embed(z: Array, config: EmbedConfig) -> Array:
     if len(z) <= config.n_neighbours:
         raise UserError(
             f"{len(z)} particles are too few for UMAP with {config.n_neighbours} neighbours;"
-            f" choose --embed.n-neighbours below {len(z)} or --embed.method pca"
+            f" choose --n-neighbours below {len(z)} or --method pca"
         )
     from umap import UMAP
 

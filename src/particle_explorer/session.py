@@ -96,7 +96,7 @@ class StoredClasses(NamedTuple):
 
     name: str
     images: NDArray[np.float32]
-    """`(k, c, n, n)`"""
+    """`(k, n, n)`, or `(k, c, n, n)` for images of several channels"""
     pixel_size_A: float
     """NaN where it is not known"""
     classes: list[dict[str, Any]]
@@ -473,7 +473,9 @@ class Session:
         """Names of the saved sets of averages."""
         return _stems(self.path / "classes")
 
-    def save_classes(self, name: str, averages: Sequence[ClassAverage], how: Mapping[str, Any]) -> str:
+    def save_classes(
+        self, name: str, averages: Sequence[ClassAverage], labels: Sequence[str], how: Mapping[str, Any]
+    ) -> str:
         """Keep averages of one box size, their members and quality; returns the name used (NAME, NAME-2, …).
 
         The averages of images with several channels lie in the .mrcs channel by channel.
@@ -492,7 +494,7 @@ class Session:
             "made": _now(),
             "pixel_size_A": _json_number(pixel_size_A),
             "n_channels": 1 if images.ndim == 3 else images.shape[1],
-            "classes": [_class_record(average) for average in averages],
+            "classes": [_class_record(*each) for each in zip(averages, labels, strict=True)],
         }
         with self._writing():
             used = _unused(folder, _checked(name))
@@ -512,7 +514,7 @@ class Session:
         images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(k * c))
         return StoredClasses(
             name=name,
-            images=images.reshape(k, c, *images.shape[-2:]),
+            images=images.reshape(k, *((c,) if c > 1 else ()), *images.shape[-2:]),
             pixel_size_A=math.nan if size is None else size,
             classes=record["classes"],
             members=_read_parquet(folder / f"{name}.parquet"),
@@ -638,7 +640,7 @@ class Run:
 
     def save_latents(self, latents: Latents) -> None:
         """Write `latents.parquet`."""
-        _write_parquet(latents.table, self.path / "latents.parquet")
+        latents.write(self.path / "latents.parquet")
 
     def columns(self) -> list[str]:
         """Names of the results in `columns/`, oldest first."""
@@ -724,9 +726,9 @@ class Run:
         _write_json(self.path / "gauge.json", dict(gauge))
 
 
-def _class_record(average: ClassAverage) -> dict[str, Any]:
+def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:
     return {
-        "label": average.label,
+        "label": str(label),
         "n": average.n,
         "n_effective": float(average.n_effective),
         "frc": [_json_number(value) for value in np.asarray(average.frc, float).round(5).tolist()],
@@ -744,7 +746,7 @@ def default_path(source: Path) -> Path:
     read-only."""
     source = Path(source).absolute()
     parent = source.parent if os.access(source.parent, os.W_OK) else Path.cwd()
-    return parent / f"{source.stem}_session"
+    return parent / f"{source.stem}_explorer"
 
 
 def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
@@ -770,6 +772,38 @@ def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
     else:
         extra = extra.set_index(table.index)
     return pd.concat([table, extra], axis=1)
+
+
+def read_table(path: Path, n: int) -> pd.DataFrame:
+    """A table to `join` to `n` particles: .csv, .tsv, .parquet, .npy or .npz.
+
+    Arrays of two dimensions become columns NAME_0, NAME_1, …; of an .npz, the arrays with `n` rows are taken.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            return pd.read_csv(path, sep="," if suffix == ".csv" else "\t")
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        if suffix not in (".npy", ".npz"):
+            raise UserError(f"{path} is no table; give a .csv, .tsv, .parquet, .npy or .npz file")
+        found = np.load(path, allow_pickle=False)
+        arrays = {path.stem: found} if suffix == ".npy" else dict(found)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
+    columns: dict[str, NDArray[Any]] = {}
+    for name, array in arrays.items():
+        if array.dtype.names and array.ndim == 1:
+            columns |= {field: array[field] for field in array.dtype.names}
+        elif array.ndim == 2 and (len(array) == n or suffix == ".npy"):
+            columns |= {f"{name}_{i}": array[:, i] for i in range(array.shape[1])}
+        elif array.ndim == 1 and (len(array) == n or suffix == ".npy"):
+            columns[name] = array
+    if not columns:
+        raise UserError(f"{path} holds no array with one row for each of the {n} particles")
+    return pd.DataFrame(columns)
 
 
 # ---------------------------------------------------------------------- preprocessing in blocks

@@ -133,6 +133,24 @@ class StatusWriter:
             with replacing(folder / STATUS, sync=False) as temporary:
                 temporary.write_text(json.dumps(dataclasses.asdict(status), indent=1), encoding="utf-8")
 
+    @staticmethod
+    def note_failure(folder: Path, error: UserError) -> None:
+        """Say for this process that it failed, if it has not said already how it ended."""
+        found = read_status(folder)
+        if found.is_over and found.pid == os.getpid():
+            return
+        said = dataclasses.replace(
+            found,
+            state="failed",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            process_started=process_started(os.getpid()),
+            heartbeat=time.time(),
+            error=str(error),
+        )
+        with replacing(folder / STATUS, sync=False) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(said), indent=1), encoding="utf-8")
+
     def update(self, **changes: Any) -> None:
         """Change fields of the status; written at once when the job turns to something else, else soon."""
         with self._lock:

@@ -28,11 +28,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from particle_explorer import preprocess
 from particle_explorer.configs import RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing
 from particle_explorer.latents import Latents
-from particle_explorer.models.base import Batch, Encoding, ParticleModel
+from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel
 from particle_explorer.models.build import build_model
+from particle_explorer.particles import Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.session import Run, Session
 from particle_explorer.status import StatusWriter
@@ -46,6 +48,7 @@ N_LIVE_ENCODED = 2000
 MAX_LIVE = 50_000
 N_PANEL = 9
 ENCODE_AT_ONCE = 512
+PIXEL_SIZE_TOLERANCE = 0.01
 MEMORY_SHARE = 0.25
 """Images are held in memory when they take no more than this of what is free"""
 FREE_MEMORY_UNKNOWN = 2 * 2**30
@@ -120,7 +123,6 @@ class SessionBatches:
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
-@torch.no_grad()
 def encode(
     model: ParticleModel, session: Session, rows: NDArray[np.intp] | None = None, *, precision: str = "auto"
 ) -> Iterator[tuple[float, Latents | None]]:
@@ -129,18 +131,80 @@ def encode(
     Here, and nowhere else, radians become degrees and shifts of the cached images pixels of the original.
     """
     rows = np.arange(session.n_particles) if rows is None else rows
-    device = next(model.parameters()).device
-    images = SessionBatches(session, rows, device, with_ctf=model.uses_ctf)
+    images = SessionBatches(session, rows, _device_of(model), with_ctf=model.uses_ctf)
+    original_px = session.table["box_px"].to_numpy(np.float64)[rows] / session.plan.cached_box_px
+    yield from _encode_batches(model, images, session.uid[rows], original_px, precision)
+
+
+def encode_stack(
+    model: ParticleModel, session: Session, particles: Particles, *, precision: str = "auto"
+) -> Iterator[tuple[float, Latents | None]]:
+    """The same of other particles, prepared like those of the session that the model was fitted to."""
+    fitted = session.plan
+    wanted = session.info.preprocess.model_copy(update={"box_px": fitted.cached_box_px})
+    plan = preprocess.plan(particles.table, wanted)
+    ratio = plan.cached_pixel_size_A / fitted.cached_pixel_size_A  # NaN where one is not known
+    if abs(ratio - 1) > PIXEL_SIZE_TOLERANCE:
+        raise UserError(
+            f"{particles.source} prepared in {plan.cached_box_px} px has {plan.cached_pixel_size_A:.4g} Å per"
+            f" pixel, but the model was fitted to {fitted.cached_pixel_size_A:.4g} Å per pixel"
+        )
+    if particles.images.n_channels != session.info.n_channels:
+        raise UserError(
+            f"{particles.source} has {particles.images.n_channels} channels, the model was fitted to"
+            f" {session.info.n_channels}"
+        )
+    images = _ParticleBatches(particles, plan, _device_of(model), with_ctf=model.uses_ctf)
+    original_px = np.full(len(particles), plan.box_px / plan.cached_box_px)
+    uid = particles.table.index.to_numpy(np.uint64)
+    yield from _encode_batches(model, images, uid, original_px, precision)
+
+
+class _ParticleBatches:
+    """Particles that are in no session, prepared as they are asked for."""
+
+    def __init__(
+        self, particles: Particles, plan: preprocess.Plan, device: torch.device, *, with_ctf: bool
+    ) -> None:
+        self.particles, self.plan, self.device, self.with_ctf = particles, plan, device, with_ctf
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    def take(self, index: Tensor) -> Batch:
+        rows = index.numpy()
+        table = self.particles.table.iloc[rows]
+        images = preprocess.apply(self.particles.images.read(rows), table, self.plan)
+        ctf = preprocess.effective_ctf(table, self.plan) if self.with_ctf else None
+        return Batch(
+            torch.from_numpy(images).to(self.device),
+            None if ctf is None else torch.from_numpy(ctf).to(self.device),
+            index.to(self.device),
+        )
+
+
+@torch.no_grad()
+def _encode_batches(
+    model: ParticleModel,
+    images: Batches,
+    uid: NDArray[np.uint64],
+    original_px: NDArray[np.float64],
+    precision: str,
+) -> Iterator[tuple[float, Latents | None]]:
     parts: list[Encoding] = []
     model.eval()
-    for start in range(0, len(rows), ENCODE_AT_ONCE):
-        index = torch.arange(start, min(start + ENCODE_AT_ONCE, len(rows)))
-        with autocast(model, device, precision):
+    n, at_once = len(images), max(ENCODE_AT_ONCE, model.batch_size)
+    for start in range(0, n, at_once):
+        index = torch.arange(start, min(start + at_once, n))
+        with autocast(model, _device_of(model), precision):
             encoding = model.encode(images.take(index))
         parts.append(_to_cpu(encoding))
-        yield min(1.0, (start + ENCODE_AT_ONCE) / len(rows)), None
-    original_px = session.table["box_px"].to_numpy(np.float64)[rows] / session.plan.cached_box_px
-    yield 1.0, to_latents(session.uid[rows], parts, original_px)
+        yield min(1.0, (start + at_once) / n), None
+    yield 1.0, to_latents(uid, parts, original_px)
+
+
+def _device_of(model: ParticleModel) -> torch.device:
+    return next(model.parameters()).device
 
 
 def to_latents(uid: NDArray[np.uint64], parts: list[Encoding], original_px: NDArray[np.float64]) -> Latents:
@@ -187,6 +251,32 @@ def load_model(run: Run, device: torch.device | str = "cpu") -> ParticleModel:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the weights of this run's model: {reason}") from error
     return model.to(device).eval()
+
+
+class Drawer:
+    """The pictures of a run's model on the CPU, for the process that draws under the mouse."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.model = load_model(run)
+        self.latent_dim = self.model.latent_dim
+        data = run.config.data
+        self.shape = (data.n_channels, data.box_px)
+        for _ in range(2):  # the first pass of a model costs many times the next
+            self.draw(np.zeros((1, self.latent_dim), np.float32), None, None, False)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        z: NDArray[np.float32],
+        angle_deg: NDArray[np.float32] | None,
+        shift_yx_px: NDArray[np.float32] | None,
+        held: bool,
+    ) -> NDArray[np.float32]:
+        """`(b, d)` → `(b, c, m, m)`; a pose turns and shifts the canonical view, or, `held`, the held one."""
+        angle = None if angle_deg is None else torch.deg2rad(torch.from_numpy(angle_deg))
+        shift = None if shift_yx_px is None else torch.from_numpy(shift_yx_px)
+        return _array(self.model.decode(torch.from_numpy(z), angle, shift))
 
 
 # ---------------------------------------------------------------------- devices and precision
@@ -240,9 +330,9 @@ def autocast(model: ParticleModel, device: torch.device, precision: str) -> Abst
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def stand_back() -> None:
-    """Leave the computer usable: lowest claim on the processor, and one core left for others."""
-    if hasattr(os, "nice"):
+def stand_back(nice: bool = True) -> None:
+    """Leave the computer usable: a low claim on the processor, and one core left for others."""
+    if nice and hasattr(os, "nice"):
         os.nice(10)
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, min(torch.get_num_threads(), n_cores - 1)))
@@ -320,7 +410,7 @@ class _Fit:
         self.device = choose_device(self.config.device)
         if background:
             stand_back()
-        status.update(what="reading the images", device=describe_device(self.device))
+        status.update(what="reading the images", device=describe_device(self.device), message=str(run.path))
         if self.config.data != self.session.data_spec():
             raise UserError(
                 f"run {run.name} was made for images of {self.config.data.box_px} px and"
@@ -453,7 +543,6 @@ class _Fit:
                 raise Stopped("stopped")
         assert latents is not None
         self.run_.save_latents(latents)
-        self.status.update(message=str(self.run_.path))
 
     # -- reports
 

@@ -1,0 +1,1045 @@
+"""The command line: one small class per command.
+
+Its fields are the options, read by pydantic-settings, so a default, a bound or a help text is declared once,
+in `configs` or here. What comes out (the path of a run, of a file) goes to standard output; the tale of how
+it fared to standard error. Exit status: 0; 2 for bad input, with one sentence; 1 for a fault of ours.
+
+Everything heavy is imported inside the function that needs it: `--help` and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from pydantic import Field, ValidationError, create_model
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings.exceptions import SettingsError
+
+from particle_explorer.configs import (
+    AccuracyConfig,
+    AverageConfig,
+    ClassMapConfig,
+    ClusterConfig,
+    Config,
+    EmbedConfig,
+    ModelConfig,
+    PreprocessConfig,
+    SimulateConfig,
+    SpeedConfig,
+    TrainConfig,
+    describe,
+)
+from particle_explorer.files import Stopped, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from particle_explorer.latents import Latents
+    from particle_explorer.session import Run, Session
+    from particle_explorer.status import StatusWriter
+
+T = TypeVar("T")
+
+PROGRAM = "particle-explorer"
+
+
+class Command(Config):
+    """One command; `execute` does it."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """The texts of the options are read when help is asked for: they are many, and the start is short."""
+
+    def execute(self) -> None:
+        """Do it, or raise `UserError`."""
+        raise NotImplementedError
+
+
+class JobCommand(Command):
+    """A command that may take long and can be followed."""
+
+    status: str = ""
+    """Folder to report to (status.json; a file named stop ends the job in good order). With it the job also
+    stands back for other programs: lowest priority, one core left free."""
+
+    @contextlib.contextmanager
+    def job(self, what: str) -> Iterator[Job]:
+        """Report this block as a job that does `what`."""
+        from particle_explorer.status import StatusWriter
+
+        if self.status and hasattr(os, "nice"):
+            os.nice(10)
+        folders = [Path(self.status)] if self.status else []
+        with StatusWriter(*folders) as writer, _interrupts_stop(writer.stop):
+            job = Job(writer)
+            job.tell(what)
+            yield job
+            job.end_line()
+
+
+class Job:
+    """What a running command says: to the terminal, and to the folder it reports to."""
+
+    def __init__(self, writer: StatusWriter) -> None:
+        self.writer = writer
+        self.stop = writer.stop
+        self._what = ""
+        self._said_at = 0.0
+        self._open_line = False
+
+    def tell(self, what: str, fraction: float = 0.0) -> None:
+        """`what` is being done, and this share of it is done."""
+        self.writer.update(what=what, fraction=fraction)
+        self.line(what, f"{what} {fraction:.0%}" if fraction else what)
+
+    def line(self, key: str, text: str) -> None:
+        """Say `text` on standard error: again and again in one line of a terminal, else now and then."""
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if key == self._what and now - self._said_at < (0.2 if terminal else 5.0):
+            return
+        if terminal:
+            end = "\n" if self._open_line and key != self._what else ""
+            print(f"{end}\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._open_line = True
+        else:
+            print(text, file=sys.stderr, flush=True)
+        self._what, self._said_at = key, now
+
+    def end_line(self) -> None:
+        """Leave the line of the terminal that was written again and again."""
+        if self._open_line:
+            print(file=sys.stderr)
+            self._open_line = False
+
+    def note(self, text: str) -> None:
+        """Something to know that stays on the screen."""
+        self.end_line()
+        print(text, file=sys.stderr, flush=True)
+
+    def finish(self, what: str, steps: Iterator[tuple[float, T | None]]) -> T:
+        """Go through `steps`, telling how much is done, to the result that comes with the last of them."""
+        result: T | None = None
+        for fraction, found in steps:
+            if self.stop.is_set():
+                raise Stopped("stopped; nothing was written")
+            self.tell(what, fraction)
+            result = found
+        assert result is not None
+        return result
+
+    def result(self, text: object) -> None:
+        """What came out."""
+        self.end_line()
+        self.writer.update(message=str(text))
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------- looking and importing
+
+
+class Inspect(Command):
+    """Say what is in a particle file: number, box, pixel size, CTF, contrast, poses."""
+
+    stack: CliPositionalArg[Path]
+    """A .star, .cs, .mrc, .mrcs or .npy file"""
+    project_dir: str = ""
+    """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
+
+    def execute(self) -> None:
+        """Print the summary."""
+        from particle_explorer.io.inspecting import summarise
+        from particle_explorer.io.reading import read
+
+        for line in summarise(read(self.stack, project_dir=_path(self.project_dir))).lines():
+            print(line)
+
+
+class Import(JobCommand):
+    """Make a session of a particle file: its table, the file itself and the images prepared for models."""
+
+    stack: CliPositionalArg[Path]
+    """A .star, .cs, .mrc, .mrcs or .npy file"""
+    session: str = ""
+    """Folder of the session; by default NAME_explorer beside the file, or in the working directory where that
+    is read-only"""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    where: str = ""
+    """Take only these particles: COLUMN OP VALUE [and ...], e.g. "rlnClassNumber == 3" """
+    table: str = ""
+    """A .csv, .tsv, .parquet, .npy or .npz file with more columns, by `uid` or in the particles' order"""
+    project_dir: str = ""
+    """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
+    overwrite: bool = False
+    """Replace a session of that name; the old one is kept beside it as NAME-replaced-1"""
+
+    def execute(self) -> None:
+        """Make the session and print its path."""
+        from dataclasses import replace
+
+        from particle_explorer.io.reading import read
+        from particle_explorer.session import Session, default_path, join, read_table
+
+        with self.job("reading") as job:
+            particles = read(self.stack, project_dir=_path(self.project_dir))
+            for note in particles.notes:
+                job.note(note)
+            if self.table:
+                extra = read_table(Path(self.table), len(particles))
+                particles = replace(particles, table=join(particles.table, extra))
+            session = Session.create(
+                _path(self.session) or default_path(self.stack),
+                particles,
+                self.preprocess,
+                where=self.where,
+                overwrite=self.overwrite,
+                progress=job.tell,
+                stop=job.stop,
+            )
+            for reason in session.plan.reasons:
+                job.note(reason)
+            job.result(session.path)
+
+
+# ---------------------------------------------------------------------- fitting
+
+
+class Train(JobCommand):
+    """Fit a model to a session and write the latent coordinates and poses of all its particles."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    model: ModelConfig = ClassMapConfig()
+    train: TrainConfig = TrainConfig()
+    where: str = ""
+    """Fit only these particles: COLUMN OP VALUE [and ...]; all are encoded at the end"""
+    device: str = "auto"
+    """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
+    resume: str = ""
+    """Go on with this run (its name or number) from its last checkpoint, with its own settings"""
+
+    def execute(self) -> None:
+        """Fit, and print the path of the run."""
+        from particle_explorer import __version__
+        from particle_explorer.configs import RunConfig
+        from particle_explorer.session import Session
+        from particle_explorer.status import StatusWriter
+        from particle_explorer.training import fit
+
+        session = Session.open(self.session)
+        if self.resume:
+            run = session.run(Path(self.resume).name)
+        else:
+            spec = session.data_spec()
+            run = session.new_run(
+                RunConfig(
+                    model=self.model,
+                    train=self.train,
+                    data=spec,
+                    where=self.where,
+                    device=self.device,
+                    version=__version__,
+                )
+            )
+        print(run.path, flush=True)
+        stop = threading.Event()
+        job = Job(StatusWriter())  # `fit` reports to the folders; this one only talks
+        with _interrupts_stop(stop):
+            for progress in fit(
+                run,
+                stop,
+                resume=bool(self.resume),
+                status_folders=(Path(self.status),) if self.status else (),
+                background=bool(self.status),
+            ):
+                job.line(f"{progress.what} {progress.epoch}", _progress_text(progress))
+        job.end_line()
+        if stop.is_set():
+            job.note(f"stopped; {PROGRAM} train {session.path} --resume {run.name} goes on")
+
+
+class Encode(JobCommand):
+    """Write the latent coordinates and poses that a run's model gives of its session or of another stack."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, SESSION/runs/NAME; or of a session, for its newest finished run"""
+    stack: str = ""
+    """Encode this particle file instead, prepared as the session was"""
+    out: str = ""
+    """With --stack: the .parquet file to write, by default STACK_latents.parquet in the run's folder"""
+    project_dir: str = ""
+    """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
+    overwrite: bool = False
+    """Replace the file of --out"""
+    device: str = "auto"
+    """auto, cpu, mps or cuda:N"""
+
+    def execute(self) -> None:
+        """Encode, and print the path of the table."""
+        from particle_explorer.training import choose_device, encode, encode_stack, load_model, stand_back
+
+        with self.job("loading the model") as job:
+            run = _open_run(self.run, needs="weights")
+            device = choose_device(self.device)
+            if self.status:
+                stand_back(nice=False)
+            model = load_model(run, device)
+            precision = run.config.train.precision
+            if not self.stack:
+                run.session.prepare_images(job.tell, job.stop)
+                latents = job.finish("encoding", encode(model, run.session, precision=precision))
+                run.save_latents(latents)
+                job.result(run.path / "latents.parquet")
+                return
+            from particle_explorer.io.reading import read
+
+            particles = read(Path(self.stack), project_dir=_path(self.project_dir))
+            out = _path(self.out) or run.path / f"{Path(self.stack).stem}_latents.parquet"
+            coded = encode_stack(model, run.session, particles, precision=precision)
+            latents = job.finish("encoding", coded)
+            latents.write(out, overwrite=self.overwrite)
+            job.result(out)
+
+
+# ---------------------------------------------------------------------- exploring
+
+
+class Embed(EmbedConfig, JobCommand):
+    """Lay the particles of a run out in two dimensions; a result to colour and select by."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+
+    def execute(self) -> None:
+        """Embed, and print the name of the result."""
+        import pandas as pd
+
+        from particle_explorer.latents import embed
+
+        with self.job(f"{self.method} of the latent coordinates") as job:
+            run = _open_run(self.run)
+            latents = _latents(run)
+            xy = embed(latents.z, self)
+            index = pd.Index(latents.uid, name="uid")
+            table = pd.DataFrame({f"{self.method}_{i}": xy[:, i] for i in range(2)}, index=index)
+            job.result(run.write_column(self.method, table, _settings(self, EmbedConfig)))
+
+
+class Cluster(ClusterConfig, JobCommand):
+    """Group the particles of a run by their latent coordinates; a result to average and export by."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+
+    def execute(self) -> None:
+        """Cluster, and print the name of the result."""
+        import pandas as pd
+
+        from particle_explorer.latents import cluster
+
+        with self.job("clustering the latent coordinates") as job:
+            run = _open_run(self.run)
+            latents = _latents(run)
+            name = f"cluster-{self.method}"
+            index = pd.Index(latents.uid, name="uid")
+            table = pd.DataFrame({name: cluster(latents.z, self)}, index=index)
+            job.result(run.write_column(name, table, _settings(self, ClusterConfig)))
+
+
+class HoldStill(JobCommand):
+    """Turn and shift the map so that one part of the particle stays where it is; poses follow."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    auto: bool = False
+    """Hold the most rigid part: the disc whose content changes least along the map"""
+    disc_yxr_px: str = ""
+    """Hold the disc Y,X,R: centre from the corner of the decoded image, and radius, in its pixels"""
+    mask: str = ""
+    """Hold the part where this image (.npy or .mrc, in the box of the decoded image) is not 0"""
+
+    def execute(self) -> None:
+        """Fit the gauge, and print the path of the poses."""
+        from particle_explorer.gauge import hold_still
+
+        if (self.auto + bool(self.disc_yxr_px) + bool(self.mask)) != 1:
+            raise UserError("say what to hold still by one of --auto, --disc-yxr-px Y,X,R and --mask FILE")
+        with self.job("holding a part still") as job:
+            run = _open_run(self.run)
+            _latents(run)
+            hold_still(
+                run,
+                auto=self.auto,
+                disc_yxr_px=_disc(self.disc_yxr_px) if self.disc_yxr_px else None,
+                mask=_mask(Path(self.mask)) if self.mask else None,
+            )
+            job.result(run.path / "columns" / "pose-held.parquet")
+
+
+class Average(JobCommand):
+    """Average the original full-size images by class, aligned with the poses of a run."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    by: str = ""
+    """Column that gives the classes (a result such as cluster-kmeans, or a column of the file); by default
+    the newest clustering"""
+    selection: str = ""
+    """Average only the particles of this named selection; without --by as one class"""
+    held: bool = False
+    """Take the poses that hold a part still (hold-still) instead of the run's own"""
+    average: AverageConfig = AverageConfig()
+
+    def execute(self) -> None:
+        """Average, and print the path of the averages."""
+        with self.job("averaging") as job:
+            run = _open_run(self.run)
+            session = run.session
+            labels, names, name = _labels(run, self.by, self.selection)
+            averages = _average(run, labels, names, self.held, self.average, job)
+            how = {
+                "run": run.name,
+                "by": name if not self.selection or self.by else "",
+                "selection": self.selection,
+                "held": self.held,
+                "config": self.average.model_dump(),
+            }
+            used = session.save_classes(name, averages, [average.label for average in averages], how)
+            job.result(session.path / "classes" / f"{used}.mrcs")
+
+
+class Export(JobCommand):
+    """Write particles for RELION or cryoSPARC: all their columns, with poses and classes of a run."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    out: str
+    """The .star or .cs file to write; the dialect is that of the source"""
+    run: str = ""
+    """Name or number of the run whose poses are written; by default the newest finished one"""
+    selection: str = ""
+    """Only the particles of this named selection"""
+    classes: str = ""
+    """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
+    held: bool = False
+    """Write the poses that hold a part still (hold-still) instead of the run's own"""
+    averages: str = ""
+    """Also write the averages of these classes to this .mrcs file"""
+    average: AverageConfig = AverageConfig()
+    overwrite: bool = False
+    """Replace the files if they are there; the source is never replaced"""
+
+    def execute(self) -> None:
+        """Export, and print the paths of the files."""
+        import numpy as np
+
+        from particle_explorer.io.writing import export_averages, export_particles
+        from particle_explorer.session import Session
+
+        with self.job("exporting") as job:
+            session = Session.open(self.session)
+            run = session.run(self.run) if self.run else session.newest_finished_run()
+            mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
+            if not mask.any():
+                raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
+            out = Path(self.out).absolute()
+            files = [out, *([Path(self.averages).absolute()] if self.averages else [])]
+            for path in files:
+                _check_writable(path, session, self.overwrite)
+            number = _class_numbers(session, run, self.classes)
+            angle, shift = _poses(run, self.held) if run is not None else (None, None)
+            averages = None
+            if self.averages:  # first, because they take long and can be stopped
+                if number is None or run is None:
+                    raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
+                averages = _average(run, np.where(mask, number, -1), None, self.held, self.average, job)
+            job.tell("writing")
+            notes = export_particles(
+                out,
+                table=session.table[mask],
+                source=session.source_path,
+                kind=session.info.source_kind,
+                class_id=None if number is None else number[mask],
+                angle_deg=None if angle is None else angle[mask],
+                shift_yx_px=None if shift is None else shift[mask],
+                overwrite=self.overwrite,
+            )
+            for note in notes:
+                job.note(note)
+            if averages is not None:
+                images = np.stack([average.image for average in averages])
+                export_averages(files[1], images, averages[0].pixel_size_A, overwrite=self.overwrite)
+            job.result(" ".join(map(str, files)))
+
+
+# ---------------------------------------------------------------------- the rest
+
+
+class Simulate(SimulateConfig, JobCommand):
+    """Simulate a stack of a hinged molecule with every truth known: .mrcs, .star and .cs."""
+
+    out: Path
+    """Folder to write into"""
+    overwrite: bool = False
+    """Replace the files if they are there"""
+
+    def execute(self) -> None:
+        """Simulate, and print the path of the star file."""
+        from particle_explorer.simulate import write
+
+        with self.job("simulating") as job:
+            config = SimulateConfig(**_settings(self, SimulateConfig))
+            write(
+                self.out, config, overwrite=self.overwrite, progress=lambda done: job.tell("simulating", done)
+            )
+            job.result(self.out / "particles.star")
+
+
+class Demo(Command):
+    """Run the whole chain on the sample, score it against the truth, and open it if there is a display."""
+
+    out: Path = Path("particle-explorer-demo")
+    """Folder to write into: a session, averages, report.html and metrics.json"""
+    window: bool = True
+    """Open napari at the end where there is a display"""
+
+    def execute(self) -> None:
+        """Run the demo."""
+        from particle_explorer.demo import demo
+
+        demo(self.out, self.window)
+
+
+class Open(Command):
+    """Open a session in napari."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+
+    def execute(self) -> None:
+        """Show the window until it is closed."""
+        from particle_explorer.session import Session
+
+        open_session(Session.open(self.session).path)
+
+
+def open_session(path: Path) -> None:
+    """Show the workspace in napari, open on a session; returns when the window is closed."""
+    try:
+        import napari
+    except ImportError as error:
+        raise UserError(
+            "napari is not installed; install it with pip install 'napari-particle-explorer[napari]'"
+        ) from error
+    from particle_explorer.widgets.workspace import open_workspace
+
+    viewer = napari.Viewer()
+    open_workspace(viewer, path)
+    napari.run()
+
+
+class DecodeServer(Command):
+    """Draw latent positions of a run for the window, over standard input and output."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run"""
+
+    def execute(self) -> None:
+        """Answer until standard input is closed."""
+        from particle_explorer.jobs import send_error, serve_decoding
+
+        # what libraries print must not get between the replies
+        replies = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        try:
+            import torch
+
+            from particle_explorer.training import Drawer
+
+            torch.set_num_threads(1)
+            drawer = Drawer(_open_run(self.run, needs="weights"))
+        except UserError as error:
+            send_error(replies, str(error))
+            return
+        serve_decoding(sys.stdin.buffer, replies, drawer.draw, drawer.shape, drawer.latent_dim)
+
+
+class Bench(Command):
+    """Measure accuracy, speed and the window on this machine: bench accuracy, speed or interface."""
+
+
+class BenchCommand(Command):
+    """A measurement that prints its table."""
+
+    json_file: str = Field("", validation_alias="json")
+    """Also write the numbers to this file"""
+
+
+class BenchAccuracy(AccuracyConfig, BenchCommand):
+    """How well the models find conformation and pose where the truth is known."""
+
+    def execute(self) -> None:
+        """Measure."""
+        from particle_explorer.bench import accuracy
+
+        accuracy.run(AccuracyConfig(**_settings(self, AccuracyConfig)), _path(self.json_file))
+
+
+class BenchSpeed(SpeedConfig, BenchCommand):
+    """Images per second of training, encoding, decoding, averaging and preprocessing."""
+
+    def execute(self) -> None:
+        """Measure."""
+        from particle_explorer.bench import speed
+
+        speed.run(SpeedConfig(**_settings(self, SpeedConfig)), _path(self.json_file))
+
+
+class BenchInterface(BenchCommand):
+    """How fast the window follows the hand: dragging, painting, selecting, stalls of the event loop."""
+
+    def execute(self) -> None:
+        """Measure."""
+        from particle_explorer.bench import interface
+
+        interface.run(_path(self.json_file))
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "inspect": Inspect,
+    "import": Import,
+    "train": Train,
+    "encode": Encode,
+    "embed": Embed,
+    "cluster": Cluster,
+    "hold-still": HoldStill,
+    "average": Average,
+    "export": Export,
+    "open": Open,
+    "simulate": Simulate,
+    "demo": Demo,
+}
+BENCH: dict[str, type[Command]] = {
+    "bench accuracy": BenchAccuracy,
+    "bench speed": BenchSpeed,
+    "bench interface": BenchInterface,
+}
+HIDDEN: dict[str, type[Command]] = {"decode-server": DecodeServer}
+
+
+# ---------------------------------------------------------------------- from words to a command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = parse(words)
+        if command is not None:
+            command.execute()
+    except UserError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _report_failure(words, error)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def parse(words: Sequence[str]) -> Command | None:
+    """The command that these words ask for; None when they asked for help, which was given."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return None
+    if words[0] == "--version":
+        from particle_explorer import __version__
+
+        print(__version__)
+        return None
+    name, rest = words[0], list(words[1:])
+    commands = COMMANDS | HIDDEN
+    if name == "bench":
+        commands = BENCH
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_list_commands(str(Bench.__doc__), BENCH))
+            return None
+        name, rest = f"bench {rest[0]}", rest[1:]
+    if name not in commands:
+        known = ", ".join(command for command in commands if command not in HIDDEN)
+        raise UserError(f"there is no command {name!r}; choose one of {known}")
+    command = commands[name]
+    if {"-h", "--help"} & set(rest):
+        describe(command)
+    if command is Train:
+        command = _train_of_kind(_kind(rest))
+    settings = _settings_class(command, name)
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            settings, formatter_class=_Help, cli_exit_on_error=False
+        )
+        return CliApp.run(settings, cli_args=_plain_flags(rest, command), cli_settings_source=source)
+    except SystemExit:  # --help was given
+        return None
+    except SettingsError as error:
+        text = str(error).removeprefix("error parsing CLI: ")
+        raise UserError(f"{name}: {text}; see {PROGRAM} {name} --help") from error
+    except ValidationError as error:
+        raise UserError(_sentence(error, name, command)) from error
+
+
+class _Help(argparse.HelpFormatter):
+    """Help as argparse writes it, without the defaults that are empty texts."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return super()._expand_help(action).removesuffix("(default: )").rstrip()
+
+
+def _settings_class(command: type[Command], name: str) -> type[Any]:
+    """`command` as pydantic-settings reads it: from the words alone, never from the environment."""
+
+    class FromWords(BaseSettings, command):  # type: ignore[misc, valid-type]
+        __doc__ = command.__doc__
+        model_config = SettingsConfigDict(
+            cli_prog_name=f"{PROGRAM} {name}",
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_enforce_required=True,
+            nested_model_default_partial_update=True,
+            case_sensitive=True,
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings,)
+
+    return FromWords
+
+
+def _plain_flags(words: Sequence[str], command: type[Config]) -> list[str]:
+    """`--flag true` as `--flag`, `--flag false` as `--no-flag`, and `--n` as `-n`.
+
+    So whoever builds a command line need not know which options are flags, and which have one letter.
+    """
+    flags = set(_flags(command, "--"))
+    plain: list[str] = []
+    for word in words:
+        if word.partition("=")[0] == "--n":
+            word = word[1:]
+        if word in ("true", "false") and plain and plain[-1] in flags:
+            if word == "false":
+                plain[-1] = "--no-" + plain[-1][2:]
+        else:
+            plain.append(word)
+    return plain
+
+
+def _flags(config: type[Config], prefix: str) -> Iterator[str]:
+    for name, field in config.model_fields.items():
+        option = prefix + name.replace("_", "-")
+        if field.annotation is bool:
+            yield option
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from _flags(field.annotation, option + ".")
+
+
+def _kinds() -> dict[str, type[Config]]:
+    """The model configs by the name of their kind."""
+    union = get_args(ModelConfig)[0]
+    return {get_args(config.model_fields["kind"].annotation)[0]: config for config in get_args(union)}
+
+
+def _kind(words: Sequence[str]) -> str:
+    """What --model.kind says, or the default."""
+    for i, word in enumerate(words):
+        if word.startswith("--model.kind="):
+            return word.partition("=")[2]
+        if word == "--model.kind" and i + 1 < len(words):
+            return words[i + 1]
+    return ClassMapConfig().kind
+
+
+def _train_of_kind(kind: str) -> type[Command]:
+    """`train` with the settings of one kind of model: its help shows just those, others are refused."""
+    kinds = _kinds()
+    if kind not in kinds:
+        raise UserError(f"--model.kind {kind}: there is no such model; choose one of {', '.join(kinds)}")
+    others = ", ".join(f"--model.kind {other}" for other in kinds if other != kind)
+    about = (
+        f"{Train.__doc__} The model settings below are those of {kind}; for others add --help to {others}."
+    )
+    return create_model("Train", __base__=Train, __doc__=about, model=(kinds[kind], kinds[kind]()))
+
+
+def _sentence(error: ValidationError, name: str, command: type[Command]) -> str:
+    """The first problem, with the option as it is typed."""
+    problem = error.errors()[0]
+    parts = [str(part).replace("_", "-") for part in problem["loc"]]
+    field = command.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
+    positional = field is not None and any("Positional" in type(item).__name__ for item in field.metadata)
+    option = parts[0].upper() if positional else "--" + ".".join(parts)
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{name}: {option} {problem['input']!s}: {message}; see {PROGRAM} {name} --help"
+
+
+def _overview() -> str:
+    about = "Explore single-particle electron microscopy images by content, with pose set apart."
+    return _list_commands(about, COMMANDS | {"bench": Bench})
+
+
+def _list_commands(about: str, commands: dict[str, type[Command]]) -> str:
+    width = max(map(len, commands)) + 2
+    lines = [
+        f"  {name:{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
+    ]
+    usage = f"usage: {PROGRAM} COMMAND ...   ({PROGRAM} COMMAND --help says more of one)"
+    return "\n".join([usage, "", about, "", *lines])
+
+
+def _report_failure(words: Sequence[str], error: UserError) -> None:
+    """Tell whoever follows the folder of --status of a failure that came before the job reported itself."""
+    if "--status" not in words[:-1]:
+        return
+    from particle_explorer.status import StatusWriter
+
+    folder = Path(words[words.index("--status") + 1])
+    if folder.is_dir():
+        StatusWriter.note_failure(folder, error)
+
+
+@contextlib.contextmanager
+def _interrupts_stop(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C, and the polite kill, end a job in good order; the second time at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        print("\nstopping in good order; once more to stop at once", file=sys.stderr)
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------- shared by commands
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _settings(command: Config, base: type[Config]) -> dict[str, Any]:
+    """The settings of a command that are those of `base`."""
+    return {name: getattr(command, name) for name in base.model_fields}
+
+
+def _open_run(path: Path, needs: Literal["", "weights"] = "") -> Run:
+    """A run folder, or the newest finished run of a session folder."""
+    from particle_explorer.session import Run, Session
+
+    if Session.is_session(path):
+        newest = Session.open(path).newest_finished_run()
+        if newest is None:
+            raise UserError(f"{path} has no finished run yet; train one with {PROGRAM} train {path}")
+        return newest
+    run = Run.open(path)
+    if needs == "weights" and not run.has_weights:
+        raise UserError(f"run {run.name} has no weights yet; its state is {run.state!r}")
+    return run
+
+
+def _latents(run: Run) -> Latents:
+    latents = run.latents()
+    if latents is None:
+        raise UserError(f"run {run.name} has no latents yet; its state is {run.state!r}")
+    return latents
+
+
+def _poses(run: Run, held: bool) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Angle `(N,)` (°) and shift `(N, 2)` (px of the original) of all rows, or None where there are none."""
+    if held:
+        if "pose-held" not in run.columns():
+            raise UserError(
+                f"run {run.name} holds nothing still yet; run {PROGRAM} hold-still {run.path} --auto"
+            )
+        table = run.column("pose-held")
+    else:
+        table = _latents(run).table
+    table = table.reindex(run.session.table.index)
+    angle = table["angle_deg"].to_numpy(float) if "angle_deg" in table else None
+    has_shift = "shift_y_px" in table and "shift_x_px" in table
+    return angle, table[["shift_y_px", "shift_x_px"]].to_numpy(float) if has_shift else None
+
+
+def _labels(run: Run, by: str, selection: str) -> tuple[NDArray[np.int64], list[str] | None, str]:
+    """Class of every row (-1: none), names of the classes, name of the grouping."""
+    import numpy as np
+
+    session = run.session
+    mask = session.selection(selection) if selection else np.ones(session.n_particles, bool)
+    if selection and not by:
+        if not mask.any():
+            raise UserError(f"selection {selection!r} is empty; there is nothing to average")
+        return np.where(mask, 0, -1), [selection], selection
+    by = by or run.newest_column("cluster") or ""
+    if not by:
+        raise UserError("say what to average by --by COLUMN or --selection NAME, or cluster the run first")
+    numbers, names = _grouped(_column(session, run, by), by)
+    numbers = np.where(mask, numbers, -1)
+    present = np.unique(numbers[numbers >= 0])
+    return numbers, None if names is None else [names[i] for i in present], by
+
+
+def _column(session: Session, run: Run | None, name: str) -> pd.Series:
+    """A column of a run's results or of the session's table."""
+    features = run.features() if run is not None else session.table.iloc[:, :0]
+    if name in features:
+        return features[name]
+    if name in session.table:
+        return session.table[name]
+    results = ", ".join(run.columns()) if run is not None else ""
+    raise UserError(
+        f"there is no column {name!r}; results of the run: {results or 'none'}; columns of the file:"
+        f" {', '.join(map(str, session.table.columns))}"
+    )
+
+
+def _grouped(column: pd.Series, name: str) -> tuple[NDArray[np.int64], list[str] | None]:
+    """Whole numbers as they are, text numbered from 0; -1 where there is none."""
+    import numpy as np
+    import pandas as pd
+
+    if pd.api.types.is_numeric_dtype(column):
+        values = column.to_numpy(float)
+        known = np.isfinite(values)
+        if not np.array_equal(values[known], np.round(values[known])):
+            raise UserError(
+                f"column {name!r} holds {values[known][0]:g} and other fractions; classes are whole numbers"
+            )
+        if known.any() and values[known].min() < 0:
+            raise UserError(
+                f"column {name!r} holds {values[known].min():g}; classes are numbered from 0 or 1"
+            )
+        return np.where(known, np.nan_to_num(values), -1).astype(np.int64), None
+    codes, names = pd.factorize(column, sort=True)
+    return codes.astype(np.int64), [str(value) for value in names]
+
+
+def _class_numbers(session: Session, run: Run | None, classes: str) -> NDArray[np.int64] | None:
+    """`(N,)` class numbers from 1 for an export, or None where there are no classes."""
+    name = classes or (run.newest_column("cluster") if run is not None else None)
+    if not name:
+        return None
+    numbers, names = _grouped(_column(session, run, name), name)
+    if (numbers < 0).any():
+        raise UserError(
+            f"column {name!r} gives no class to {(numbers < 0).sum()} particles; fill it, or choose another"
+        )
+    return numbers + 1 if names is not None or numbers.min() == 0 else numbers
+
+
+def _average(
+    run: Run,
+    labels: NDArray[np.int64],
+    names: list[str] | None,
+    held: bool,
+    config: AverageConfig,
+    job: Job,
+) -> list[Any]:
+    from particle_explorer.averaging import Stopped as AveragingStopped
+    from particle_explorer.averaging import average_classes
+
+    angle, shift = _poses(run, held)
+    try:
+        return average_classes(
+            run.session,
+            labels,
+            angle,
+            shift,
+            config,
+            names=names,
+            progress=lambda done: job.tell("averaging", done),
+            stop=job.stop,
+        )
+    except AveragingStopped:
+        raise Stopped("stopped; nothing was written") from None
+
+
+def _check_writable(path: Path, session: Session, overwrite: bool) -> None:
+    """Found out before the work: an export replaces files only when told, and never what it was made of."""
+    resolved = path.resolve()
+    sources = {Path(source).resolve() for source in session.table["stack_path"].unique()}
+    if resolved in sources or resolved == session.original_source.resolve():
+        raise UserError(
+            f"{path} is what the session was made of, which an export never replaces; choose another name"
+        )
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)")
+
+
+def _disc(text: str) -> tuple[float, float, float]:
+    try:
+        y, x, radius = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--disc-yxr-px {text}: give three numbers Y,X,R, as 20,31.5,8") from None
+    return y, x, radius
+
+
+def _mask(path: Path) -> NDArray[np.float32]:
+    """A single image `(n, n)` of a .npy or .mrc file."""
+    from particle_explorer.io.reading import read
+
+    particles = read(path)
+    if len(particles) != 1 or particles.images.n_channels != 1:
+        raise UserError(f"{path} holds {len(particles)} images; a mask is one grey image")
+    return particles.images[0][0]
+
+
+def _progress_text(progress: Any) -> str:
+    text = progress.what
+    if progress.what != "training":
+        return f"{text} {progress.fraction:.0%}"
+    losses = "  ".join(f"{name} {loss:.4g}" for name, loss in progress.losses.items())
+    speed = f"{progress.images_per_second:.0f} images/s  {progress.seconds_left:.0f} s left"
+    return f"epoch {progress.epoch}/{progress.n_epochs}  {losses}  {speed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What is computed from coordinates alone, on clouds whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from particle_explorer.configs import ClusterConfig, EmbedConfig
+from particle_explorer.files import UserError
+from particle_explorer.latents import Latents, cluster, embed, latent_columns, pca
+
+
+def blobs(n: int = 60, k: int = 3, d: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """`k` far apart groups of `n` points along the first axis, in order."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(k), n)
+    z = rng.normal(size=(n * k, d))
+    z[:, 0] += 20 * group
+    return z.astype(np.float32), group
+
+
+def everything(n: int = 5) -> Latents:
+    rng = np.random.default_rng(1)
+    return Latents(
+        uid=rng.integers(2**63, 2**64 - 1, n, dtype=np.uint64),  # beyond what a float or an int64 can hold
+        z=rng.normal(size=(n, 12)).astype(np.float32),
+        z_std=rng.random((n, 12)).astype(np.float32),
+        angle_deg=rng.random(n).astype(np.float32),
+        shift_yx_px=rng.random((n, 2)).astype(np.float32),
+        extras={"log_likelihood": rng.random(n).astype(np.float32)},
+    )
+
+
+def test_a_table_and_back_changes_nothing(tmp_path):
+    latents = everything()
+    assert latent_columns(latents.table) == [f"z_{i}" for i in range(12)]
+    latents.write(tmp_path / "latents.parquet")
+    again = Latents.from_table(pd.read_parquet(tmp_path / "latents.parquet"))
+    assert again.uid.dtype == np.uint64
+    for name in ("uid", "z", "z_std", "angle_deg", "shift_yx_px"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(latents, name))
+    np.testing.assert_array_equal(again.extras["log_likelihood"], latents.extras["log_likelihood"])
+
+
+def test_what_a_model_does_not_say_stays_unsaid():
+    latents = Latents(uid=np.arange(3, dtype=np.uint64), z=np.zeros((3, 1), np.float32))
+    again = Latents.from_table(latents.table)
+    assert again.z_std is None and again.angle_deg is None and again.shift_yx_px is None and not again.extras
+
+
+def test_principal_components_turn_the_cloud_onto_its_widest_axes():
+    z, _ = blobs()
+    found = pca(z @ np.linalg.qr(np.random.default_rng(2).normal(size=(4, 4)))[0].astype(np.float32))
+    np.testing.assert_allclose(found.components @ found.components.T, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(found.scores.var(0) / found.scores.var(0).sum(), found.share, rtol=1e-3)
+    assert found.share[0] > 0.95 and np.all(np.diff(found.share) <= 0)
+
+
+def test_one_dimension_is_its_own_component():
+    z = np.linspace(-1, 1, 9, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(pca(z).scores, z, atol=1e-6)
+
+
+def test_clusters_are_numbered_from_1_along_the_map():
+    z, group = blobs(k=5)
+    number = cluster(z, ClusterConfig(n_clusters=5))
+    assert set(number) == {1, 2, 3, 4, 5}
+    rising = np.array_equal(number, group + 1)
+    assert rising or np.array_equal(number, 5 - group)
+
+
+def test_clusters_repeat_with_their_seed():
+    z = np.random.default_rng(3).normal(size=(200, 3)).astype(np.float32)
+    first, second = (cluster(z, ClusterConfig(n_clusters=7, seed=4)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_embedding_by_components_pads_one_dimension():
+    xy = embed(np.arange(10, dtype=np.float32)[:, None], EmbedConfig(method="pca"))
+    assert xy.shape == (10, 2) and np.ptp(xy[:, 0]) == pytest.approx(9) and not xy[:, 1].any()
+
+
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
+def test_umap_keeps_groups_apart_and_repeats():
+    z, group = blobs(n=30)
+    config = EmbedConfig(n_neighbours=8)
+    xy = embed(z, config)
+    assert xy.shape == (90, 2)
+    centres = np.stack([xy[group == i].mean(0) for i in range(3)])
+    nearest = np.linalg.norm(xy[:, None] - centres, axis=-1).argmin(1)
+    assert np.mean(nearest == group) == 1
+    np.testing.assert_array_equal(xy, embed(z, config))
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: cluster(np.zeros((3, 2), np.float32), ClusterConfig(n_clusters=4)), "3 particles cannot make 4"),
+        (lambda: embed(np.zeros((9, 2), np.float32), EmbedConfig()), "too few for UMAP"),
+        (lambda: cluster(np.full((30, 2), np.nan, np.float32), ClusterConfig()), "not numbers"),
+    ],
+)
+def test_impossible_wishes_are_said_in_a_sentence(call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call()
