@@ -1,0 +1,391 @@
+"""A session on disk: complete or not there, never in the way of the user's files."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from particle_explorer import preprocess, session
+from particle_explorer.averaging import average_classes
+from particle_explorer.configs import ClassMapConfig, DataSpec, PreprocessConfig, RunConfig
+from particle_explorer.files import Stopped, UserError
+from particle_explorer.io.reading import read, read_array
+from particle_explorer.latents import Latents
+from particle_explorer.session import Run, Session, default_path, join, read_table
+
+
+def config_of(found: Session) -> RunConfig:
+    return RunConfig(model=ClassMapConfig(latent_dim=1), data=found.data_spec())
+
+
+def latents_of(found: Session, d: int = 1) -> Latents:
+    n = found.n_particles
+    rng = np.random.default_rng(0)
+    return Latents(
+        uid=found.uid,
+        z=rng.normal(size=(n, d)).astype(np.float32),
+        angle_deg=rng.uniform(-180, 180, n).astype(np.float32),
+        shift_yx_px=rng.normal(size=(n, 2)).astype(np.float32),
+    )
+
+
+# ---------------------------------------------------------------------- making
+
+
+def test_the_cache_is_what_preprocessing_gives(tiny_session, tiny_particles):
+    rows = np.array([0, 1, 2, 50, 119])
+    wanted = preprocess.apply(tiny_particles.images.read(rows), tiny_particles.table.iloc[rows], tiny_session.plan)
+    np.testing.assert_allclose(tiny_session.images.read(rows), wanted, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_blocks_and_threads_change_nothing(tiny_particles, tmp_path, monkeypatch):
+    whole = Session.create(tmp_path / "whole", tiny_particles)
+    monkeypatch.setattr(session, "BLOCK_BYTES", 7 * 4 * 32 * 32)
+    told: list[float] = []
+    blocks = Session.create(tmp_path / "blocks", tiny_particles, progress=lambda what, done: told.append(done))
+    assert len(told) > 15 and told[-1] == 1 and np.all(np.diff(told) > 0)
+    np.testing.assert_array_equal(whole.images.read(np.arange(120)), blocks.images.read(np.arange(120)))
+
+
+def test_the_table_comes_back_whole(tiny_session, tiny_particles):
+    table = tiny_session.table
+    assert table.index.dtype == np.uint64 and table.index.name == "uid"
+    np.testing.assert_array_equal(table.index, tiny_particles.table.index)
+    for name in tiny_particles.table:
+        assert table[name].tolist() == tiny_particles.table[name].tolist(), name
+    np.testing.assert_array_equal(tiny_session.originals()[7], tiny_particles.images[7])
+
+
+def test_the_source_is_kept_to_the_letter(tiny_session, tiny_stack):
+    assert tiny_session.source_path.read_bytes() == tiny_stack.read_bytes()
+    assert tiny_session.source_path.parent.parent == tiny_session.path
+
+
+def test_a_subset_is_taken_on_opening(tiny_particles, tmp_path):
+    found = Session.create(tmp_path / "s", tiny_particles, where="source_row < 10 and stack_index >= 4")
+    assert found.table["source_row"].tolist() == [4, 5, 6, 7, 8, 9]
+    assert len(found.images) == 6 and found.info.where
+    with pytest.raises(UserError, match="no particle of .* is left"):
+        Session.create(tmp_path / "t", tiny_particles, where="source_row < 0")
+
+
+def test_a_layer_is_saved_with_the_session(tmp_path):
+    images = np.random.default_rng(0).normal(size=(12, 20, 20)).astype(np.float32)
+    found = Session.create(tmp_path / "s", read_array(images, "my layer"))
+    np.testing.assert_array_equal(found.originals().read([3, 4])[:, 0], images[[3, 4]])
+    assert found.source_path is None
+    (tmp_path / "s").rename(tmp_path / "moved")
+    np.testing.assert_array_equal(Session.open(tmp_path / "moved").originals()[3][0], images[3])
+
+
+def test_session_and_stack_move_together(tiny_stack, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    for file in tiny_stack.parent.iterdir():
+        (home / file.name).write_bytes(file.read_bytes())
+    Session.create(home / "session", read(home / tiny_stack.name))
+    home.rename(tmp_path / "elsewhere")
+    moved = Session.open(tmp_path / "elsewhere" / "session")
+    assert moved.originals()[0].shape == (1, 32, 32)
+    assert moved.original_source == tmp_path / "elsewhere" / tiny_stack.name
+
+
+def test_a_session_without_its_cache_makes_it_again(tiny_session):
+    before = tiny_session.images.read(np.arange(5))
+    (tiny_session.path / "images.npy").unlink()
+    again = Session.open(tiny_session.path)
+    assert not again.has_images
+    with pytest.raises(UserError, match="missing or stale"):
+        _ = again.images
+    again.prepare_images()
+    np.testing.assert_array_equal(again.images.read(np.arange(5)), before)
+
+
+def test_a_cache_of_other_preprocessing_is_not_taken(tiny_session):
+    (tiny_session.path / "images.json").write_text('{"key": "another"}')
+    assert not Session.open(tiny_session.path).has_images
+
+
+def test_stopping_leaves_nothing_behind(tiny_particles, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        Session.create(tmp_path / "s", tiny_particles, stop=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_lost(tiny_particles, tmp_path):
+    path = tmp_path / "s"
+    first = Session.create(path, tiny_particles)
+    first.save_selection("good", np.arange(120) < 5, "by hand")
+    with pytest.raises(UserError, match="is a session already"):
+        Session.create(path, tiny_particles)
+    Session.create(path, tiny_particles, overwrite=True)
+    assert Session.open(path).selections() == []
+    assert Session.open(tmp_path / "s-replaced-1").selections() == ["good"]
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not a session"):
+        Session.create(other, tiny_particles, overwrite=True)
+    assert (other / "chapter1.txt").read_text() == "precious"
+
+
+def test_particles_named_twice_are_refused(tiny_particles, tmp_path):
+    index = np.array(tiny_particles.table.index)
+    index[3] = index[9]
+    twice = replace(tiny_particles, table=tiny_particles.table.set_axis(pd.Index(index, name="uid")))
+    with pytest.raises(UserError, match="in rows 4 and 10"):
+        Session.create(tmp_path / "s", twice)
+
+
+def test_unknown_pixel_size_survives(tmp_path):
+    images = np.random.default_rng(0).normal(size=(4, 16, 16)).astype(np.float32)
+    found = Session.create(tmp_path / "s", read_array(images, "layer"), PreprocessConfig(diameter_A=12))
+    again = Session.open(found.path)
+    assert np.isnan(again.plan.pixel_size_A) and again.data_spec() == DataSpec(
+        box_px=16, diameter_px=12, n_particles=4
+    )
+
+
+def test_the_default_place_is_beside_the_data_if_it_can_be_written(tmp_path, monkeypatch):
+    assert default_path(tmp_path / "a.star") == tmp_path / "a_explorer"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert default_path(tmp_path / "a.star") == Path.cwd() / "a_explorer"
+
+
+# ---------------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "is not a session"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": 99}', "install a newer"),
+        ('{"format_version": 1}', "is damaged"),
+    ],
+)
+def test_broken_sessions_are_said_in_a_sentence(tmp_path, text, sentence):
+    if text is not None:
+        (tmp_path / "session.json").write_text(text)
+    with pytest.raises(UserError, match=sentence) as error:
+        Session.open(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_cache_and_table_are_said_in_a_sentence(tiny_session):
+    for name in ("images.npy", "particles.parquet"):
+        file = tiny_session.path / name
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        _ = Session.open(tiny_session.path).images
+    with pytest.raises(UserError, match="is damaged"):
+        _ = Session.open(tiny_session.path).table
+
+
+# ---------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        0,
+        -1,
+        np.int64(5),
+        slice(3, 9),
+        slice(None, None, 40),
+        [5, 5, 2, 3, 4],
+        (slice(2, 4), 0, slice(1, 5)),
+        (7, 0),
+        (Ellipsis, slice(0, 3)),
+        np.arange(120) % 50 == 0,
+        np.array([-2, 1]),
+        slice(0, 0),
+    ],
+)
+def test_images_index_like_an_array(tiny_session, key):
+    images = tiny_session.images
+    whole = images.read(np.arange(len(images)))
+    found = images[key]
+    np.testing.assert_array_equal(found, whole[key])
+    assert found.dtype == np.float32 and images.shape == whole.shape and images.ndim == 4
+
+
+def test_images_are_never_loaded_whole(tiny_session):
+    with pytest.raises(TypeError, match="not loaded whole"):
+        np.asarray(tiny_session.images)
+    with pytest.raises(IndexError):
+        tiny_session.images.read([120])
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def test_runs_are_numbered_on_and_found_by_number(tiny_session):
+    first, second = (tiny_session.new_run(config_of(tiny_session)) for _ in range(2))
+    assert [run.name for run in tiny_session.runs()] == ["0001-class-map", "0002-class-map"]
+    assert tiny_session.run("2").path == second.path and first.state == "new"
+    assert Run.open(second.path).config == config_of(tiny_session)
+    with pytest.raises(UserError, match="has no run 7; there are: 0001"):
+        tiny_session.run("7")
+
+
+def test_two_writers_never_share_a_run(tiny_session):
+    found: list[str] = []
+
+    def make() -> None:
+        other = Session.open(tiny_session.path)
+        found.extend(other.new_run(config_of(tiny_session)).name for _ in range(5))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(name[:4] for name in found) == [f"{i:04d}" for i in range(1, 21)]
+
+
+def test_a_mistyped_subset_makes_no_run(tiny_session):
+    config = config_of(tiny_session).model_copy(update={"where": "no_such == 1"})
+    with pytest.raises(UserError, match="no_such"):
+        tiny_session.new_run(config)
+    assert tiny_session.runs() == []
+
+
+def test_latents_make_a_run_finished(tiny_session):
+    run = tiny_session.new_run(config_of(tiny_session))
+    assert run.latents() is None and tiny_session.newest_finished_run() is None
+    run.save_latents(latents_of(tiny_session))
+    tiny_session.new_run(config_of(tiny_session))
+    assert tiny_session.newest_finished_run().name == run.name
+    np.testing.assert_array_equal(run.latents().uid, tiny_session.uid)
+
+
+def test_results_join_by_uid_and_keep_apart(tiny_session):
+    run = tiny_session.new_run(config_of(tiny_session))
+    run.save_latents(latents_of(tiny_session))
+    uid = tiny_session.uid[::-1]
+    for shift in (0, 1):
+        table = pd.DataFrame({"umap_0": np.arange(120.0) + shift, "umap_1": 0.0}, index=pd.Index(uid, name="uid"))
+        run.write_column("umap", table, {"seed": shift})
+    held = pd.DataFrame({"angle_deg": np.zeros(3)}, index=pd.Index(uid[:3], name="uid"))
+    run.write_column("pose-held", held, {})
+    run.write_column("pose-held", held + 1, {}, replace=True)
+    assert run.columns() == ["umap", "umap-2", "pose-held"]
+    features = run.features()
+    np.testing.assert_array_equal(features["umap_0"], np.arange(120.0)[::-1])
+    np.testing.assert_array_equal(features["umap-2_0"], np.arange(120.0)[::-1] + 1)
+    assert features["pose-held angle_deg"].tolist()[-3:] == [1, 1, 1]
+    assert features["pose-held angle_deg"].isna().sum() == 117
+    np.testing.assert_array_equal(features.index, tiny_session.table.index)
+    assert run.column_record("umap-2")["config"] == {"seed": 1}
+    assert run.newest_column("umap") == "umap-2" and run.newest_column("cluster") is None
+
+
+def test_metrics_pass_over_what_was_repeated_or_cut(tiny_session):
+    run = tiny_session.new_run(config_of(tiny_session))
+    assert run.metrics().empty
+    lines = ["epoch,step,loss", "0,1,5.0", "1,2,4.0", "1,3,9.0", "1,4,", "1,3,3.0", "2,4,2.0", "2,5"]
+    (run.path / "metrics.csv").write_text("\n".join(lines))
+    found = run.metrics()
+    assert found["step"].tolist() == [1, 2, 3, 4] and found["loss"].tolist() == [5, 4, 3, 2]
+
+
+def test_a_newer_run_is_refused(tiny_session):
+    run = tiny_session.new_run(config_of(tiny_session))
+    content = json.loads((run.path / "config.json").read_text()) | {"format_version": 2}
+    (run.path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="install a newer"):
+        _ = Run.open(run.path).config
+
+
+# ---------------------------------------------------------------------- selections and classes
+
+
+def test_selections_come_back(tiny_session):
+    mask = np.random.default_rng(0).random(120) < 0.3
+    tiny_session.save_selection("good ones", mask, "lasso")
+    again = Session.open(tiny_session.path)
+    np.testing.assert_array_equal(again.selection("good ones"), mask)
+    assert again.selections() == ["good ones"]
+    with pytest.raises(UserError, match="there are: good ones"):
+        again.selection("bad")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a\x00b"])
+def test_names_cannot_leave_the_session(tiny_session, name):
+    with pytest.raises(UserError, match="cannot be a name"):
+        tiny_session.save_selection(name, np.zeros(120, bool))
+
+
+def test_averages_come_back_with_members_and_quality(tiny_session):
+    labels = np.arange(120) % 3
+    averages = average_classes(tiny_session, labels)
+    names = [tiny_session.save_classes("mine", averages, ["a", "b", "c"], {"by": "test"}) for _ in range(2)]
+    assert names == ["mine", "mine-2"] == tiny_session.class_sets()
+    found = Session.open(tiny_session.path).classes("mine-2")
+    np.testing.assert_allclose(found.images, [average.image for average in averages], rtol=1e-6)
+    assert [one["label"] for one in found.classes] == ["a", "b", "c"] and found.classes[0]["n"] == 40
+    assert found.members["average"].reindex(tiny_session.table.index).tolist() == labels.tolist()
+    assert found.pixel_size_A == pytest.approx(7.0) and found.how == {"by": "test"}
+    np.testing.assert_allclose(found.classes[1]["frc"], averages[1].frc, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- joining tables
+
+
+def test_tables_join_by_uid_or_by_order(tiny_session):
+    uid = tiny_session.uid
+    by_uid = pd.DataFrame({"uid": uid[::-1], "score": np.arange(120)})
+    joined = join(tiny_session.table, by_uid)
+    np.testing.assert_array_equal(joined["score"], np.arange(120)[::-1])
+    by_order = join(tiny_session.table, pd.DataFrame({"score": np.arange(120)}))
+    np.testing.assert_array_equal(by_order["score"], np.arange(120))
+    tiny_session.join_table(by_uid)
+    assert Session.open(tiny_session.path).rows_where("score < 2").tolist() == [118, 119]
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (pd.DataFrame({"a": [1, 2]}), "has 2 rows and no uid column"),
+        (pd.DataFrame({"stack_index": np.arange(120)}), "have already: stack_index"),
+        (pd.DataFrame({"uid": [1, 1], "a": [1, 2]}), "names uid 1 twice"),
+        (pd.DataFrame({"uid": [1, 2], "a": [1, 2]}), "none of the table's uids"),
+    ],
+)
+def test_tables_that_do_not_fit_are_said_in_a_sentence(tiny_session, extra, sentence):
+    with pytest.raises(UserError, match=sentence):
+        join(tiny_session.table, extra)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".npz", ".npy"])
+def test_tables_are_read(tmp_path, suffix):
+    path = tmp_path / f"truth{suffix}"
+    table = pd.DataFrame({"angle": [0.5, 1.5, 2.5], "shift_0": [1.0, 2.0, 3.0], "shift_1": [4.0, 5.0, 6.0]})
+    if suffix == ".parquet":
+        table.to_parquet(path)
+    elif suffix == ".npz":
+        shift = table[["shift_0", "shift_1"]].to_numpy()
+        np.savez(path, angle=table["angle"], shift=shift, templates=np.zeros((2, 4, 4)), other=np.zeros(7))
+    elif suffix == ".npy":
+        np.save(path, table.to_records(index=False))
+    else:
+        table.to_csv(path, sep="," if suffix == ".csv" else "\t", index=False)
+    pd.testing.assert_frame_equal(read_table(path, 3), table)
+
+
+def test_pickles_and_strange_files_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "a.txt").write_text("1 2 3")
+    for name, sentence in (("a.npy", "cannot be read"), ("a.txt", "is no table"), ("b.csv", "does not exist")):
+        with pytest.raises(UserError, match=sentence):
+            read_table(tmp_path / name, 1)
