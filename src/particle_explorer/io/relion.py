@@ -6,7 +6,9 @@ Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ from particle_explorer.files import UserError
 from particle_explorer.io.descriptors import DescriptorPool
 from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.paths import resolve_stacks
-from particle_explorer.io.star import Block, StarFile, names_of, numbers
+from particle_explorer.io.star import Block, StarFile, names_of, numbers, unquoted
 from particle_explorer.particles import ImageStack, Particles, make_uids
-from particle_explorer.pose import from_relion
+from particle_explorer.pose import from_relion, to_relion
 
 ANGST_ORIGINS = ("rlnOriginXAngst", "rlnOriginYAngst")
 PIXEL_ORIGINS = ("rlnOriginX", "rlnOriginY")
@@ -33,6 +35,24 @@ CTF_COLUMNS = {
     "phase_shift_deg": "rlnPhaseShift",
 }
 """Our name → RELION's; the units are the same."""
+
+
+CTF_FLAGS = (
+    ("phase-flipped", "rlnCtfDataArePhaseFlipped"),
+    ("premultiplied", "rlnCtfDataAreCtfPremultiplied"),
+)
+"""Our `ctf_state` and the label that is 1 in it."""
+PRIORS = (
+    "rlnAngleRotPrior",
+    "rlnAngleTiltPrior",
+    "rlnAnglePsiPrior",
+    "rlnOriginXPrior",
+    "rlnOriginYPrior",
+    "rlnOriginXPriorAngst",
+    "rlnOriginYPriorAngst",
+)
+"""Columns that would pull RELION back to the old pose."""
+_CHUNK_ROWS = 50_000
 
 
 def particles_block(star: StarFile) -> Block:
@@ -151,7 +171,8 @@ def _split_image_names(
     if not in_order:
         row = next(row for row, part in enumerate(parts) if not _is_place(part[0]) or not part[2])
         raise UserError(
-            f'{star.path}, row {row + 1}: the image name "{names[row]}" is not of the form 000001@stack.mrcs, '
+            f'{star.path}, row {row + 1}: the image name "{names[row]}" is not of the form '
+            "000001@stack.mrcs, "
             f"with images counted from 1"
         )
     stack_of, stacks = pd.factorize(np.array([part[2] for part in parts], dtype=object))
@@ -232,10 +253,7 @@ def _ctf_state(star: StarFile, table: pd.DataFrame, notes: list[str]) -> pd.Seri
         notes.append("the defocus is 0 in every row, so the images are taken to carry no CTF")
         return state
     state[:] = "raw"
-    for label, name in (
-        ("rlnCtfDataArePhaseFlipped", "phase-flipped"),
-        ("rlnCtfDataAreCtfPremultiplied", "premultiplied"),
-    ):
+    for name, label in CTF_FLAGS:
         if label in table:
             state[numbers(table, label, star.path) == 1] = name
     return state
@@ -276,3 +294,158 @@ def _integers(table: pd.DataFrame, label: str, where: Path) -> NDArray[np.int64]
             f"{where}, row {int(wrong[0]) + 1}: {label} is {values[wrong[0]]}, which is not a whole number"
         )
     return values.astype(np.int64)
+
+
+@dataclass
+class Edit:
+    """What changes in the rows that are kept: new values by label, and labels that go."""
+
+    values: dict[str, list[str]]
+    dropped: list[str]
+
+
+def pose_columns(
+    angle_deg: NDArray[np.float64] | None,
+    shift_yx_px: NDArray[np.float64] | None,
+    pixel_size_A: NDArray[np.float64],
+    *,
+    in_pixels: bool,
+) -> dict[str, list[str]]:
+    """Our pose as RELION's columns, printed; `in_pixels` for the 3.0 dialect."""
+    n = len(pixel_size_A)
+    unit = np.ones(n) if in_pixels else pixel_size_A
+    if shift_yx_px is not None and not np.isfinite(unit).all():
+        raise UserError(
+            "the pixel size is not known, and this kind of star file gives shifts in Å; export without poses"
+        )
+    psi, x, y = to_relion(
+        np.zeros(n) if angle_deg is None else angle_deg,
+        np.zeros((n, 2)) if shift_yx_px is None else shift_yx_px,
+        unit,
+    )
+    columns = {}
+    if angle_deg is not None:
+        columns["rlnAnglePsi"] = [f"{value:.6f}" for value in psi.tolist()]
+    if shift_yx_px is not None:
+        for label, values in zip(PIXEL_ORIGINS if in_pixels else ANGST_ORIGINS, (x, y), strict=True):
+            columns[label] = [f"{value:.6f}" for value in values.tolist()]
+    return columns
+
+
+def edited_star(
+    source: Path,
+    table: pd.DataFrame,
+    class_id: NDArray[np.int64] | None,
+    angle_deg: NDArray[np.float64] | None,
+    shift_yx_px: NDArray[np.float64] | None,
+) -> tuple[Iterator[bytes], list[str], dict[str, list[str]], list[str]]:
+    """The source's own text with only the rows of `table`, and class and pose in place: (text in pieces,
+    image name of every row, the new columns as printed, notes).
+
+    `table` is in the order of the source. Cells that do not change, and all other blocks, stay to the letter;
+    line ends become those of UNIX, because RELION stops at others.
+    """
+    star = StarFile(source)
+    block = particles_block(star)
+    rows = table["source_row"].to_numpy(np.int64)
+    if len(rows) and rows[-1] >= block.n_rows:
+        raise UserError(
+            f"{source} has {block.n_rows} particles now, and row {rows[-1] + 1} is to be exported"
+        )
+    notes: list[str] = []
+    edit = Edit({}, [])
+    if class_id is not None:
+        edit.values["rlnClassNumber"] = [str(value) for value in class_id.tolist()]
+    in_pixels = is_dialect_30(star, block)
+    if angle_deg is not None or shift_yx_px is not None:
+        sizes = table["pixel_size_A"].to_numpy(np.float64)
+        edit.values |= pose_columns(angle_deg, shift_yx_px, sizes, in_pixels=in_pixels)
+        edit.dropped = names_of(block.labels, PRIORS)
+        if edit.dropped:
+            notes.append(f"left out the priors of the old poses ({', '.join(edit.dropped)})")
+        if shift_yx_px is not None and not in_pixels:
+            edit.dropped += names_of(block.labels, PIXEL_ORIGINS)
+    if angle_deg is not None:
+        out_of_plane = names_of(block.labels, ("rlnAngleRot", "rlnAngleTilt"))
+        for label in out_of_plane:
+            edit.values[label] = ["0.000000"] * len(rows)
+        if out_of_plane:
+            notes.append(
+                f"set {' and '.join(out_of_plane)} to 0, as the new angle is in the plane of the image"
+            )
+    names: list[str] = []
+    lines = _edited_rows(star, block, rows, edit, names)
+    return _joined(star, block, lines, edit), names, edit.values, notes
+
+
+def _edited_rows(
+    star: StarFile, block: Block, rows: NDArray[np.int64], edit: Edit, names: list[str]
+) -> Iterator[bytes]:
+    """The edited lines of the chosen rows; their image names as written are added to `names` on the way."""
+    place = {label: i for i, label in enumerate(block.labels)}
+    image, last = place["rlnImageName"], len(block.labels) - 1
+    replaced = {place[label]: values for label, values in edit.values.items() if label in place}
+    added = [values for label, values in edit.values.items() if label not in place]
+    dropped = {place[label] for label in edit.dropped}
+    has_quotes = star.has_quotes(block)
+    buffer, encoding = star.buffer, star.encoding
+    for first in range(0, len(rows), _CHUNK_ROWS):
+        chosen = rows[first : first + _CHUNK_ROWS]
+        begins, ends = star.cell_bounds(block, chosen, has_quotes)
+        spans = zip(begins[:, image].tolist(), ends[:, image].tolist(), strict=True)
+        names += [unquoted(buffer[begin:end].decode(encoding)) for begin, end in spans]
+        cuts: list[tuple[list[int], list[int], list[str] | None]] = []
+        for j in sorted({*replaced, *dropped}):
+            cut_from, cut_to = begins[:, j], ends[:, j]
+            if j in dropped:  # with the white space that parts it from its neighbour
+                cut_from, cut_to = (ends[:, j - 1], cut_to) if j > 0 else (cut_from, begins[:, 1])
+            cuts.append((cut_from.tolist(), cut_to.tolist(), replaced.get(j)))
+        line_begins, line_ends = star.line_bounds(block.row_lines[chosen])
+        last_ends = ends[:, last].tolist()
+        for i, (done, line_end) in enumerate(zip(line_begins.tolist(), line_ends.tolist(), strict=True)):
+            parts = []
+            for cut_begins, cut_ends, values in cuts:
+                begin, end = cut_begins[i], cut_ends[i]
+                parts.append(buffer[done:begin])
+                if values is not None:
+                    parts.append(values[first + i].rjust(end - begin).encode())
+                done = end
+            parts.append(buffer[done : last_ends[i]])
+            parts += [f" {values[first + i]}".encode() for values in added]
+            parts.append(buffer[last_ends[i] : line_end])
+            parts.append(b"\n")
+            yield b"".join(parts)
+
+
+def _joined(star: StarFile, block: Block, lines: Iterator[bytes], edit: Edit) -> Iterator[bytes]:
+    first_row, last_row = int(block.row_lines[0]), int(block.row_lines[-1])
+    dropped = {block.label_lines[block.labels.index(label)] for label in edit.dropped}
+    added = [label for label in edit.values if label not in block.labels]
+    labels = set(block.label_lines)
+    numbered = "#" in star.line(block.label_lines[-1])
+    number = 0
+    for line in range(first_row):
+        if line not in dropped:
+            text = star.line(line)
+            if line in labels:
+                number += 1
+                if edit.dropped:
+                    text = re.sub(r"^(\s*\S+\s+#)\d+", rf"\g<1>{number}", text)
+            yield text.encode(star.encoding) + b"\n"
+        if line == block.label_lines[-1]:
+            for extra, label in enumerate(added, number + 1):
+                yield (f"_{label} #{extra} \n" if numbered else f"_{label}\n").encode()
+    yield from lines
+    for line in range(last_row + 1, star.n_lines):
+        yield star.line(line).encode(star.encoding) + b"\n"
+
+
+def check_written(path: Path, names: Sequence[str], values: dict[str, list[str]] | None = None) -> None:
+    """Read an export again: rows, images and new columns must be what was meant."""
+    star = StarFile(path)
+    table = star.table(particles_block(star))
+    if table["rlnImageName"].tolist() != list(names):
+        raise RuntimeError(f"{path} does not hold the particles that were to be written")
+    for label, wanted in (values or {}).items():
+        if not np.allclose(numbers(table, label, path), np.array(wanted, float), rtol=0, atol=1e-6):
+            raise RuntimeError(f"{path} does not hold the values of {label} that were to be written")

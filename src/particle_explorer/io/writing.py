@@ -1,0 +1,311 @@
+"""Exports: particles as star files that RELION reads, averages as image stacks. Everything is read back and
+checked before it gets its name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from particle_explorer.files import UserError, replacing
+from particle_explorer.io import relion
+from particle_explorer.io.mrc import MrcFile, write_stack, write_stack_in_batches
+from particle_explorer.io.reading import open_stacks
+from particle_explorer.io.star import format_block
+from particle_explorer.particles import ImageStack
+
+_CTF_PARTICLE = ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "phase_shift_deg")
+_CTF_OPTICS = ("voltage_kV", "spherical_aberration_mm", "amplitude_contrast")
+_BATCH = 256
+
+
+def export_particles(
+    out: Path | str,
+    *,
+    table: pd.DataFrame,
+    source: Path | None,
+    kind: str,
+    class_id: ArrayLike | None = None,
+    angle_deg: ArrayLike | None = None,
+    shift_yx_px: ArrayLike | None = None,
+    overwrite: bool = False,
+    protected: Iterable[Path] = (),
+) -> list[str]:
+    """Write particles as a star file; what the user should know comes back as notes, one sentence each.
+
+    Parameters
+    ----------
+    table
+        The particles to write, with the vocabulary of `Particles`; they come out in the order of the source.
+    source, kind
+        The star file they were read from (or a copy of it) and its kind. A star file is written as its own
+        text, edited: same dialect, same columns. Everything else becomes a star file of RELION 3.1.
+    class_id
+        `(N,)` whole numbers from 1, or None to leave classes as they are.
+    angle_deg, shift_yx_px
+        `(N,)` and `(N, 2)` in our convention (`pose`; pixels of the original), or None to leave poses as they
+        are. protected
+        Files that must never be replaced, such as the original of `source`. The image stacks and `source`
+        never are, also when `out` is a link to one.
+    """
+    out = Path(out).absolute()
+    if out.suffix.lower() != ".star":
+        raise UserError(f"{out} does not end in .star; particles are exported as a star file")
+    if not len(table):
+        raise UserError("there are no particles to export; the selection is empty")
+    _refuse_originals(out, [*([] if source is None else [source]), *protected], table)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; choose another name or allow overwriting (--overwrite)")
+    order = np.argsort(table["source_row"].to_numpy(), kind="stable")
+    table = table.iloc[order]
+    classes = None if class_id is None else _classes(class_id, order)
+    angle = None if angle_deg is None else _finite(angle_deg, "angle", (len(order),))[order]
+    shift = None if shift_yx_px is None else _finite(shift_yx_px, "shift", (len(order), 2))[order]
+
+    if kind == "star" and source is not None:
+        text, names, values, notes = relion.edited_star(source, table, classes, angle, shift)
+        pieces: Iterable[bytes] = text
+    else:
+        names, notes = _image_names(out, table, overwrite)
+        written, values, more = _new_star(table, names, classes, angle, shift)
+        pieces, notes = [written.encode()], notes + more
+    with replacing(out, overwrite=overwrite) as temporary:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+        if kind == "star" and "rlnImageName" in table and names != table["rlnImageName"].tolist():
+            raise UserError(
+                f"{source} is not the file that these particles were read from; it has changed since"
+            )
+        relion.check_written(temporary, names, values)
+    return notes
+
+
+def export_averages(
+    out: Path | str, images: NDArray[np.floating], pixel_size_A: float, *, overwrite: bool = False
+) -> list[str]:
+    """Write `(k, n, n)` averages as a float32 MRC image stack and read it back."""
+    out = Path(out).absolute()
+    if out.suffix.lower() != ".mrcs":
+        raise UserError(f"{out} does not end in .mrcs; averages are exported as an image stack")
+    write_stack(out, images, pixel_size_A, overwrite=overwrite)
+    back = MrcFile(out).read(np.arange(len(images)))[:, 0]
+    if not np.array_equal(back, np.asarray(images, np.float32), equal_nan=True):
+        raise RuntimeError(f"{out} does not hold the averages that were to be written")
+    if math.isfinite(pixel_size_A):
+        return []
+    return ["the pixel size is not known, so the stack of averages says none"]
+
+
+def _refuse_originals(out: Path, sources: Sequence[Path], table: pd.DataFrame) -> None:
+    """An export never replaces what it was made from, whatever the way to it."""
+    if not os.path.lexists(out):
+        return
+    for original in [*map(str, sources), *table["stack_path"].unique()]:
+        if original and (os.path.realpath(original) == os.path.realpath(out) or _same_file(original, out)):
+            raise UserError(
+                f"{out} is the original {original}, which is never overwritten; choose another name"
+            )
+
+
+def _same_file(a: str, b: Path) -> bool:
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def _classes(class_id: ArrayLike, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    classes = np.asarray(class_id)
+    if classes.shape != order.shape or not np.array_equal(classes, np.round(classes)) or np.any(classes < 1):
+        raise ValueError("classes are one whole number from 1 per particle")
+    return classes.astype(np.int64)[order]
+
+
+def _finite(values: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    found = np.asarray(values, np.float64)
+    if found.shape != shape:
+        raise ValueError(f"{name} of shape {found.shape} for {shape[0]} particles")
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1))[0])
+        raise UserError(
+            f"particle {row + 1} of the export has no {name}; export without poses or leave it out"
+        )
+    return found
+
+
+def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[str], list[str]]:
+    """`rlnImageName` of every row, for stacks that may not be named as RELION wants them."""
+    paths = table["stack_path"]
+    if not bool((paths != "").all()):
+        raise UserError(
+            "some of the images exist in memory only; save them as a file before exporting particles"
+        )
+    unique = [str(path) for path in paths.unique()]
+    if any(path.lower().endswith(".npy") for path in unique):
+        return _copied_stack(out, table, overwrite)
+    notes = []
+    shown: dict[str, str] = {}
+    linked = [path for path in unique if not path.lower().endswith(".mrcs")]
+    folder = out.parent if len(linked) == 1 else out.parent / f"{out.stem}_stacks"
+    for path in unique:
+        target = Path(path)
+        if path in linked:
+            target = _link(folder, target)
+        inside = target.is_relative_to(out.parent)
+        shown[path] = str(target.relative_to(out.parent)) if inside else str(target)
+        if any(character.isspace() for character in shown[path]):
+            raise UserError(
+                f"RELION cannot read the stack name {shown[path]!r}, as it holds a space; move the stack"
+            )
+    if linked:
+        notes.append(
+            f"RELION wants stacks named .mrcs: made {len(linked)} link{'s' * (len(linked) > 1)} in {folder}; "
+            f"the images stay where they are"
+        )
+    if any(not os.path.isabs(name) for name in shown.values()):
+        notes.append(
+            f"image names start from {out.parent}: run RELION there or import the star file from there"
+        )
+    index = (table["stack_index"] + 1).tolist()
+    return [f"{i:06d}@{shown[path]}" for i, path in zip(index, paths.tolist(), strict=True)], notes
+
+
+def _link(folder: Path, stack: Path) -> Path:
+    """A relative link named .mrcs to `stack`; an existing one is used again, anything else stays
+    untouched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        name = stack.stem + (f"-{attempt}" if attempt > 1 else "") + ".mrcs"
+        link = folder / name
+        if os.path.lexists(link):
+            if os.path.exists(link) and os.path.samefile(link, stack):
+                return link
+            continue
+        try:
+            link.symlink_to(os.path.relpath(os.path.realpath(stack), os.path.realpath(folder)))
+        except OSError as error:
+            raise UserError(
+                f"cannot make the link {link}, which RELION needs because {stack} is not named .mrcs: "
+                f"{error.strerror}"
+            ) from error
+        return link
+    raise UserError(f"no free name for a link to {stack} in {folder}; remove old links there")
+
+
+def _copied_stack(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[str], list[str]]:
+    """RELION reads no .npy, so the exported images are written as a stack beside the star file."""
+    stack = open_stacks(table)
+    if stack.n_channels != 1:
+        raise UserError("colour images cannot be exported for RELION, whose particle images have one channel")
+    boxes = np.unique(stack.box_px)
+    if len(boxes) > 1:
+        raise UserError(f"images of several boxes ({', '.join(map(str, boxes))} px) cannot share one stack")
+    path = out.with_suffix(".mrcs")
+    _refuse_originals(path, [], table)
+    sizes = table["pixel_size_A"].to_numpy(np.float64)
+    write_stack_in_batches(
+        path, _batches(stack), len(stack), int(boxes[0]), float(sizes[0]), overwrite=overwrite
+    )
+    names = [f"{i:06d}@{path.name}" for i in range(1, len(table) + 1)]
+    return names, [
+        f"RELION reads no .npy, so the {len(table)} images were written to {path}",
+        f"image names start from {out.parent}: run RELION there or import the star file from there",
+    ]
+
+
+def _batches(stack: ImageStack) -> Iterator[NDArray[np.float32]]:
+    for first in range(0, len(stack), _BATCH):
+        yield stack.read(np.arange(first, min(first + _BATCH, len(stack))))[:, 0]
+
+
+def _new_star(
+    table: pd.DataFrame,
+    names: list[str],
+    class_id: NDArray[np.int64] | None,
+    angle_deg: NDArray[np.float64] | None,
+    shift_yx_px: NDArray[np.float64] | None,
+) -> tuple[str, dict[str, list[str]], list[str]]:
+    """A star file for particles that did not come from one: (text, new columns, notes).
+
+    RELION 3.1 with an optics table; where the pixel size is not known RELION 3.0, whose origins are in
+    pixels. Nothing is invented: what is not known is left out and said.
+    """
+    notes: list[str] = []
+    sizes = table["pixel_size_A"].to_numpy(np.float64)
+    in_pixels = not np.isfinite(sizes).all()
+    has_ctf = bool((table["ctf_state"] != "none").all())
+    carried = _CTF_PARTICLE + (_CTF_OPTICS if in_pixels else ()) if has_ctf else ()
+    columns: dict[str, list[str]] = {"rlnImageName": names}
+    if "micrograph" in table:
+        columns["rlnMicrographName"] = table["micrograph"].astype(str).tolist()
+    for name in carried:
+        if name in table:
+            columns[relion.CTF_COLUMNS[name]] = [f"{value:.6f}" for value in table[name].tolist()]
+    optics = ""
+    if in_pixels:
+        notes.append(
+            "the pixel size is not known, so the star file has the older form of RELION 3.0 with origins in "
+            "pixels"
+        )
+    else:
+        groups, optics_table = _optics(table, sizes)
+        columns["rlnOpticsGroup"] = [str(group) for group in groups.tolist()]
+        optics = format_block("optics", optics_table)
+    missing = [
+        relion.CTF_COLUMNS[name]
+        for name in _CTF_OPTICS[:2]
+        if not (name in table and np.isfinite(table[name]).all())
+    ]
+    if missing:
+        notes.append(
+            f"{' and '.join(missing)} left out, as not known; RELION asks for them, so add them to the file"
+        )
+    if bool((table["contrast_sign"] == -1).any()):
+        notes.append(
+            "the particles are dark in these images and RELION expects bright ones: invert them there"
+        )
+
+    values: dict[str, list[str]] = {}
+    if class_id is None and "class_id" in table:
+        class_id = table["class_id"].to_numpy(np.int64)
+    if class_id is not None:
+        values["rlnClassNumber"] = [str(value) for value in class_id.tolist()]
+    if (
+        angle_deg is None
+        and shift_yx_px is None
+        and {"angle_deg", "shift_y_px", "shift_x_px"} <= set(table.columns)
+    ):
+        angle_deg = table["angle_deg"].to_numpy(np.float64)
+        shift_yx_px = table[["shift_y_px", "shift_x_px"]].to_numpy(np.float64)
+    values |= relion.pose_columns(angle_deg, shift_yx_px, sizes, in_pixels=in_pixels)
+    particles = pd.DataFrame({**columns, **values}, dtype=object)
+    return optics + format_block("images" if in_pixels else "particles", particles), values, notes
+
+
+def _optics(table: pd.DataFrame, sizes: NDArray[np.float64]) -> tuple[NDArray[np.int64], pd.DataFrame]:
+    """Group of every particle, 1 … N without gaps, and the optics table of RELION 3.1."""
+    known = [name for name in _CTF_OPTICS if name in table and np.isfinite(table[name]).all()]
+    keys = pd.DataFrame({"pixel_size_A": np.round(sizes, 6), "box_px": table["box_px"].to_numpy()})
+    keys["ctf_state"] = table["ctf_state"].to_numpy(str)
+    for name in [*known, *(["optics_group"] if "optics_group" in table else [])]:
+        keys[name] = table[name].to_numpy()
+    codes, unique = pd.factorize(pd.MultiIndex.from_frame(keys), sort=True)
+    first = keys.iloc[np.unique(codes, return_index=True)[1]].reset_index(drop=True)
+    number = np.arange(1, len(unique) + 1)
+    optics = pd.DataFrame(
+        {
+            "rlnOpticsGroup": number,
+            "rlnOpticsGroupName": [f"opticsGroup{i}" for i in number],
+            "rlnImagePixelSize": first["pixel_size_A"],
+            "rlnImageSize": first["box_px"],
+            "rlnImageDimensionality": 2,
+        }
+    )
+    for name in known:
+        optics[relion.CTF_COLUMNS[name]] = first[name]
+    for state, label in relion.CTF_FLAGS:
+        if bool((first["ctf_state"] == state).any()):
+            optics[label] = (first["ctf_state"] == state).astype(int)
+    return codes.astype(np.int64) + 1, optics
