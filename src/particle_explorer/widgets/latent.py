@@ -240,7 +240,8 @@ class LatentDock(QWidget):
         row = max(self.angle.sizeHint().height(), self.reset_pose.sizeHint().height()) + 1
         room = max(3 * row, int(0.2 * self.height()))
         self._slider_rows.invalidate()
-        self.sliders.setFixedHeight(min(self._slider_rows.totalSizeHint().height(), room))
+        frame = 2 * self.sliders.frameWidth()  # napari's style draws one that was switched off
+        self.sliders.setFixedHeight(min(self._slider_rows.totalSizeHint().height(), room) + frame)
 
     def resizeEvent(self, event: QResizeEvent | None) -> None:
         super().resizeEvent(event)
