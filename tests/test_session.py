@@ -40,7 +40,9 @@ def latents_of(found: Session, d: int = 1) -> Latents:
 
 def test_the_cache_is_what_preprocessing_gives(tiny_session, tiny_particles):
     rows = np.array([0, 1, 2, 50, 119])
-    wanted = preprocess.apply(tiny_particles.images.read(rows), tiny_particles.table.iloc[rows], tiny_session.plan)
+    wanted = preprocess.apply(
+        tiny_particles.images.read(rows), tiny_particles.table.iloc[rows], tiny_session.plan
+    )
     np.testing.assert_allclose(tiny_session.images.read(rows), wanted, atol=2e-3 * np.abs(wanted).max())
 
 
@@ -48,7 +50,9 @@ def test_blocks_and_threads_change_nothing(tiny_particles, tmp_path, monkeypatch
     whole = Session.create(tmp_path / "whole", tiny_particles)
     monkeypatch.setattr(session, "BLOCK_BYTES", 7 * 4 * 32 * 32)
     told: list[float] = []
-    blocks = Session.create(tmp_path / "blocks", tiny_particles, progress=lambda what, done: told.append(done))
+    blocks = Session.create(
+        tmp_path / "blocks", tiny_particles, progress=lambda what, done: told.append(done)
+    )
     assert len(told) > 15 and told[-1] == 1 and np.all(np.diff(told) > 0)
     np.testing.assert_array_equal(whole.images.read(np.arange(120)), blocks.images.read(np.arange(120)))
 
@@ -71,7 +75,7 @@ def test_a_subset_is_taken_on_opening(tiny_particles, tmp_path):
     found = Session.create(tmp_path / "s", tiny_particles, where="source_row < 10 and stack_index >= 4")
     assert found.table["source_row"].tolist() == [4, 5, 6, 7, 8, 9]
     assert len(found.images) == 6 and found.info.where
-    with pytest.raises(UserError, match="no particle of .* is left"):
+    with pytest.raises(UserError, match=r"no particle of .* is left"):
         Session.create(tmp_path / "t", tiny_particles, where="source_row < 0")
 
 
@@ -274,7 +278,9 @@ def test_results_join_by_uid_and_keep_apart(tiny_session):
     run.save_latents(latents_of(tiny_session))
     uid = tiny_session.uid[::-1]
     for shift in (0, 1):
-        table = pd.DataFrame({"umap_0": np.arange(120.0) + shift, "umap_1": 0.0}, index=pd.Index(uid, name="uid"))
+        table = pd.DataFrame(
+            {"umap_0": np.arange(120.0) + shift, "umap_1": 0.0}, index=pd.Index(uid, name="uid")
+        )
         run.write_column("umap", table, {"seed": shift})
     held = pd.DataFrame({"angle_deg": np.zeros(3)}, index=pd.Index(uid[:3], name="uid"))
     run.write_column("pose-held", held, {})
@@ -386,6 +392,10 @@ def test_tables_are_read(tmp_path, suffix):
 def test_pickles_and_strange_files_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     (tmp_path / "a.txt").write_text("1 2 3")
-    for name, sentence in (("a.npy", "cannot be read"), ("a.txt", "is no table"), ("b.csv", "does not exist")):
+    for name, sentence in (
+        ("a.npy", "cannot be read"),
+        ("a.txt", "is no table"),
+        ("b.csv", "does not exist"),
+    ):
         with pytest.raises(UserError, match=sentence):
             read_table(tmp_path / name, 1)

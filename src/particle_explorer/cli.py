@@ -481,12 +481,14 @@ class Export(JobCommand):
                 angle_deg=None if angle is None else angle[mask],
                 shift_yx_px=None if shift is None else shift[mask],
                 overwrite=self.overwrite,
+                protected=[session.original_source],
             )
             for note in notes:
                 job.note(note)
             if averages is not None:
                 images = np.stack([average.image for average in averages])
-                export_averages(files[1], images, averages[0].pixel_size_A, overwrite=self.overwrite)
+                grey = images if images.ndim == 3 else images.mean(1)  # an MRC stack has no colours
+                export_averages(files[1], grey, averages[0].pixel_size_A, overwrite=self.overwrite)
             job.result(" ".join(map(str, files)))
 
 

@@ -43,6 +43,7 @@ from particle_explorer import __version__, preprocess
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing, sync_folder, write_text
 from particle_explorer.io import mrc, reading
+from particle_explorer.io.inspecting import look_at_contrast
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
 from particle_explorer.status import Status, read_status
@@ -236,7 +237,7 @@ class Session:
             )
         _check_uids(particles)
         config = config or PreprocessConfig()
-        plan = preprocess.plan(particles.table, config)
+        plan = preprocess.plan(particles.table, config, guessed_sign(particles, config))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
@@ -739,6 +740,13 @@ def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:
         "ctf": average.ctf,
         "settings": average.settings,
     }
+
+
+def guessed_sign(particles: Particles, config: PreprocessConfig) -> int:
+    """What a look at the images says of the contrast (+1 bright, -1 dark, 0 unsure); 0 where it need not."""
+    if config.contrast != "auto" or (particles.table["contrast_sign"] != 0).any():
+        return 0
+    return look_at_contrast(particles)[0].sign
 
 
 def default_path(source: Path) -> Path:

@@ -36,7 +36,7 @@ from particle_explorer.models.base import Batch, Batches, Encoding, ParticleMode
 from particle_explorer.models.build import build_model
 from particle_explorer.particles import Particles
 from particle_explorer.pose import wrap_deg
-from particle_explorer.session import Run, Session
+from particle_explorer.session import Run, Session, guessed_sign
 from particle_explorer.status import StatusWriter
 
 LOG_S = 0.25
@@ -142,7 +142,7 @@ def encode_stack(
     """The same of other particles, prepared like those of the session that the model was fitted to."""
     fitted = session.plan
     wanted = session.info.preprocess.model_copy(update={"box_px": fitted.cached_box_px})
-    plan = preprocess.plan(particles.table, wanted)
+    plan = preprocess.plan(particles.table, wanted, guessed_sign(particles, wanted))
     ratio = plan.cached_pixel_size_A / fitted.cached_pixel_size_A  # NaN where one is not known
     if abs(ratio - 1) > PIXEL_SIZE_TOLERANCE:
         raise UserError(
@@ -653,7 +653,7 @@ class _Fit:
         self.seconds_before = float(state["seconds"])
 
     def _refuse_loss(self) -> None:
-        epoch = self.epoch
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
         self._go_back()
         self._save_checkpoint()
         kept = (
@@ -662,7 +662,7 @@ class _Fit:
             else "the weights at the start were kept"
         )
         raise NotFinite(
-            f"the loss is not a number any more in epoch {epoch + 1}; {kept}; try a smaller"
+            f"the loss is not a number any more in epoch {epoch}; {kept}; try a smaller"
             f" --train.learning-rate than {self.learning_rate:g}, or --train.precision float32"
         )
 
