@@ -104,6 +104,10 @@ class JobBar(QWidget):
         self.setVisible(True)
         self._follower.follow(folder)
 
+    def stop(self) -> None:
+        """Look away; the job goes on."""
+        self._follower.stop()
+
     def _cancel(self) -> None:
         if self.folder is not None:
             request_stop(self.folder)

@@ -84,6 +84,11 @@ class Reconstruction:
             self._paused = False
             self._ask()
 
+    def stop(self) -> None:
+        """End the thread and the worker process."""
+        self._mailbox.stop()
+        self._mailbox.join()
+
     def _on_run(self, run: Run | None) -> None:
         drawable = run is not None and run.has_weights and self.state.handle_z.size > 0
         if self.layer is not None:

@@ -358,6 +358,10 @@ class TrainDock(QWidget):
             self.stop_button.setEnabled(False)
             self.words.setText("Stopping; the model is saved first …")
 
+    def stop_following(self) -> None:
+        """Look away; a training goes on."""
+        self._follower.stop()
+
     def _on_start_failed(self, failure: Failure) -> None:
         self._set_running(False)
         self.complaint.show_failure(failure)

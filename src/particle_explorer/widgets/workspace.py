@@ -24,6 +24,7 @@ from qtpy.QtWidgets import (
 
 from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks, notify
+from particle_explorer.widgets.job_bar import JobBar
 from particle_explorer.widgets.latent_plot import follow
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def caption(viewer: napari.Viewer, of: str, line: str) -> None:
     lines = _captions.setdefault(viewer, {})
     if lines.get(of, "") != line:
         lines[of] = line
-        viewer.text_overlay.text = " · ".join(words for words in lines.values() if words)
+        viewer.canvas.overlays.text.text = " · ".join(words for words in lines.values() if words)
 
 
 def fit_view(viewer: napari.Viewer) -> None:
@@ -135,7 +136,7 @@ class Workspace(QWidget):
         self.particle_view.addItem("particles aligned", "aligned")
         self.particle_view.addItem("particles as prepared", "raw")
         self.particle_view.setToolTip(
-            "How the layer 'selected particles' shows them:\nturned and moved back by their poses, or as prepared"
+            "The layer 'selected particles' shows them\nturned and moved back by their poses, or as prepared"
         )
         self.particle_view.currentIndexChanged.connect(
             lambda _: self.selected.set_view(self.particle_view.currentData())
@@ -152,10 +153,10 @@ class Workspace(QWidget):
         layout.setContentsMargins(4, 0, 4, 4)
         layout.addWidget(self.splitter)
 
-        self.viewer.grid.enabled = True
-        self.viewer.text_overlay.visible = True
-        self.viewer.text_overlay.font_size = FONT_SIZE
-        self.viewer.text_overlay.position = "bottom_left"
+        self.viewer.canvas.grid.enabled = True
+        self.viewer.canvas.overlays.text.visible = True
+        self.viewer.canvas.overlays.text.font_size = FONT_SIZE
+        self.viewer.canvas.overlays.text.position = "bottom_left"
         self.particles.prepared.connect(self.show_train)
         self.train.trained.connect(self._trained)
         follow(self, self.state.session_changed, self._on_session)
@@ -170,6 +171,16 @@ class Workspace(QWidget):
         self._fitted = self._had_run = False
         self._fit_splitter()
         QTimer.singleShot(0, self._warm_up)
+
+    def shutdown(self) -> None:
+        """End all threads and workers of this column; jobs that train or average go on."""
+        self.latent.shutdown()
+        self.reconstruction.stop()
+        for part in (self, self.particles, self.train, self.classes):
+            part.tasks.stop()
+        for bar in self.findChildren(JobBar):
+            bar.stop()
+        self.train.stop_following()
 
     def open(self, path: Path) -> None:
         """Open a session folder."""

@@ -1,0 +1,222 @@
+"""The layers "selected particles" and "reconstruction": lazy, linked, updated in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+pytest.importorskip("napari")
+
+from napari.components import ViewerModel
+from pytestqt.qtbot import QtBot
+from qtpy.QtWidgets import QWidget
+
+from particle_explorer import jobs
+from particle_explorer.session import Session
+from particle_explorer.widgets.reconstruction import Reconstruction
+from particle_explorer.widgets.selected import ParticleRows, SelectedParticles, to_reference
+from particle_explorer.widgets.workspace import state_of
+
+
+@pytest.fixture
+def viewer() -> Iterator[ViewerModel]:
+    yield ViewerModel()
+
+
+@pytest.fixture
+def owner(qtbot: QtBot) -> QWidget:
+    widget = QWidget()
+    qtbot.addWidget(widget)
+    return widget
+
+
+def _phantom(n: int) -> NDArray[np.float32]:
+    """Asymmetric and smooth."""
+    y, x = np.indices((n, n)) - n // 2
+    blobs = [(0, 0, 4, 1.0), (-6, 3, 2.5, 0.8), (5, 7, 2.0, 0.9)]
+    image = sum(h * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * s**2)) for cy, cx, s, h in blobs)
+    return np.asarray(image, np.float32)
+
+
+@pytest.mark.parametrize("n", [40, 41])
+@given(angle=st.floats(-180, 180), dy=st.floats(-3, 3), dx=st.floats(-3, 3))
+def test_to_reference_undoes_a_placement(n: int, angle: float, dy: float, dx: float) -> None:
+    torch = pytest.importorskip("torch")
+    from particle_explorer.transforms import place
+
+    reference = _phantom(n)
+    placed = place(
+        torch.from_numpy(reference)[None, None],
+        torch.tensor([np.deg2rad(angle)], dtype=torch.float32),
+        torch.tensor([[dy, dx]], dtype=torch.float32),
+    )
+    back = to_reference(placed[0, 0].numpy(), angle, np.array([dy, dx]))
+    inside = np.hypot(*(np.indices((n, n)) - n // 2)) < 0.35 * n
+    assert np.corrcoef(back[inside], reference[inside])[0, 1] > 0.99
+
+
+def test_rows_are_read_only_when_asked(tiny_session: Session) -> None:
+    images = tiny_session.images
+    rows = ParticleRows(images, np.array([5, 2, 9]))
+    assert rows.shape == (3, *images.shape[2:]) and rows.dtype == np.float32
+    np.testing.assert_array_equal(rows[1], images[2][0])
+    np.testing.assert_array_equal(rows[-1, 3:5], images[9][0][3:5])
+    np.testing.assert_array_equal(rows[:2], images[[5, 2]][:, 0])
+    with pytest.raises(TypeError, match="not loaded whole"):
+        np.asarray(rows)
+
+
+def _with_poses(viewer: ViewerModel, session: Session) -> Any:
+    state = state_of(viewer)
+    state.open_session(session)
+    n = session.n_particles
+    poses = pd.DataFrame(
+        {"angle_deg": np.linspace(-90, 90, n), "shift_y_px": np.ones(n), "shift_x_px": -np.ones(n)},
+        index=session.table.index,
+    )
+    state.set_features(pd.concat([session.table.drop(columns=poses.columns, errors="ignore"), poses], axis=1))
+    return state
+
+
+def test_the_selection_is_the_layer(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session
+) -> None:
+    state = _with_poses(viewer, tiny_session)
+    shown = SelectedParticles(viewer, owner)
+    qtbot.waitUntil(lambda: shown.layer is not None)
+    assert len(shown.layer.data) == tiny_session.n_particles  # nothing selected shows all, in words
+    assert "none selected" in viewer.canvas.overlays.text.text
+
+    mask = np.zeros(tiny_session.n_particles, bool)
+    mask[[3, 50, 77]] = True
+    state.selection.set(mask)
+    qtbot.waitUntil(lambda: len(shown.layer.data) == 3)
+    assert "3 of 120 particles selected, aligned" in viewer.canvas.overlays.text.text
+    assert len(viewer.layers) == 1
+
+    shown.set_view("raw")
+    qtbot.waitUntil(lambda: "as prepared" in viewer.canvas.overlays.text.text)
+    np.testing.assert_array_equal(shown.layer.data[1], tiny_session.images[50][0])
+
+
+def test_the_slider_marks_the_particle_and_the_other_way_round(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session
+) -> None:
+    state = _with_poses(viewer, tiny_session)
+    shown = SelectedParticles(viewer, owner)
+    mask = np.zeros(tiny_session.n_particles, bool)
+    mask[[3, 50, 77]] = True
+    state.selection.set(mask)
+    qtbot.waitUntil(lambda: shown.layer is not None and len(shown.layer.data) == 3)
+    viewer.dims.set_current_step(0, 2)
+    assert state.selection.active == 77
+    state.selection.set_active(50)
+    assert viewer.dims.current_step[0] == 1
+    state.selection.set_active(10)  # not among the selected
+    assert viewer.dims.current_step[0] == 1
+    mask[3] = False
+    state.selection.set_active(77)
+    state.selection.set(mask)  # the marked one moves up a place and stays marked
+    qtbot.waitUntil(lambda: len(shown.layer.data) == 2)
+    assert (viewer.dims.current_step[0], state.selection.active) == (1, 77)
+
+
+class _Pencil:
+    """Draws the latent position as grey values, in place of the worker process."""
+
+    def __init__(self, run_path: Path) -> None:
+        self.run_path = run_path
+        self.closed = False
+        _Pencil.made.append(self)
+
+    made: list[_Pencil] = []  # noqa: RUF012
+
+    def decode(self, z: Any, *pose: Any, held: bool = False) -> NDArray[np.float32]:
+        assert threading.current_thread() is not threading.main_thread()
+        z = np.atleast_2d(z)
+        image = np.add.outer(z[:, 0], np.linspace(0, 1, 64).reshape(8, 8))
+        return image[:, None].astype(np.float32)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def pencil(monkeypatch: pytest.MonkeyPatch) -> type[_Pencil]:
+    _Pencil.made = []
+    monkeypatch.setattr(jobs, "DecodeClient", _Pencil)
+    return _Pencil
+
+
+class _Run:
+    """As much of a run as the layer asks for."""
+
+    has_weights = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def _show_run(state: Any, path: Path) -> None:
+    state.run = _Run(path)
+    state.features = state.features.assign(z_0=np.linspace(-1, 1, len(state.features)))
+    state.handle_z = np.zeros(1)
+    state.run_changed.emit(state.run)
+
+
+def test_the_reconstruction_follows_the_handle_in_place(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
+) -> None:
+    state = state_of(viewer)
+    state.open_session(tiny_session)
+    drawn = Reconstruction(viewer, owner)
+    _show_run(state, tiny_session.path / "runs" / "0001-class-map")
+    qtbot.waitUntil(lambda: drawn.layer is not None)
+    qtbot.wait(50)
+    data, limits = drawn.layer.data, list(drawn.layer.contrast_limits)
+    for z in np.linspace(0.1, 3, 40):
+        state.set_handle(np.array([z]))
+    qtbot.waitUntil(lambda: bool(np.isclose(drawn.layer.data[0, 0], 3)))
+    assert drawn.layer.data is data, "updated in place"
+    assert list(drawn.layer.contrast_limits) == limits, "contrast is set once per run"
+    assert len(viewer.layers) == 1 and len(pencil.made) == 1
+
+
+def test_the_drawing_process_goes_when_nobody_looks(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
+) -> None:
+    state = state_of(viewer)
+    state.open_session(tiny_session)
+    drawn = Reconstruction(viewer, owner)
+    _show_run(state, tiny_session.path / "runs" / "0001-class-map")
+    qtbot.waitUntil(lambda: drawn.layer is not None)
+    drawn.pause()
+    qtbot.waitUntil(lambda: pencil.made[0].closed)
+    state.set_handle(np.array([2.0]))
+    qtbot.wait(50)
+    assert len(pencil.made) == 1
+    drawn.resume()
+    qtbot.waitUntil(lambda: bool(np.isclose(drawn.layer.data[0, 0], 2)))
+    assert len(pencil.made) == 2
+
+
+def test_another_run_is_drawn_by_another_process(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
+) -> None:
+    state = state_of(viewer)
+    state.open_session(tiny_session)
+    drawn = Reconstruction(viewer, owner)
+    for name in ("0001-class-map", "0002-class-map"):
+        _show_run(state, tiny_session.path / "runs" / name)
+        qtbot.waitUntil(lambda name=name: bool(pencil.made) and pencil.made[-1].run_path.name == name)
+    qtbot.waitUntil(lambda: drawn.layer is not None)
+    assert pencil.made[0].closed
