@@ -26,7 +26,7 @@ RANKS: dict[str, int] = {
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "report"],
             ["session", "gauge"],
             ["training"],
-            ["jobs", "state"],
+            ["jobs", "state", "report"],
             ["demo", "cli", "plugin"],
             ["widgets"],
             ["bench"],
