@@ -296,6 +296,7 @@ class LatentDock(QWidget):
         self._live.follow(None if session is None else session.path)
         self.canvas.set_density("auto")
         self.canvas.clear_points()
+        self.canvas.set_handle(None, None)
         self._view_of = None
         self._show_state()
 
@@ -676,7 +677,9 @@ class ValueSlider(QWidget):
         self._low, self._high, self._unit, self._digits = low, high, unit, digits
         self._value = 0.0
         self.slider = QSlider(Qt.Orientation.Horizontal)
-        self.slider.setRange(0, SLIDER_STEPS)
+        self._steps = min(SLIDER_STEPS, round((high - low) * 10**digits)) if unit else SLIDER_STEPS
+        self.slider.setRange(0, self._steps)
+        self.slider.setPageStep(self._steps // 20)
         self.slider.setMinimumWidth(36)
         self.slider.setAccessibleName(name)
         self.slider.valueChanged.connect(self._on_moved)
@@ -704,11 +707,11 @@ class ValueSlider(QWidget):
         self._value = value
         share = (value - self._low) / (self._high - self._low)
         with QSignalBlocker(self.slider):
-            self.slider.setValue(round(min(max(share, 0.0), 1.0) * SLIDER_STEPS))
+            self.slider.setValue(round(min(max(share, 0.0), 1.0) * self._steps))
         self._say()
 
     def _on_moved(self, step: int) -> None:
-        value = self._low + step / SLIDER_STEPS * (self._high - self._low)
+        value = self._low + step / self._steps * (self._high - self._low)
         self._value = round(value, max(self._digits, 2)) if self._digits else float(round(value))
         self._say()
         self.moved.emit(self._value)
