@@ -213,6 +213,7 @@ def demo(out: Path, window: bool = True, *, say: Say = print) -> Outcome:
             "shift_rms_px_held_still": round(still["shift_rms_px"], 3),
             "averages_r_with_noise_free": [round(view.r, 3) for view in views],
             "hinge_deg_of_averages": [round(view.hinge_deg, 1) for view in views],
+            "hinge_sd_deg_of_averages": [round(view.hinge_sd_deg, 1) for view in views],
             "n_particles": int(good.sum()),
             "n_junk": int((~good).sum()),
             "version": __version__,
@@ -370,7 +371,15 @@ def _views(
         inside = ~averaging.outside_circle(n)
         r = float(np.corrcoef(average.image[inside], clean[inside])[0, 1])
         views.append(
-            View(average.image, decoded[k], clean, hinge.mean(), hinge.std(), r, float(positions[k]))
+            View(
+                average.image,
+                decoded[k],
+                clean,
+                float(hinge.mean()),
+                float(hinge.std()),
+                r,
+                float(positions[k]),
+            )
         )
     return views
 
@@ -408,7 +417,7 @@ def _report(
     ]
     z_captions = [f"z = {view.z:.2f}" for view in views]
     counts = [f"n = {average.n}" for average in averages]
-    truths = [f"{view.hinge_deg:.0f}° ± {view.hinge_sd_deg:.0f}°, r {view.r:.3f}" for view in views]
+    truths = [f"{view.hinge_deg:.0f}° ± {view.hinge_sd_deg:.0f}°<br>r = {view.r:.3f}" for view in views]
     n = averages[0].image.shape[-1]
     rings = np.arange(2, n // 2 + 1)
     frequency = rings / (n * averages[0].pixel_size_A)
@@ -454,7 +463,7 @@ mean and spread of its hinge angle and the correlation r with the average.</p>
 <div class="row"><i>truth</i>{figures([v.noise_free for v in views], truths, zoom=zoom)}</div>
 </div>
 <h2>Do halves agree?</h2>
-<p>{html.escape(averages[0].frc_label.capitalize())}. One model aligned both halves, which puts a common bias
+<p>{html.escape(averages[0].frc_label[0].upper() + averages[0].frc_label[1:])}. One model aligned both halves, which puts a common bias
 into them: this curve says that an average is consistent with itself, not how well it is resolved.</p>
 <div class="panel">{curves(frequency, lines, "spatial frequency (1/Å)", "correlation of the halves")}</div>
 <h2>Numbers</h2>
@@ -475,7 +484,8 @@ def _card(what: str, value: float, needed: float, passed: bool) -> str:
 def _numbers(outcome: Outcome) -> str:
     more = outcome.more
     rows = [
-        ("conformation |r|", f"{outcome.conformation_abs_r:.3f}", f"limit {outcome.limit_abs_r:.3f}"),
+        ("conformation |r|", f"{outcome.conformation_abs_r:.3f}", f"{outcome.conformation_abs_r:.3f}"),
+        ("best |r| possible", f"{outcome.limit_abs_r:.3f}", f"{outcome.limit_abs_r:.3f}"),
         ("rotation T", f"{outcome.rotation_T:.3f}", f"{outcome.rotation_T_held_still:.3f}"),
         (
             "angle error, median",

@@ -25,8 +25,9 @@ p { max-width: 75ch; margin: 6px 0 12px; } .note { color: #5b6270; font-size: 13
 .pass b::after { content: " ✓"; color: #1a7f4b; } .fail b::after { content: " ✗"; color: #b3261e; }
 .row { display: flex; flex-wrap: nowrap; gap: 8px; } .row.wrap { flex-wrap: wrap; }
 .row > i { flex: 0 0 92px; font-style: normal; font-weight: 600; font-size: 13px; align-self: center; }
-figure { margin: 0 0 6px; text-align: center; } figcaption { font-size: 12px; color: #5b6270; }
-img { display: block; image-rendering: pixelated; border-radius: 4px; } svg { max-width: 100%; height: auto; }
+figure { margin: 0 0 6px; text-align: center; width: min-content; }
+figcaption { font-size: 12px; line-height: 1.35; color: #5b6270; padding-top: 2px; }
+img { display: block; max-width: none; image-rendering: pixelated; border-radius: 4px; } svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: #5b6270; } svg .axis { fill: #1d2129; font-size: 13px; }
 svg .grid { stroke: #e6e9ed; } table { border-collapse: collapse; background: #fff; }
 td, th { border: 1px solid #dfe3e8; padding: 4px 12px; text-align: right; } th { background: #f0f2f5; }
@@ -83,7 +84,7 @@ def _axes(
         low, high = low - margin, high + margin
         step = 10 ** np.floor(np.log10((high - low) / 4))
         step *= max(m for m in (1, 2, 5) if m * step <= (high - low) / 4)
-        ticks = [float(t) for t in np.arange(np.ceil(low / step), np.floor(high / step) + 0.5) * step]
+        ticks = [float(t) + 0.0 for t in np.arange(np.ceil(low / step), np.floor(high / step) + 0.5) * step]
         return ticks, lambda v: start + (np.asarray(v, dtype=float) - low) / (high - low) * (end - start)
 
     x_ticks, to_x = scale(x, left, width - right)
@@ -131,7 +132,7 @@ def curves(x: ArrayLike, lines: Sequence[tuple[str, ArrayLike]], x_label: str, y
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(to_x(x), to_y(line), strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(
-            f'<text x="620" y="{28 + 16 * i}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>'
+            f'<text x="620" y="{28 + 16 * i}" text-anchor="end" style="fill:{colour}">{html.escape(name)}</text>'
         )
     return "".join([*parts, "</svg>"])
 
