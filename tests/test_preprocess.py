@@ -1,0 +1,219 @@
+"""What happens to images between the file and the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from particle_explorer.configs import PreprocessConfig
+from particle_explorer.ctf import ctf_2d
+from particle_explorer.files import UserError
+from particle_explorer.preprocess import (
+    apply,
+    background_ring,
+    effective_ctf,
+    fourier_crop,
+    normalise_background,
+    plan,
+)
+
+
+def rows(n: int = 4, box: int = 96, size: float = 1.5, state: str = "none", **columns: object) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "stack_path": ["/x/stack.mrcs"] * n,
+            "stack_index": np.arange(n),
+            "source_row": np.arange(n),
+            "pixel_size_A": size,
+            "box_px": box,
+            "contrast_sign": np.int8(0),
+            "ctf_state": state,
+        }
+    )
+    if state != "none":
+        optics = {"voltage_kV": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1}
+        defocus = {"defocus_u_A": np.linspace(1e4, 2e4, n), "defocus_v_A": np.linspace(1.1e4, 1.9e4, n)}
+        table = table.assign(**defocus, defocus_angle_deg=25.0, **optics)
+    return table.assign(**columns)
+
+
+def blobs(n: int, about: float = 0.0) -> np.ndarray:
+    """An asymmetric, smooth image with its parts placed about pixel n // 2, in units of the box."""
+    y, x = (np.indices((n, n)) - n // 2) / n
+    parts = [(0.1, 0.05, 0.06, 1.0), (-0.12, 0.1, 0.05, 0.7), (0.02, -0.15, 0.07, -0.5)]
+    image = sum(h * np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * s * s)) for a, b, s, h in parts)
+    return (np.asarray(image) + about).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [96, 97, 64, 65])
+@pytest.mark.parametrize("m", [48, 49, 64])
+def test_fourier_crop_keeps_the_centre_and_the_scale(n: int, m: int) -> None:
+    cropped = fourier_crop(blobs(n, 3.0)[None, None], m)[0, 0]
+    np.testing.assert_allclose(cropped, blobs(m, 3.0), atol=2e-3)
+
+
+def test_fourier_crop_to_the_same_box_changes_nothing() -> None:
+    image = np.random.default_rng(0).normal(size=(2, 1, 33, 33)).astype(np.float32)
+    np.testing.assert_allclose(fourier_crop(image, 33), image, atol=1e-5)
+
+
+def test_white_noise_keeps_its_spectrum_through_the_crop() -> None:
+    """Values keep their scale, so the deviation of white noise falls as the box."""
+    noise = np.random.default_rng(0).normal(size=(20, 1, 64, 64)).astype(np.float32)
+    assert fourier_crop(noise, 32).std() == pytest.approx(0.5, rel=0.03)
+
+
+def test_automatic_choices() -> None:
+    made = plan(rows(box=97, size=2.0), PreprocessConfig())
+    assert (made.box_px, made.cached_box_px) == (97, 64)
+    assert made.cached_pixel_size_A == pytest.approx(2.0 * 97 / 64)
+    assert made.diameter_px == pytest.approx(0.9 * 64)
+    assert (made.sign, made.ctf) == (1, "none")
+    assert plan(rows(box=33), PreprocessConfig()).cached_box_px == 32
+    given = plan(rows(box=100, size=2.0), PreprocessConfig(diameter_A=100, box_px=50))
+    assert given.diameter_px == pytest.approx(25)
+
+
+def test_unknown_pixel_size_makes_the_diameter_one_in_pixels() -> None:
+    made = plan(rows(box=100, size=np.nan), PreprocessConfig(diameter_A=60, box_px=50))
+    assert made.diameter_px == pytest.approx(30)
+    assert np.isnan(made.cached_pixel_size_A)
+
+
+@pytest.mark.parametrize(
+    ("table", "config", "said"),
+    [
+        (rows(box_px=[64, 64, 96, 96]), {}, "--where"),
+        (rows(pixel_size_A=[1.0, 1.0, 2.0, 2.0]), {}, "--where"),
+        (rows(pixel_size_A=[1.0, 1.0, np.nan, 2.0]), {}, "unknown"),
+        (rows(contrast_sign=[1, 1, -1, 1]), {}, "--where"),
+        (rows(), {"diameter_A": 1000}, "larger than the box"),
+        (rows(), {"box_px": 128}, "larger than the original"),
+        (rows().iloc[:0], {}, "no particles"),
+        (rows(), {"diameter_A": 2}, "check the diameter"),
+        (rows(state="premultiplied"), {"ctf": "phase-flip"}, "flipped again"),
+        (rows(state="raw").drop(columns="voltage_kV"), {"ctf": "phase-flip"}, "voltage_kV"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(table: pd.DataFrame, config: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        plan(table, PreprocessConfig(**config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "guessed", "contrast", "sign"),
+    [(0, 0, "auto", 1), (0, -1, "auto", -1), (1, -1, "auto", 1), (-1, 1, "auto", -1), (-1, 0, "keep", 1),
+     (1, 1, "invert", -1)],
+)  # fmt: skip
+def test_contrast_comes_from_the_settings_then_the_file_then_the_images(
+    said: int, guessed: int, contrast: str, sign: int
+) -> None:
+    table = rows(contrast_sign=np.int8(said))
+    made = plan(table, PreprocessConfig(contrast=contrast, background="none", box_px=96), guessed)
+    assert made.sign == sign
+    images = np.stack([blobs(96)] * 4)[:, None]
+    np.testing.assert_allclose(apply(images, table, made), sign * images, atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [48, 49, 96])
+def test_flipping_makes_every_transfer_positive(box: int) -> None:
+    """An image seen through a CTF, flipped, is the image seen through |CTF|: flipping before the crop or on the
+    frequencies kept is the same."""
+    table = rows(state="raw")
+    made = plan(table, PreprocessConfig(box_px=box, background="none"))
+    assert made.ctf == "flip-raw"
+    ctf = ctf_2d(96, 1.5, table["defocus_u_A"], table["defocus_v_A"], table["defocus_angle_deg"])
+    spectrum = np.fft.rfft2(np.random.default_rng(1).normal(size=(96, 96)))
+    spectrum[48] = spectrum[:, 48] = 0  # at Nyquist two directions share one number, whose CTFs differ
+    seen = np.fft.irfft2(spectrum * ctf, s=(96, 96)).astype(np.float32)
+    wanted = np.fft.irfft2(spectrum * np.abs(ctf), s=(96, 96)).astype(np.float32)
+    got = apply(seen[:, None], table, made)
+    np.testing.assert_allclose(got, fourier_crop(wanted[:, None], box), atol=2e-3)
+    # the same through the effective CTF of the cached grid, away from the edge of the band
+    effective = effective_ctf(table, made)
+    assert effective is not None and effective.shape == (4, box, box // 2 + 1) and effective.min() >= 0
+    np.testing.assert_allclose(effective[:, 1, 2], np.abs(ctf[:, 1, 2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "action"),
+    [("raw", "auto", "flip-raw"), ("phase-flipped", "auto", "keep"), ("premultiplied", "auto", "keep"),
+     ("phase-flipped", "phase-flip", "flip-all"), ("raw", "none", "none"), ("none", "auto", "none")],
+)  # fmt: skip
+def test_ctf_state_is_honoured(state: str, config: str, action: str) -> None:
+    table = rows(state=state)
+    made = plan(table, PreprocessConfig(ctf=config))
+    assert made.ctf == action
+    effective = effective_ctf(table, made)
+    raw = ctf_2d(64, 1.5 * 96 / 64, table["defocus_u_A"], table["defocus_v_A"], 25.0) if state != "none" else None
+    if action == "none":
+        assert effective is None
+    elif state == "premultiplied":
+        np.testing.assert_allclose(effective, np.square(raw), atol=1e-5)
+    else:
+        np.testing.assert_allclose(effective, np.abs(raw), atol=1e-5)
+
+
+def test_missing_microscope_is_said_not_invented() -> None:
+    made = plan(rows(state="raw").drop(columns="voltage_kV"), PreprocessConfig())
+    assert made.ctf == "none"
+    assert any("voltage_kV" in reason for reason in made.reasons)
+
+
+@pytest.mark.parametrize("n", [32, 33, 64])
+def test_the_ring_is_outside_the_particle(n: int) -> None:
+    ring = background_ring(n, 0.9 * n)
+    y, x = np.indices((n, n)) - n // 2
+    assert ring.sum() >= 30
+    assert np.hypot(x, y)[ring].min() > 0.45 * n
+    assert background_ring(n, n).sum() >= 30
+
+
+def test_background_becomes_0_and_1_for_images_of_any_gain() -> None:
+    rng = np.random.default_rng(0)
+    images = (rng.normal(size=(5, 1, 64, 64)) * rng.uniform(1, 9, (5, 1, 1, 1)) + 7).astype(np.float32)
+    images[..., 20:44, 20:44] += 3
+    normalise_background(images, 50.0)
+    outside = images[..., background_ring(64, 50.0)]
+    np.testing.assert_allclose(outside.mean(axis=(1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(outside.std(axis=(1, 2)), 1, atol=1e-4)
+
+
+def test_a_clean_simulation_is_not_blown_up() -> None:
+    clean = np.where(np.abs(blobs(64)) < 1e-3, 0, blobs(64))
+    images = np.stack([clean, 2 * clean])[:, None]
+    table = rows(2, box=64)
+    got = apply(images, table, plan(table, PreprocessConfig()))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[0], got[1], atol=1e-4)
+    assert got.std() < 12
+
+
+def test_batch_is_loop() -> None:
+    table = rows(state="raw")
+    images = np.random.default_rng(2).normal(size=(4, 1, 96, 96)).astype(np.float32)
+    made = plan(table, PreprocessConfig(box_px=40))
+    together = apply(images, table, made)
+    for i in range(4):
+        np.testing.assert_allclose(together[i : i + 1], apply(images[i : i + 1], table.iloc[[i]], made), atol=1e-5)
+
+
+def test_colour_channels_share_one_scale() -> None:
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
+    images[:, 1] *= 4
+    table = rows(2, box=32, size=np.nan)
+    got = apply(images, table, plan(table, PreprocessConfig()))
+    assert got.shape == (2, 3, 32, 32)
+    assert got[:, 1].std() / got[:, 0].std() == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, "blank"])
+def test_broken_images_are_named_by_row(value: float | str) -> None:
+    images = np.random.default_rng(0).normal(size=(4, 1, 96, 96)).astype(np.float32)
+    images[2] = 0.5 if value == "blank" else value
+    table = rows()
+    with pytest.raises(UserError, match=r"row 3 .*image 3 of /x/stack.mrcs.*source_row != 2"):
+        apply(images, table, plan(table, PreprocessConfig()))
