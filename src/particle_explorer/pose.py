@@ -30,7 +30,9 @@ def wrap_deg(angle_deg: ArrayLike) -> Float:
     return (np.asarray(angle_deg, dtype=np.float64) + 180.0) % 360.0 - 180.0
 
 
-def to_relion(angle_deg: ArrayLike, shift_yx_px: ArrayLike, pixel_size_A: ArrayLike) -> tuple[Float, Float, Float]:
+def to_relion(
+    angle_deg: ArrayLike, shift_yx_px: ArrayLike, pixel_size_A: ArrayLike
+) -> tuple[Float, Float, Float]:
     """Our pose → `rlnAnglePsi` (°), `rlnOriginXAngst` (Å), `rlnOriginYAngst` (Å).
 
     `shift_yx_px` `(..., 2)` in pixels of the original image. For RELION 3.0 (origins in pixels) give
@@ -48,7 +50,8 @@ def from_relion(
     """RELION's psi and origins (Å; or pixels with `pixel_size_A=1`) → our angle (°) and shift (y, x) (px)."""
     size = np.asarray(pixel_size_A, dtype=np.float64)
     shift = np.stack(
-        [-np.asarray(origin_y_A, dtype=np.float64) / size, -np.asarray(origin_x_A, dtype=np.float64) / size], -1
+        [-np.asarray(origin_y_A, dtype=np.float64) / size, -np.asarray(origin_x_A, dtype=np.float64) / size],
+        -1,
     )
     return wrap_deg(-np.asarray(psi_deg, dtype=np.float64)), shift
 
@@ -57,7 +60,10 @@ def from_cryosparc(
     pose_rad: ArrayLike, shift_xy_px: ArrayLike, alignment_pixel_size_A: ArrayLike, pixel_size_A: ArrayLike
 ) -> tuple[Float, Float]:
     """`alignments2D/pose` (rad), `alignments2D/shift` (x, y; pixels of `alignments2D/psize_A`) → ours."""
-    shift = np.asarray(shift_xy_px, dtype=np.float64) * np.asarray(alignment_pixel_size_A, dtype=np.float64)[..., None]
+    shift = (
+        np.asarray(shift_xy_px, dtype=np.float64)
+        * np.asarray(alignment_pixel_size_A, dtype=np.float64)[..., None]
+    )
     return from_relion(np.rad2deg(np.asarray(pose_rad)), shift[..., 0], shift[..., 1], pixel_size_A)
 
 
@@ -93,6 +99,8 @@ def recentre(
     """
     new_angle = np.asarray(angle_deg, dtype=np.float64) - np.asarray(turn_deg, dtype=np.float64)
     move_xy = np.asarray(move_yx_px, dtype=np.float64)[..., ::-1]
-    turned = np.einsum("...ij,...j->...i", rotation_matrix(new_angle), np.broadcast_to(move_xy, (*new_angle.shape, 2)))
+    turned = np.einsum(
+        "...ij,...j->...i", rotation_matrix(new_angle), np.broadcast_to(move_xy, (*new_angle.shape, 2))
+    )
     shift = np.asarray(shift_yx_px, dtype=np.float64) - turned[..., ::-1]
     return wrap_deg(new_angle), shift
