@@ -154,7 +154,7 @@ class SpatialVAEConfig(Config):
     non_negative: bool = setting(False, "Non-negative mean", advanced=True)
     """Softplus on the decoder's mean: keeps structure out of the background."""
 
-    pixel_fraction: float = setting(0.25, "Share of pixels per step", advanced=True, gt=0.01, le=1)
+    pixel_fraction: float = setting(0.1, "Share of pixels per step", advanced=True, gt=0.01, le=1)
     """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
 
 

@@ -478,7 +478,7 @@ def limit(
     }
 
 
-SAMPLE = SimulateConfig(n=1500, box_px=48, pixel_size_A=5.0, snr=0.2, seed=7)
+SAMPLE = SimulateConfig(n=1400, box_px=48, pixel_size_A=5.0, snr=0.2, seed=7)
 """The stack of the demo and of napari's sample menu."""
 
 

@@ -11,6 +11,9 @@ Where we differ from the published code:
 - only pixels inside the particle's disc count, and each step draws a random share of them (rescaled: the
   gradient stays unbiased); the encoder sees that disc only, so turned corners never reach it;
 - the turn is one warp of the whole batch on its device;
+- the shift is inferred in the frame of the image that the encoder sees, not of the reference, where an error
+  of the angle would move the molecule; the prior is isotropic, so the generative model is the same;
+- in the first half of the epochs without content there is no shift either;
 - the decoder's first layer starts with larger weights (`EDGE_PX`), so that it can draw detail from the start;
 - reported angle and content are means of the posterior, taken over `TURNS` turned copies of the image
   (unit-vector mean of the angles), not one random sample.
@@ -43,17 +46,6 @@ def exact(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def shift_of(angle: Tensor, dx: Tensor, box_px: int) -> Tensor:
-    """spatial-VAE's dx → our shift `(b, 2)` in px, yx.
-
-    There x' = x R(theta) + dx, in half-images, y up, dx in the reference frame; theta is our angle. With
-    the rotation centre at `n // 2` this is `pose.from_spatial_vae` without its half-pixel term.
-    """
-    d = dx * torch.tensor([1.0, -1.0], device=dx.device) * ((box_px - 1) / 2)
-    with exact(dx.device):
-        return -(rotation_matrix(angle) @ d[..., None])[..., 0].flip(-1)
-
-
 def gaussian_kl(mean: Tensor, log_sd: Tensor) -> Tensor:
     """KL of N(mean, sd²) from N(0, 1), elementwise."""
     return -log_sd + 0.5 * (torch.exp(2 * log_sd) + mean**2 - 1)
@@ -84,16 +76,19 @@ class CoordinateDecoder(nn.Module):
             self.coordinates.weight.copy_(direction / edge * torch.rand(hidden, 1))
             self.coordinates.bias.copy_((2 * torch.rand(hidden) - 1) * self.coordinates.weight.norm(dim=1))
 
-    def forward(self, pixels: Tensor, angle: Tensor, dx: Tensor, z: Tensor) -> Tensor:
-        """Channels `(b, p, c)` at image coordinates `(b, p, 2)` (half-images, y up), under theta and dx."""
+    def forward(self, pixels: Tensor, angle: Tensor, move: Tensor, z: Tensor) -> Tensor:
+        """Channels `(b, p, c)` at pixels `(b, p, 2)` of images turned by `angle` and then moved by `move`.
+
+        Coordinates and moves `(b, 2)` are (x, y) in half-images, y up; z `(b, d)`.
+        """
         dtype = pixels.dtype
         if torch.is_autocast_enabled(pixels.device.type):
             dtype = torch.get_autocast_dtype(pixels.device.type)
         with exact(pixels.device):
             weight = self.coordinates.weight.T
-            # row vectors times [[cos, sin], [-sin, cos]] with y up, the transpose of our R
+            # the paper's x' = x R(theta) + dx with row vectors and y up, its R the transpose of ours
             placed = rotation_matrix(angle).mT @ weight
-            offset = dx @ weight + self.coordinates.bias + self.content(z)
+            offset = -(move[:, None] @ placed)[:, 0] + self.coordinates.bias + self.content(z)
             first = torch.baddbmm(offset[:, None], pixels, placed).to(dtype)
         h = torch.tanh(first)
         for layer in self.hidden:
@@ -109,9 +104,12 @@ class SpatialVAE(ParticleModel):
     pixels: Tensor
     """`(n * n, 2)` coordinates (x, y) of all pixels: half-images about pixel `n // 2`, y up."""
 
+    _half_image_yx: Tensor
+    """`(2,)` what our shifts (y, x) in px are multiplied with to become coordinates."""
+
     autocast = True
     learning_rate = 1e-3
-    batch_size = 100
+    batch_size = 32
     n_epochs = 40
 
     def __init__(self, config: SpatialVAEConfig, data: DataSpec) -> None:
@@ -128,20 +126,28 @@ class SpatialVAE(ParticleModel):
         self.register_buffer("disc", disc, persistent=False)
         units = torch.stack([x, -y], -1).reshape(-1, 2) * (2 / (n - 1))
         self.register_buffer("pixels", units, persistent=False)
+        scale = torch.tensor([-1.0, 1.0]) * (2 / (n - 1))
+        self.register_buffer("_half_image_yx", scale, persistent=False)
         widths = [len(disc) * data.n_channels] + [config.hidden] * config.layers
         self.n_pose = 3 if config.infer_shift else 1
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(widths):
             layers += [nn.Linear(i, o), nn.Tanh()]
-        self.encoder = nn.Sequential(*layers, nn.Linear(widths[-1], 2 * (self.n_pose + config.latent_dim)))
+        n_out = 2 * (self.n_pose + config.latent_dim)
+        self.encoder = nn.Sequential(*layers, nn.Linear(widths[-1], n_out))
         self.decoder = CoordinateDecoder(
             config.latent_dim, config.hidden, config.layers, data.n_channels, edge=EDGE_PX * 2 / (n - 1)
         )
-        self.content_frozen = config.content_freeze_epochs > 0
+        self.content_frozen = self.shift_frozen = False
+        self.schedule(0.0, 0)
 
     def schedule(self, fraction: float, epoch: int) -> None:
-        """Hold the content at zero in the first epochs, so that pose is learned first."""
+        """Hold the content at zero in the first epochs, so that pose is learned first, angle before shift.
+
+        Learned at once, angle and shift end with the molecule drawn over its own half-turned copy.
+        """
         self.content_frozen = epoch < self.settings.content_freeze_epochs
+        self.shift_frozen = 2 * epoch < self.settings.content_freeze_epochs
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and log deviations `(b, pose + d)`; shifts in units of their prior."""
@@ -164,11 +170,13 @@ class SpatialVAE(ParticleModel):
             mean, log_sd = self.infer(images)
         sample = mean + torch.exp(log_sd) * torch.randn_like(mean)
         angle = sample[:, 0] - turn  # the turned image stands at angle + turn
-        z = sample[:, self.n_pose :]
+        move, z = self._move(sample, turn), sample[:, self.n_pose :]
+        if self.shift_frozen:
+            move = move * 0
         if self.content_frozen:
             z = z * 0
         losses = {
-            "reconstruction": self._reconstruction(images, angle, self._dx(sample), z),
+            "reconstruction": self._reconstruction(images, angle, move, z),
             "kl_angle": mean_free_kl(log_sd[:, 0], ANGLE_PRIOR_SD).mean(),
             "kl_content": gaussian_kl(mean[:, self.n_pose :], log_sd[:, self.n_pose :]).sum(1).mean(),
         }
@@ -176,13 +184,15 @@ class SpatialVAE(ParticleModel):
             losses["kl_shift"] = gaussian_kl(mean[:, 1:3], log_sd[:, 1:3]).sum(1).mean()
         return losses
 
-    def _dx(self, latents: Tensor) -> Tensor:
-        """Shift part of the latents → dx in half-images."""
+    def _move(self, latents: Tensor, turn: Tensor) -> Tensor:
+        """Shifts in the latents of images turned by `turn` → moves of the unturned ones, in half-images."""
         if not self.settings.infer_shift:
             return latents.new_zeros(len(latents), 2)
-        return latents[:, 1:3] * (self.shift_sd_px * 2 / (self.data.box_px - 1))
+        with exact(latents.device):
+            move = (latents[:, None, 1:3] @ rotation_matrix(turn).mT)[:, 0]
+        return move * (self.shift_sd_px * 2 / (self.data.box_px - 1))
 
-    def _reconstruction(self, images: Tensor, angle: Tensor, dx: Tensor, z: Tensor) -> Tensor:
+    def _reconstruction(self, images: Tensor, angle: Tensor, move: Tensor, z: Tensor) -> Tensor:
         """Half the squared error over the disc, estimated from a share of its pixels, per image."""
         n_disc = len(self.disc)
         count = max(1, math.ceil(self.settings.pixel_fraction * n_disc))
@@ -194,7 +204,7 @@ class SpatialVAE(ParticleModel):
         else:
             chosen = self.disc.expand(len(images), -1)
         target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
-        predicted = self._mean(self.decoder(self.pixels[chosen], angle, dx, z))
+        predicted = self._mean(self.decoder(self.pixels[chosen], angle, move, z))
         return 0.5 * (target - predicted).square().sum((1, 2)).mean() * (n_disc / count)
 
     def _mean(self, channels: Tensor) -> Tensor:
@@ -206,12 +216,12 @@ class SpatialVAE(ParticleModel):
     def encode(self, batch: Batch) -> Encoding:
         """Posterior means; with turned training, averaged over turned copies of each image."""
         n_turns = TURNS if self.settings.augment_rotation else 1
-        angles, dxs, zs, stds = [], [], [], []
+        angles, moves, zs, stds = [], [], [], []
         for i in range(n_turns):
             turn = torch.full((len(batch.images),), 2 * math.pi * i / n_turns, device=batch.images.device)
             mean, log_sd = self.infer(self._turned(batch.images, turn) if i else batch.images)
             angles.append(mean[:, 0] - turn)
-            dxs.append(self._dx(mean))
+            moves.append(self._move(mean, turn))
             zs.append(mean[:, self.n_pose :])
             stds.append(torch.exp(log_sd))
         each = torch.stack(angles)
@@ -219,7 +229,7 @@ class SpatialVAE(ParticleModel):
         angle, std = torch.atan2(sin, cos), torch.stack(stds).mean(0)
         shift, extras = None, {"angle_std": std[:, 0]}
         if self.settings.infer_shift:
-            shift = shift_of(angle, torch.stack(dxs).mean(0), self.data.box_px)
+            shift = torch.stack(moves).mean(0).flip(-1) / self._half_image_yx
             extras["shift_std"] = std[:, 1:3].mean(1) * self.shift_sd_px
         return Encoding(torch.stack(zs).mean(0), std[:, self.n_pose :], angle, shift, extras)
 
@@ -229,10 +239,9 @@ class SpatialVAE(ParticleModel):
         n, b = self.data.box_px, len(z)
         angle = torch.zeros(b, device=z.device) if angle is None else angle
         shift = torch.zeros(b, 2, device=z.device) if shift is None else shift
-        scale = torch.tensor([1.0, -1.0], device=z.device) * (2 / (n - 1))
+        move = (shift * self._half_image_yx).flip(-1)
         with exact(z.device):
-            dx = -(shift.flip(-1)[:, None] @ rotation_matrix(angle))[:, 0] * scale  # R(-angle) (-shift)
-            canonical = self.pixels[None] @ rotation_matrix(angle).mT + dx[:, None]
+            canonical = (self.pixels - move[:, None]) @ rotation_matrix(angle).mT
         radius = canonical.norm(dim=-1) * ((n - 1) / 2)
         window = (0.5 + (self.radius_px - 1 - radius) / 2).clamp(0, 1)
         images = torch.zeros(b, n * n, self.data.n_channels, device=z.device)
@@ -241,6 +250,6 @@ class SpatialVAE(ParticleModel):
         for first in range(0, b, per_block):
             part = slice(first, first + per_block)
             pixels = self.pixels[wanted].expand(len(z[part]), -1, -1)
-            mean = self._mean(self.decoder(pixels, angle[part], dx[part], z[part]))
+            mean = self._mean(self.decoder(pixels, angle[part], move[part], z[part]))
             images[part, wanted] = mean * window[part][:, wanted, None]
         return images.mT.reshape(b, self.data.n_channels, n, n)
