@@ -13,6 +13,7 @@ from scipy.ndimage import map_coordinates
 from particle_explorer.configs import SimulateConfig
 from particle_explorer.ctf import ctf_2d
 from particle_explorer.files import UserError
+from particle_explorer.io.reading import read
 from particle_explorer.simulate import (
     SAMPLE,
     Simulation,
@@ -162,6 +163,18 @@ def test_star_and_cs_hold_the_same_stack(tmp_path: Path) -> None:
     assert np.array_equal(cs["blob/idx"], np.arange(270)) and len(np.unique(cs["uid"])) == 270
     assert np.allclose(cs["ctf/df1_A"], particles["rlnDefocusU"], atol=0.01)
     assert np.allclose(np.rad2deg(cs["ctf/df_angle_rad"]), particles["rlnDefocusAngle"], atol=1e-3)
+
+
+def test_our_own_readers_agree_on_both(tmp_path: Path) -> None:
+    simulation = write(tmp_path, SimulateConfig(n=20, box_px=32, pixel_size_A=7.0, seed=5))
+    star, cs = read(tmp_path / "particles.star"), read(tmp_path / "particles.cs")
+    assert np.array_equal(star.images.read(np.arange(20)), cs.images.read(np.arange(20)))
+    assert np.allclose(star.images.read(np.arange(20)), simulation.read(np.arange(20)), atol=5e-3)
+    assert np.array_equal(star.table[TRUTH].to_numpy(), simulation.table[TRUTH].to_numpy())
+    assert set(star.table["ctf_state"]) == set(cs.table["ctf_state"]) == {"raw"}
+    for column in ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "voltage_kV", "amplitude_contrast"):
+        assert np.allclose(star.table[column], cs.table[column], rtol=1e-6), column
+    assert "angle_deg" not in star.table and "angle_deg" not in cs.table
 
 
 def test_writing_never_replaces_files_unasked(tmp_path: Path) -> None:
