@@ -42,10 +42,9 @@ REACHES_ANYWHERE_INSIDE_FUNCTIONS = {"cli", "demo", "plugin"}
 # Packages that cost start-up time or a screen, and the only modules that may name them.
 ALLOWED: dict[str, set[str]] = {
     "torch": {"transforms", "models", "training", "gauge", "demo", "bench"},
-    "lightning_fabric": {"training"},
     "qtpy": {"widgets", "bench"},
-    "superqt": {"widgets", "bench"},
-    "magicgui": {"widgets"},
+    "superqt": set(),
+    "magicgui": set(),
     "napari": {"widgets", "bench"},
     "vispy": set(),
     "PyQt5": set(),
@@ -54,10 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "PySide6": set(),
     "sklearn": {"latents", "metrics", "bench"},
     "umap": {"latents"},
-    "mrcfile": {"io"},
+    "mrcfile": set(),
     "cryosparc": {"io"},
-    "h5py": {"io"},
-    "tifffile": {"io"},
     "starfile": set(),
     "pydantic_settings": {"cli"},
 }

@@ -180,7 +180,7 @@ class TrainConfig(Config):
     """`auto` takes bf16 matrix products where the processor has them."""
 
     devices: int = setting(1, "Devices", advanced=True, ge=1, le=64)
-    """Number of devices to train on; more than one needs the `multi` extra."""
+    """Number of devices to train on. This version trains on one."""
 
     checkpoint_minutes: float = setting(1.0, "Checkpoint every", unit="min", advanced=True, ge=0, le=600)
     """A checkpoint is written at the end of an epoch when this much time has passed since the last."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from particle_explorer import preprocess
 from particle_explorer.configs import RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing
+from particle_explorer.gauge import Gauge
 from particle_explorer.latents import Latents
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel
 from particle_explorer.models.build import build_model
@@ -260,6 +261,7 @@ class Drawer:
         self.run = run
         self.model = load_model(run)
         self.latent_dim = self.model.latent_dim
+        self._read_gauge: tuple[int, Gauge] | None = None
         data = run.config.data
         self.shape = (data.n_channels, data.box_px)
         for _ in range(2):  # the first pass of a model costs many times the next
@@ -274,9 +276,24 @@ class Drawer:
         held: bool,
     ) -> NDArray[np.float32]:
         """`(b, d)` → `(b, c, m, m)`; a pose turns and shifts the canonical view, or, `held`, the held one."""
+        if held:
+            zero = np.zeros((len(z), 2), np.float32)
+            angle_deg = zero[:, 0] if angle_deg is None else angle_deg
+            pose = self._gauge().pose_to_draw(z, angle_deg, zero if shift_yx_px is None else shift_yx_px)
+            angle_deg, shift_yx_px = (part.astype(np.float32) for part in pose)
         angle = None if angle_deg is None else torch.deg2rad(torch.from_numpy(angle_deg))
         shift = None if shift_yx_px is None else torch.from_numpy(shift_yx_px)
         return _array(self.model.decode(torch.from_numpy(z), angle, shift))
+
+    def _gauge(self) -> Gauge:
+        """The gauge of the run, read again when it was written anew."""
+        path = self.run.path / "gauge.json"
+        if not path.is_file():
+            raise UserError(f"run {self.run.name} holds nothing still yet")
+        written = path.stat().st_mtime_ns
+        if self._read_gauge is None or self._read_gauge[0] != written:
+            self._read_gauge = written, Gauge.from_json(self.run.gauge() or {})
+        return self._read_gauge[1]
 
 
 # ---------------------------------------------------------------------- devices and precision
@@ -406,7 +423,8 @@ class _Fit:
         self.config: RunConfig = run.config
         self.session = run.session
         if self.config.train.devices > 1:
-            _refuse_devices(self.config.train.devices)
+            n = self.config.train.devices
+            raise UserError(f"--train.devices {n}: this version trains on one device; leave it at 1")
         self.device = choose_device(self.config.device)
         if background:
             stand_back()
@@ -772,17 +790,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _refuse_devices(n: int) -> None:
-    try:
-        import lightning_fabric  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--train.devices {n} needs Lightning Fabric; install napari-particle-explorer[multi],"
-            " or train with --train.devices 1"
-        ) from error
-    raise UserError(f"--train.devices {n}: this version trains on one device; leave it at 1")
 
 
 def _save_weights(model: ParticleModel, folder: Path) -> None:
