@@ -43,7 +43,8 @@ def test_the_window_never_imports_torch() -> None:
         "import sys\n"
         "import particle_explorer.plugin\n"
         "assert not {'qtpy', 'napari', 'torch', 'pandas'} & set(sys.modules), sorted(sys.modules)\n"
-        "from particle_explorer.widgets import classes, data, latent, reconstruction, selected, train, workspace\n"
+        "from particle_explorer.widgets import classes, data, latent, reconstruction, selected, train\n"
+        "from particle_explorer.widgets import workspace\n"
         "workspace._import_slow_modules()\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from qtpy.QtCore import QRectF, Qt
-from qtpy.QtGui import QColor, QFont, QImage, QPainter
+from qtpy.QtGui import QColor, QFont, QFontMetrics, QImage, QPainter
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
@@ -44,7 +44,7 @@ LAYER = "class averages"
 SELECTION = "selection"
 TILE_PX = 168
 """Least side of one picture in the montage, so that its caption can be read."""
-CAPTION_PX = 40
+CAPTION_PX = 64
 SHARED = "shared alignment: self-consistency, upper bound"
 
 
@@ -119,6 +119,7 @@ class ClassesDock(QWidget):
         )
         self.held_words = QLabel()
         self.held_words.setWordWrap(True)
+        self.held_words.setVisible(False)
         self.form = ConfigForm(AverageConfig)
         self.average_button = QPushButton("Average")
         self.average_button.clicked.connect(self.average)
@@ -129,10 +130,10 @@ class ClassesDock(QWidget):
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(4)
         layout.addLayout(row)
-        layout.addWidget(self.form)
+        layout.addWidget(self.average_button)
         layout.addWidget(self.held)
         layout.addWidget(self.held_words)
-        layout.addWidget(self.average_button)
+        layout.addWidget(Folded("Settings", self.form))
         return page
 
     def _build_results(self) -> QWidget:
@@ -554,10 +555,8 @@ def groupings(features: Any) -> list[str]:
 def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
     """Class, number of particles, and how far the signal reaches."""
     radius = one.get("ssnr_radius_A")
-    reach = "" if radius is None else f"signal > noise to {radius:.3g} Å"
-    label = str(one["label"])
-    name = f"class {label}" if label.isdigit() else label
-    return f"{name} · {number(one['n'])}", reach
+    reach = "" if radius is None else f"SSNR {radius:.3g} Å"
+    return f"{one['label']} · N {number(one['n'])}", reach
 
 
 def unused(name: str, taken: list[str]) -> str:
@@ -600,13 +599,18 @@ def written(lines: tuple[str, str], width: int, height: int) -> NDArray[np.float
     image = QImage(width, height, QImage.Format.Format_Grayscale8)
     image.fill(0)
     painter = QPainter(image)
-    font = QFont()
-    font.setPixelSize(15)
-    painter.setFont(font)
-    painter.setPen(QColor(230, 230, 230))
+    painter.setPen(QColor(255, 255, 255))
     for row, line in enumerate(lines):
+        # as large as fits: the montage is shown small, and a caption that cannot be read is none
+        font = QFont()
+        font.setPixelSize(height * 7 // 16)
+        widest = max(1, QFontMetrics(font).horizontalAdvance(line))
+        font.setPixelSize(max(6, min(height * 7 // 16, height * 7 * (width - 4) // (16 * widest))))
+        painter.setFont(font)
         painter.drawText(QRectF(0, row * height / 2, width, height / 2), Qt.AlignmentFlag.AlignCenter, line)
     painter.end()
-    stride = image.bytesPerLine()
-    data = np.frombuffer(bytes(memoryview(image.constBits())[: stride * height]), np.uint8)  # type: ignore[arg-type]
-    return data.reshape(height, stride)[:, :width].astype(np.float32) / np.float32(255)
+    bits = image.constBits()
+    if hasattr(bits, "setsize"):  # PyQt gives a pointer without a length
+        bits.setsize(image.sizeInBytes())
+    data = np.frombuffer(bytes(bits), np.uint8).reshape(height, image.bytesPerLine())
+    return data[:, :width].astype(np.float32) / np.float32(255)

@@ -69,6 +69,8 @@ class Found:
     """0.9 of the box, in `unit`"""
     folder: Path
     """Proposed for the session"""
+    mixed_views: bool
+    """Several classes, or 3-D poses"""
     existing: Path | None
     """A session that was made of this file before"""
 
@@ -179,8 +181,8 @@ class ParticlesDock(QWidget):
         row.addWidget(self.subset_value, 2)
         self.subset_row.setVisible(False)
         self.views_note = QLabel(
-            "These particles fall into several classes. The first thing a map of mixed views learns is the"
-            " viewing direction; to see motion, take one class."
+            "These particles show several views. The first thing a map of mixed views learns is the viewing"
+            " direction; to see motion, take one class."
         )
         self.views_note.setWordWrap(True)
 
@@ -362,10 +364,9 @@ class ParticlesDock(QWidget):
         self.folder.setText(str(found.folder))
         self.column.clear()
         self.column.addItems(list(found.columns))
-        classes = found.columns.get("class_id", [])
-        if classes:
+        if "class_id" in found.columns:
             self.column.setCurrentText("class_id")
-        self.views_note.setVisible(len(classes) > 1)
+        self.views_note.setVisible(found.mixed_views)
         self.subset.setChecked(False)
         self.preview.clear()
         self.plan_words.clear()
@@ -589,7 +590,7 @@ def _found(particles: Particles, path: Path) -> Found:
     from particle_explorer.plugin import plugin_setting
     from particle_explorer.session import Session, default_path
 
-    table = particles.table
+    table, summary = particles.table, summarise(particles)
     pixel_size = float(np.nanmedian(table["pixel_size_A"])) if table["pixel_size_A"].notna().any() else 0.0
     box = float(np.median(table["box_px"]))
     proposed = default_path(path)
@@ -597,11 +598,12 @@ def _found(particles: Particles, path: Path) -> Found:
         proposed = Path(plugin_setting("session_folder")).expanduser() / proposed.name
     return Found(
         particles=particles,
-        lines=summarise(particles).lines(),
+        lines=summary.lines(),
         columns={str(name): _choices(table[name]) for name in table.columns},
         unit="Å" if pixel_size else "px",
         diameter=float(f"{0.9 * box * (pixel_size or 1.0):.3g}"),
         folder=free_folder(proposed),
+        mixed_views=summary.n_classes > 1 or summary.is_3d,
         existing=proposed if Session.is_session(proposed) else None,
     )
 
@@ -627,12 +629,13 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
     from particle_explorer import preprocess
     from particle_explorer.files import UserError
     from particle_explorer.particles import where_mask
+    from particle_explorer.session import guessed_sign
 
     table = particles.table
     rows = np.flatnonzero(where_mask(table, where)) if where else np.arange(len(table))
     if rows.size == 0:
         raise UserError(f"no particle has {where}")
-    plan = preprocess.plan(table.iloc[rows], config)
+    plan = preprocess.plan(table.iloc[rows], config, guessed_sign(particles, config))
     boxes = table["box_px"].to_numpy()[rows]
     sizes, counts = np.unique(boxes, return_counts=True)
     alike = rows[boxes == sizes[np.argmax(counts)]]

@@ -21,6 +21,16 @@ from particle_explorer.widgets.background import Failure, JobFollower
 
 LOG_NAME = "log.txt"
 LOG_BYTES = 20_000
+PLAIN = {
+    "noise": "measuring the noise",
+    "one template": "finding a first average",
+    "aligning": "aligning the particles",
+    "ordering": "ordering the map",
+    "gauge": "registering the pictures of the map",
+    "training": "learning",
+    "encoding": "placing every particle",
+}
+"""What models call their steps, and what they are called here."""
 
 
 class Complaint(QWidget):
@@ -144,7 +154,7 @@ def read_job(folder: Path) -> tuple[Status, str]:
 
 def progress_words(status: Status) -> str:
     """What is being done and how long it will take, for people."""
-    words = status.what or "Starting"
+    words = PLAIN.get(status.what, status.what) or "Starting"
     if status.n_epochs:
         words += f" · epoch {status.epoch} of {status.n_epochs}"
     if status.images_per_second > 0:

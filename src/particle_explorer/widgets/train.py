@@ -124,6 +124,9 @@ class TrainDock(QWidget):
         row.addWidget(QLabel("Model"))
         row.addWidget(self.model, 1)
         layout.addLayout(row)
+        self.train_button = QPushButton("Train")
+        self.train_button.clicked.connect(self.train)
+        layout.addWidget(self.train_button)
         self.model_words = QLabel()
         self.model_words.setWordWrap(True)
         layout.addWidget(self.model_words)
@@ -146,9 +149,6 @@ class TrainDock(QWidget):
         row.addWidget(QLabel("Compute on"))
         row.addWidget(self.device, 1)
         layout.addLayout(row)
-        self.train_button = QPushButton("Train")
-        self.train_button.clicked.connect(self.train)
-        layout.addWidget(self.train_button)
         return page
 
     def _build_watch(self) -> QWidget:
@@ -343,7 +343,7 @@ class TrainDock(QWidget):
         self.words.setText("Starting the worker …")
         self.bar.setRange(0, 0)
         self.panel.clear()
-        self.curves.set_curves([])
+        self.curves.setVisible(False)
         self.tasks.run(
             "train",
             lambda: jobs.start(arguments, session.new_job("train")),
@@ -392,6 +392,7 @@ class TrainDock(QWidget):
         self.bar.setRange(0, 1000 if status.fraction > 0 else 0)
         self.bar.setValue(int(1000 * status.fraction))
         self.curves.set_curves(curves_of(seen.metrics))
+        self.curves.setVisible(bool(self.curves.curves))
         self._show_live(seen.live)
 
     def _show_live(self, live: dict[str, NDArray[Any]]) -> None:

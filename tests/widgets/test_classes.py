@@ -1,0 +1,183 @@
+"""The Classes dock: what is averaged, the montage, its quality, an export that asks before it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("napari")
+
+from napari.components import ViewerModel
+from pytestqt.qtbot import QtBot
+from qtpy.QtWidgets import QApplication
+
+from particle_explorer import jobs
+from particle_explorer.averaging import average_classes
+from particle_explorer.configs import ClassMapConfig, RunConfig
+from particle_explorer.session import Session
+from particle_explorer.state import Opened
+from particle_explorer.status import StatusWriter
+from particle_explorer.widgets.classes import SHARED, ClassesDock, groupings, montage
+
+SLOW = 20_000
+
+
+@pytest.fixture
+def dock(qtbot: QtBot) -> Iterator[ClassesDock]:
+    widget = ClassesDock(ViewerModel())
+    qtbot.addWidget(widget)
+    widget.resize(392, 600)
+    widget.show()
+    yield widget
+    widget.tasks.stop()
+    for bar in (widget.bar, widget.held_bar, widget.export_bar):
+        bar.stop()
+
+
+def _show_run(dock: ClassesDock, session: Session) -> None:
+    run = session.new_run(RunConfig(model=ClassMapConfig(), data=session.data_spec()))
+    n = session.n_particles
+    extra = pd.DataFrame(
+        {"z_0": np.linspace(-1, 1, n), "cluster-kmeans": np.arange(n) % 3}, index=session.table.index
+    )
+    dock.state.show(Opened(session, run, pd.concat([session.table, extra], axis=1)))
+
+
+def _save_averages(session: Session) -> str:
+    labels = np.arange(session.n_particles) % 3
+    averages = average_classes(session, labels)
+    how = {"run": "0001-class-map", "by": "cluster-kmeans", "selection": "", "held": False}
+    return session.save_classes("cluster-kmeans", averages, [average.label for average in averages], how)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path]]:
+    lines: list[tuple[list[str], Path]] = []
+
+    def start(arguments: list[str], folder: Path) -> Path:
+        lines.append((list(arguments), folder))
+        StatusWriter(folder).__enter__()
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    return lines
+
+
+def test_without_a_run_it_says_what_to_do(dock: ClassesDock) -> None:
+    assert dock.no_run.isVisible() and not dock.make.isVisible()
+
+
+def test_an_empty_selection_cannot_be_averaged_and_says_why(dock: ClassesDock, tiny_session: Session) -> None:
+    _show_run(dock, tiny_session)
+    dock.what.setCurrentIndex(0)
+    assert not dock.average_button.isEnabled() and "lasso" in dock.average_button.toolTip()
+    mask = np.arange(tiny_session.n_particles) < 12
+    dock.state.selection.set(mask)
+    assert dock.average_button.isEnabled() and "12" in dock.average_button.text()
+
+
+def test_the_newest_clusters_are_proposed(dock: ClassesDock, tiny_session: Session) -> None:
+    _show_run(dock, tiny_session)
+    assert dock.what.currentData() == "cluster-kmeans"
+    table = pd.DataFrame(
+        {"class_id": [1, 1], "cluster-kmeans": [0, 1], "cluster-kmeans-2 cluster-kmeans": [1, 0]}
+    )
+    assert groupings(table) == ["cluster-kmeans", "cluster-kmeans-2 cluster-kmeans"]
+
+
+def test_the_selection_is_saved_and_averaged_by_a_worker(
+    dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    mask = np.arange(tiny_session.n_particles) < 12
+    dock.state.selection.set(mask)
+    dock.average_selection()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    [(line, folder)] = started
+    assert dock.state.run is not None
+    assert line == ["average", str(dock.state.run.path), "--selection", "averaged-1"]
+    assert folder.parent == tiny_session.path / "jobs"
+    np.testing.assert_array_equal(tiny_session.selection("averaged-1"), mask)
+
+
+def test_averages_become_one_layer_with_their_quality(
+    dock: ClassesDock, tiny_session: Session, qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    name = _save_averages(tiny_session)
+    dock.state.classes_changed.emit(name)
+    qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
+    assert [layer.name for layer in dock.viewer.layers] == ["class averages"]
+    assert dock.one.count() == 3 and "40" in dock.one.itemText(0)
+    [curve] = dock.quality.curves
+    assert curve.y[0] == pytest.approx(1, abs=0.01) and dock.quality.x_as_period
+    assert dock.quality_words.text() == SHARED
+
+    made = dock.montage
+    assert made is not None
+    event: Any = type("Event", (), {})()
+    event.position = dock.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 0.5))  # second row
+    dock._on_click(dock.layer, event)
+    assert dock.one.currentIndex() == 2
+    event.position = dock.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 1.5))  # an empty place
+    dock._on_click(dock.layer, event)
+    assert dock.one.currentIndex() == 2
+
+
+def test_an_export_never_replaces_without_a_word(
+    dock: ClassesDock,
+    tiny_session: Session,
+    started: list[tuple[list[str], Path]],
+    tmp_path: Path,
+    qtbot: QtBot,
+) -> None:
+    _show_run(dock, tiny_session)
+    dock.state.classes_changed.emit(_save_averages(tiny_session))
+    qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
+    dock.show_export()
+    star = tmp_path / "out.star"
+    star.write_text("precious")
+    dock.export_path.setText(str(star))
+    dock.export_button.click()
+    assert dock.question.isVisible() and "out.star exists already" in dock.question_words.text()
+    dock.keep_button.click()
+    assert not dock.question.isVisible() and not started
+    dock.export_button.click()
+    dock.replace_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    [(line, _)] = started
+    expected = ["export", str(tiny_session.path), "--out", str(star), "--run", "0001-class-map"]
+    assert line == [*expected, "--classes", "cluster-kmeans", "--overwrite"]
+    assert star.read_text() == "precious", "the worker replaces it, at once, when the new one is there"
+    averages = plugin_read(star.with_suffix(".mrcs"))
+    assert dock.stored is not None
+    np.testing.assert_allclose(averages, dock.stored.images, atol=1e-6)
+
+
+def plugin_read(path: Path) -> Any:
+    from particle_explorer.plugin import read_stack
+
+    return read_stack(str(path))[0][0][:]
+
+
+@given(k=st.integers(1, 17), n=st.integers(16, 200))
+def test_every_average_has_its_place_in_the_montage(qapp: QApplication, k: int, n: int) -> None:
+    images = np.random.default_rng(k).normal(size=(k, n, n)).astype(np.float32)
+    made = montage(images, [(f"class {i}", "signal > noise to 12 Å") for i in range(k)])
+    height, width = made.pixels.shape
+    assert made.pixels.min() >= 0 and made.pixels.max() <= 1
+    for index in range(k):
+        row, column = divmod(index, made.columns)
+        middle = ((row + 0.5) * made.tile[0], (column + 0.5) * made.tile[1])
+        assert middle[0] < height and middle[1] < width
+        assert made.index_at(*middle) == index
+        tile = made.pixels[row * made.tile[0] :, column * made.tile[1] :][: made.tile[0], : made.tile[1]]
+        words = tile[-40:]
+        assert words.max() > 0.5, "the caption is there"

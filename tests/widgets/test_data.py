@@ -1,0 +1,204 @@
+"""The Particles dock: what is found is said, settings reach the worker, errors stay in place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("napari")
+
+from napari.components import ViewerModel
+from pytestqt.qtbot import QtBot
+from qtpy.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
+from qtpy.QtGui import QDragEnterEvent, QDropEvent
+from qtpy.QtWidgets import QApplication
+
+from particle_explorer import jobs, plugin
+from particle_explorer.io.reading import read
+from particle_explorer.session import Session
+from particle_explorer.widgets.data import ParticlesDock, free_folder
+
+SLOW = 20_000
+
+
+@pytest.fixture
+def dock(qtbot: QtBot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ParticlesDock]:
+    monkeypatch.chdir(tmp_path)
+    widget = ParticlesDock(ViewerModel())
+    qtbot.addWidget(widget)
+    widget.resize(392, 500)
+    widget.show()
+    yield widget
+    widget.tasks.stop()
+    widget.import_bar.stop()
+
+
+@pytest.fixture
+def stack(tiny_stack: Path, tmp_path: Path) -> Path:
+    for file in tiny_stack.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path / tiny_stack.name
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines of the workers that would have been started."""
+    lines: list[list[str]] = []
+
+    def start(arguments: list[str], folder: Path) -> Path:
+        lines.append(list(arguments))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    return lines
+
+
+def _open(dock: ParticlesDock, path: Path, qtbot: QtBot) -> None:
+    dock.open(path)
+    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+
+
+def test_empty_it_says_what_to_do(dock: ParticlesDock) -> None:
+    assert dock.start_page.isVisible() and not dock.stack_page.isVisible()
+    assert dock.open_button.isVisible() and dock.sample_button.isVisible()
+    assert not dock.layer_button.isEnabled() and "layer list" in dock.layer_button.toolTip()
+
+
+@pytest.mark.parametrize("suffix", [".star", ".cs", ".mrcs"])
+def test_a_stack_is_summed_up_and_previewed(
+    dock: ParticlesDock, stack: Path, suffix: str, qtbot: QtBot
+) -> None:
+    _open(dock, stack.with_suffix(suffix), qtbot)
+    assert "120" in dock.summary.text() and "32" in dock.summary.text()
+    assert dock.preview.n_images == 18, "nine before and nine after"
+    assert dock.form.value().diameter_A == pytest.approx(0.9 * 32 * 7, rel=0.01)
+    assert "Å" in dock.form.editor("diameter_A").text()  # type: ignore[attr-defined]
+    assert "about" in dock.prepare_button.text()
+    assert dock.form.editor("ctf").isEnabled() == (suffix != ".mrcs")
+    assert Path(dock.folder.text()) == stack.with_name(f"{stack.stem}_explorer")
+
+
+def test_settings_and_subset_reach_the_worker(
+    dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
+) -> None:
+    _open(dock, stack, qtbot)
+    dock.form.editor("diameter_A").setValue(150)  # type: ignore[attr-defined]
+    dock.subset.setChecked(True)
+    column = next(name for name, values in dock.found.columns.items() if len(values) == 0)  # type: ignore[union-attr]
+    dock.column.setCurrentText("box_px")
+    dock.subset_value.setCurrentText("32")
+    assert column and dock.where() == "box_px == 32"
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    [line] = started
+    assert line[:4] == ["import", str(stack), "--session", dock.folder.text()]
+    assert line[4:6] == ["--preprocess.diameter-A", "150.0"]
+    assert line[-2:] == ["--where", "box_px == 32"]
+
+
+def test_an_impossible_setting_is_said_at_once_and_not_started(
+    dock: ParticlesDock, stack: Path, qtbot: QtBot
+) -> None:
+    _open(dock, stack, qtbot)
+    dock.form.editor("diameter_A").setValue(1000)  # type: ignore[attr-defined]
+    qtbot.waitUntil(lambda: dock.complaint.isVisible(), timeout=SLOW)
+    assert "larger than the box" in dock.complaint.sentence.text()
+    assert not dock.prepare_button.isEnabled()
+    dock.form.editor("diameter_A").setValue(150)  # type: ignore[attr-defined]
+    qtbot.waitUntil(lambda: dock.prepare_button.isEnabled(), timeout=SLOW)
+    assert not dock.complaint.isVisible()
+
+
+def test_a_broken_file_is_one_sentence(dock: ParticlesDock, tmp_path: Path, qtbot: QtBot) -> None:
+    bad = tmp_path / "bad.mrcs"
+    bad.write_bytes(b"no stack at all")
+    dock.open(bad)
+    qtbot.waitUntil(lambda: dock.complaint.isVisible(), timeout=SLOW)
+    assert "bad.mrcs" in dock.complaint.sentence.text()
+    assert dock.start_page.isVisible()
+
+
+def test_preparing_makes_a_session_and_opens_it(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
+    _open(dock, stack, qtbot)
+    with qtbot.waitSignal(dock.prepared, timeout=60_000):
+        dock.prepare_button.click()
+    assert dock.state.session is not None
+    assert dock.state.session.path == stack.with_name(f"{stack.stem}_explorer")
+    assert dock.session_page.isVisible()
+    assert "120 particles" in dock.session_words.text()
+
+
+def test_a_session_made_before_is_offered(
+    dock: ParticlesDock, stack: Path, tiny_session: Session, qtbot: QtBot
+) -> None:
+    there = stack.with_name(f"{stack.stem}_explorer")
+    shutil.copytree(tiny_session.path, there)
+    _open(dock, stack, qtbot)
+    assert dock.existing_button.isVisible() and there.name in dock.existing_button.text()
+    assert Path(dock.folder.text()) == there.with_name(f"{there.name}-2")
+    dock.existing_button.click()
+    qtbot.waitUntil(lambda: dock.state.session is not None, timeout=SLOW)
+    assert dock.state.session.path == there  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:.*QDragEnterEvent:DeprecationWarning")  # one binding has both forms
+def test_a_file_can_be_dropped(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
+    data = QMimeData()
+    data.setUrls([QUrl.fromLocalFile(str(stack))])
+    how = (Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier)
+    for event in (QDragEnterEvent(QPoint(50, 50), *how), QDropEvent(QPointF(50, 50), *how)):
+        QApplication.sendEvent(dock, event)
+        assert event.isAccepted()
+    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+
+
+def test_a_stack_opened_by_napari_is_adopted(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
+    [(data, attributes, _)] = plugin.read_stack(str(stack))
+    dock.viewer.add_image(data, **attributes)
+    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+    assert dock.found.particles.source == stack  # type: ignore[union-attr]
+
+
+def test_a_layer_can_be_taken(
+    dock: ParticlesDock, tmp_path: Path, started: list[list[str]], qtbot: QtBot
+) -> None:
+    images = np.random.default_rng(0).normal(size=(20, 24, 24)).astype(np.float32)
+    dock.viewer.add_image(images, name="my picks")
+    assert dock.layer_button.isEnabled() and "my picks" in dock.layer_button.toolTip()
+    dock.layer_button.click()
+    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    saved = Path(started[0][1])
+    assert saved == tmp_path / "my_picks.npy"
+    np.testing.assert_array_equal(read(saved).images.read(np.arange(20))[:, 0], images)
+
+
+def test_sets_are_listed_and_select(dock: ParticlesDock, tiny_session: Session, qtbot: QtBot) -> None:
+    mask = np.arange(tiny_session.n_particles) % 3 == 0
+    tiny_session.save_selection("every third", mask)
+    dock.state.open_session(tiny_session)
+    qtbot.waitUntil(lambda: dock.sets.count() == 1, timeout=SLOW)
+    item = dock.sets.item(0)
+    assert "every third" in item.text() and "40" in item.text()
+    dock.sets.itemClicked.emit(item)
+    qtbot.waitUntil(lambda: dock.state.selection.count == 40, timeout=SLOW)
+    other: Any = np.zeros_like(mask)
+    other[:7] = True
+    tiny_session.save_selection("first seven", other)
+    dock.state.sets_changed.emit()
+    qtbot.waitUntil(lambda: dock.sets.count() == 2, timeout=SLOW)
+
+
+def test_a_free_folder_is_found(tmp_path: Path) -> None:
+    assert free_folder(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert free_folder(tmp_path / "a") == tmp_path / "a", "empty is as good as absent"
+    (tmp_path / "a" / "x").touch()
+    assert free_folder(tmp_path / "a") == tmp_path / "a-2"

@@ -1,0 +1,183 @@
+"""The Train dock: the form becomes a command, a running job is followed and found again."""
+
+from __future__ import annotations
+
+import csv
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("napari")
+
+from napari.components import ViewerModel
+from pytestqt.qtbot import QtBot
+
+from particle_explorer import jobs
+from particle_explorer.configs import ClassMapConfig, RunConfig
+from particle_explorer.session import Run, Session
+from particle_explorer.status import STOP, StatusWriter
+from particle_explorer.widgets.train import TrainDock, curves_of, model_classes
+
+
+@pytest.fixture
+def dock(qtbot: QtBot) -> Iterator[TrainDock]:
+    widget = TrainDock(ViewerModel())
+    qtbot.addWidget(widget)
+    widget.show()
+    yield widget
+    widget.tasks.stop()
+    widget.stop_following()
+
+
+def _new_run(session: Session) -> Run:
+    return session.new_run(RunConfig(model=ClassMapConfig(), data=session.data_spec()))
+
+
+def test_says_what_to_do_before_there_are_particles(dock: TrainDock) -> None:
+    assert dock.no_session.isVisible() and not dock.setup.isVisible() and not dock.runs_page.isVisible()
+
+
+def test_the_class_map_comes_first_and_every_model_is_explained(
+    dock: TrainDock, tiny_session: Session
+) -> None:
+    dock.state.open_session(tiny_session)
+    assert dock.model.currentData() == "class-map"
+    for index in range(dock.model.count()):
+        dock.model.setCurrentIndex(index)
+        assert len(dock.model_words.text()) > 40
+        visible = [kind for kind, form in dock.forms.items() if form.isVisible()]
+        assert visible == [dock.model.currentData()]
+    assert dock.model.count() == len(model_classes())
+
+
+def test_the_form_is_the_command_line(dock: TrainDock, tiny_session: Session) -> None:
+    dock.state.open_session(tiny_session)
+    dock.forms["class-map"].editor("latent_dim").setValue(1)  # type: ignore[attr-defined]
+    dock.train_form.editor("n_epochs").setValue(3)  # type: ignore[attr-defined]
+    expected = ["train", str(tiny_session.path), "--model.kind", "class-map", "--model.latent-dim", "1"]
+    assert dock.arguments() == [*expected, "--train.n-epochs", "3", "--device", "auto"]
+
+
+def test_the_button_says_how_long_it_takes(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
+    dock.state.open_session(tiny_session)
+    qtbot.waitUntil(lambda: "about" in dock.train_button.text())
+
+
+class _Pretended:
+    """A training job as it looks from outside: status, metrics and live pictures in the run's folder."""
+
+    def __init__(self, session: Session, job: Path | None = None) -> None:
+        self.run = _new_run(session)
+        self.stop = threading.Event()
+        folders = [self.run.path] if job is None else [self.run.path, job]
+        self.writer = StatusWriter(*folders, stop=self.stop)
+        self.writer.__enter__()
+
+    def epoch(self, number: int) -> None:
+        path = self.run.path / "metrics.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(["epoch", "step", "learning_rate", "loss", "fit"])
+            rows.writerow([number, number, 1e-3, 10.0 / number, 9.0 / number])
+        live = self.run.path / "live"
+        live.mkdir(exist_ok=True)
+        images = np.random.default_rng(number).normal(size=(4, 16, 16)).astype(np.float32)
+        np.savez(live / f"{number:04d}.npz", epoch=number, panel_images=images, panel_reconstructions=images)
+        what = {"what": "training", "fraction": number / 4, "epoch": number, "n_epochs": 4}
+        self.writer.update(**what, images_per_second=123.0, seconds_left=7.0)
+
+    def end(self) -> None:
+        self.writer.__exit__(None, None, None)
+
+
+def test_a_training_is_followed_from_its_start(
+    dock: TrainDock, tiny_session: Session, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[_Pretended] = []
+
+    def start(arguments: list[str], folder: Path) -> Path:
+        begun.append(_Pretended(tiny_session, job=folder))
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    dock.state.open_session(tiny_session)
+    dock.train_button.click()
+    qtbot.waitUntil(lambda: bool(begun))
+    begun[0].epoch(1)
+    begun[0].epoch(2)
+    qtbot.waitUntil(lambda: "7 s left" in dock.words.text(), timeout=10_000)
+    assert "epoch 2 of 4" in dock.words.text() and "123 images/s" in dock.words.text()
+    assert dock.panel.n_images == 8 and len(dock.curves.curves) == 2
+    assert not dock.setup.isVisible()
+
+    dock.stop_button.click()
+    assert (begun[0].run.path / STOP).exists(), "asked to end in good order"
+    qtbot.waitUntil(begun[0].stop.is_set, timeout=5000)
+    begun[0].end()
+    qtbot.waitUntil(lambda: dock.setup.isVisible(), timeout=10_000)
+    assert "Resume" in dock.complaint.sentence.text()
+
+
+def test_a_running_training_is_found_again(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
+    job = _Pretended(tiny_session)
+    job.epoch(3)
+    dock.state.open_session(Session.open(tiny_session.path))
+    qtbot.waitUntil(lambda: "epoch 3 of 4" in dock.words.text(), timeout=10_000)
+    assert dock.runs.count() == 1 and "running" in dock.runs.item(0).text()
+    job.end()
+    qtbot.waitUntil(lambda: "finished" in dock.runs.item(0).text(), timeout=10_000)
+
+
+def test_a_failed_training_says_why_in_place(
+    dock: TrainDock, tiny_session: Session, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(arguments: list[str], folder: Path) -> Path:
+        (folder / "log.txt").write_text("Traceback: all of it\n")
+        writer = StatusWriter(folder)
+        writer.__enter__()
+        error = MemoryError("out of memory")
+        writer.__exit__(MemoryError, error, None)
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    dock.state.open_session(tiny_session)
+    dock.train_button.click()
+    qtbot.waitUntil(lambda: dock.complaint.isVisible(), timeout=10_000)
+    assert "out of memory" in dock.complaint.sentence.text()
+    dock.complaint.button.click()
+    assert "all of it" in dock.complaint.details.toPlainText()
+    assert dock.setup.isVisible()
+
+
+def test_curves_show_losses_and_no_counters() -> None:
+    metrics = pd.DataFrame({"epoch": [1, 2], "step": [5, 9], "learning_rate": [0.1, 0.1], "loss": [2.0, 1.0]})
+    [curve] = curves_of(metrics)
+    assert curve.name == "loss" and list(curve.y) == [2.0, 1.0]
+    assert curves_of(pd.DataFrame()) == []
+
+
+def test_a_run_without_a_map_is_not_shown(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
+    _new_run(tiny_session)
+    dock.state.open_session(tiny_session)
+    qtbot.waitUntil(lambda: dock.runs.count() == 1)
+    dock.runs.itemClicked.emit(dock.runs.item(0))
+    assert "no map yet" in dock.complaint.sentence.text()
+    assert dock.state.run is None
+
+
+def test_the_dock_of_a_closed_window_is_silent(qtbot: QtBot, tiny_session: Session) -> None:
+    viewer: Any = ViewerModel()
+    dock = TrainDock(viewer)
+    state = dock.state
+    dock.deleteLater()
+    del dock
+    qtbot.wait(20)
+    state.open_session(tiny_session)
+    qtbot.wait(100)
