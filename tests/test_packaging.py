@@ -158,6 +158,16 @@ def test_nothing_unfinished_and_no_path_of_one_computer_is_shipped() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_links_of_the_documents_lead_somewhere() -> None:
+    missing = [
+        f"{document.relative_to(ROOT)}: {link}"
+        for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
+        if "://" not in link and not (document.parent / link).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
 def test_what_is_shipped_stays_small() -> None:
     sample = sum(file.stat().st_size for file in (ROOT / "sample_data").rglob("*") if file.is_file())
     assert sample < 12e6
