@@ -1,0 +1,339 @@
+"""The command line: every command from end to end, and bad input as one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from particle_explorer import cli
+from particle_explorer.cli import BENCH, COMMANDS, main, parse
+from particle_explorer.configs import ClassMapConfig, SpatialVAEConfig
+from particle_explorer.io.mrc import MrcFile
+from particle_explorer.io.reading import read
+from particle_explorer.session import Run, Session
+
+TINY = "--model.kind spatial-vae --model.hidden 8 --model.layers 1 --train.n-epochs 1 --device cpu".split()
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a command line that must go well; returns the lines of its standard output."""
+
+    def run(*words: object) -> list[str]:
+        assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run a command line that must be refused; returns its sentence."""
+
+    def run(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        captured = capsys.readouterr()
+        sentence = captured.err.splitlines()[-1]
+        assert sentence.startswith("particle-explorer: ") and "Traceback" not in captured.err
+        return sentence
+
+    return run
+
+
+@pytest.fixture
+def trained(tiny_session, say) -> Run:
+    """A run of the smallest spatial-VAE."""
+    return Run.open(Path(say("train", tiny_session.path, *TINY)[-1]))
+
+
+# ---------------------------------------------------------------------- the chain
+
+
+def test_from_a_stack_to_a_star_file(tiny_stack, tmp_path, say):
+    path = tmp_path / "session"
+    assert say("import", tiny_stack, "--session", path, "--preprocess.box-px", 24)[-1] == str(path)
+    session = Session.open(path)
+    assert session.images.shape == (120, 1, 24, 24)
+    run = Run.open(Path(say("train", path, *TINY, "--model.latent-dim", 3, "--where", "source_row < 60")[-1]))
+    assert run.config.where == "source_row < 60" and run.latents().z.shape == (120, 3)
+    assert say("embed", run.path, "--method", "pca") == ["pca"]
+    assert say("cluster", run.path, "--n-clusters", 4) == ["cluster-kmeans"]
+    assert say("cluster", path, "--n-clusters", 5) == [
+        "cluster-kmeans-2"
+    ]  # a session: its newest finished run
+    averages = Path(say("average", run.path, "--by", "cluster-kmeans")[-1])
+    assert averages == path / "classes" / "cluster-kmeans.mrcs" and MrcFile(averages).shape == (1, 32, 32)
+    stored = session.classes("cluster-kmeans")
+    assert [one["label"] for one in stored.classes] == ["1", "2", "3", "4"]
+    assert sum(one["n"] for one in stored.classes) == 120 and stored.how["run"] == run.name
+    out = tmp_path / "out.star"
+    say("export", path, "--out", out, "--averages", tmp_path / "out.mrcs")
+    exported = read(out, project_dir=tiny_stack.parent)
+    latents = run.latents()
+    assert exported.table["class_id"].tolist() == run.column("cluster-kmeans-2")["cluster-kmeans-2"].tolist()
+    turn = exported.table["angle_deg"].to_numpy() - latents.angle_deg
+    np.testing.assert_allclose((turn + 180) % 360 - 180, 0, atol=1e-3)
+    shift = exported.table[["shift_y_px", "shift_x_px"]].to_numpy()
+    np.testing.assert_allclose(shift, latents.shift_yx_px, atol=1e-3)
+    assert MrcFile(tmp_path / "out.mrcs").n_images == 5
+
+
+def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_path, say, refuse):
+    session = trained.session
+    mask = np.arange(120) % 7 == 0
+    session.save_selection("good", mask, "test")
+    say("average", trained.path, "--selection", "good", "--average.ctf", "none")
+    stored = session.classes("good")
+    assert [one["n"] for one in stored.classes] == [mask.sum()] and stored.how["selection"] == "good"
+    say("export", session.path, "--out", tmp_path / "good.star", "--selection", "good", "--run", 1)
+    exported = read(tmp_path / "good.star", project_dir=tiny_stack.parent)
+    assert exported.table["rlnImageName"].tolist() == session.table["rlnImageName"][mask].tolist()
+    assert "there are: good" in refuse(
+        "export", session.path, "--out", tmp_path / "a.star", "--selection", "bad"
+    )
+
+
+def test_a_session_without_runs_exports_its_particles(tiny_session, tiny_stack, tmp_path, say):
+    say("export", tiny_session.path, "--out", tmp_path / "same.star", "--classes", "true_junk")
+    table = read(tmp_path / "same.star", project_dir=tiny_stack.parent).table
+    assert (table["class_id"] == tiny_session.table["true_junk"].to_numpy() + 1).all()
+
+
+def test_an_export_never_overwrites_what_matters(tiny_session, tiny_stack, tmp_path, say, refuse):
+    out = tmp_path / "out.star"
+    out.write_text("precious")
+    assert "exists already" in refuse("export", tiny_session.path, "--out", out)
+    assert out.read_text() == "precious"
+    say("export", tiny_session.path, "--out", out, "--overwrite")
+    assert len(read(out, project_dir=tiny_stack.parent)) == 120
+    before = tiny_session.original_source.read_bytes()
+    for target in (tiny_session.original_source, tiny_session.table["stack_path"].iloc[0]):
+        assert "choose another name" in refuse("export", tiny_session.path, "--out", target, "--overwrite")
+    assert tiny_session.original_source.read_bytes() == before
+
+
+def test_a_part_is_held_still(trained, tiny_stack, tmp_path, say, refuse):
+    (column,) = say("hold-still", trained.path, "--disc-yxr-px", "16,16,8")
+    assert column == str(trained.path / "columns" / "pose-held.parquet") and trained.gauge() is not None
+    mask = np.zeros((32, 32), np.float32)
+    mask[10:20, 8:20] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    say("hold-still", trained.path, "--mask", tmp_path / "mask.npy")
+    assert trained.columns() == ["pose-held"] and trained.gauge()["region"] == {"mask_px": 120}
+    held = trained.column("pose-held")
+    say("export", trained.session.path, "--out", tmp_path / "held.star", "--held")
+    exported = read(tmp_path / "held.star", project_dir=tiny_stack.parent).table
+    turn = exported["angle_deg"].to_numpy() - held["angle_deg"].to_numpy()
+    np.testing.assert_allclose((turn + 180) % 360 - 180, 0, atol=1e-3)
+    say("average", trained.path, "--by", "true_junk", "--held")
+    assert "mask" in refuse("hold-still", trained.path, "--mask", tiny_stack)
+
+
+def test_other_stacks_are_encoded_by_the_same_model(trained, tiny_stack, tmp_path, say, refuse):
+    before = trained.latents()
+    (trained.path / "latents.parquet").unlink()
+    assert say("encode", trained.path, "--device", "cpu") == [str(trained.path / "latents.parquet")]
+    np.testing.assert_array_equal(trained.latents().z, before.z)
+    out = tmp_path / "other.parquet"
+    say("encode", trained.path, "--stack", tiny_stack, "--out", out)
+    np.testing.assert_allclose(pd.read_parquet(out)["z_0"], before.z[:, 0], atol=1e-2)
+    assert "exists already" in refuse("encode", trained.path, "--stack", tiny_stack, "--out", out)
+
+
+def test_a_run_is_resumed_by_name_or_number(trained, say, refuse):
+    assert say("train", trained.session.path, "--resume", trained.name) == [str(trained.path)]
+    assert say("train", trained.session.path, "--resume", "1") == [str(trained.path)]
+    assert "has no run 9" in refuse("train", trained.session.path, "--resume", "9")
+
+
+def test_columns_are_joined_on_import(tiny_stack, tmp_path, say, refuse):
+    truth = tmp_path / "truth.npz"
+    np.savez(truth, score=np.arange(120), split=np.arange(120) % 2)
+    say("import", tiny_stack, "--session", tmp_path / "s", "--table", truth, "--where", "split == 1")
+    assert Session.open(tmp_path / "s").table["score"].tolist() == list(range(1, 120, 2))
+    np.savez(truth, score=np.arange(7))
+    words = ("import", tiny_stack, "--session", tmp_path / "t", "--table", truth)
+    assert "one row for each of the 120 particles" in refuse(*words)
+
+
+def test_an_existing_session_is_kept(tiny_session, tiny_stack, say, refuse):
+    words = ("import", tiny_stack, "--session", tiny_session.path)
+    assert "is a session already" in refuse(*words)
+    say(*words, "--overwrite")
+    assert tiny_session.path.with_name("tiny-replaced-1").is_dir()
+
+
+def test_simulated_stacks_are_inspected(tmp_path, say):
+    (star,) = say("simulate", "--out", tmp_path, "--n", 20, "--box-px", 48, "--pixel-size-A", 5)
+    text = "\n".join(say("inspect", star))
+    assert "20" in text and "48" in text
+
+
+# ---------------------------------------------------------------------- parsing
+
+
+def test_the_kind_of_model_need_not_be_said():
+    command = parse(["train", "d", "--model.latent-dim", "1", "--train.seed", "3"])
+    assert command.model == ClassMapConfig(latent_dim=1) and command.train.seed == 3
+    for words in (["--model.kind", "spatial-vae"], ["--model.kind=spatial-vae"]):
+        command = parse(["train", "d", *words, "--model.hidden", "64"])
+        assert command.model == SpatialVAEConfig(hidden=64)
+
+
+def test_flags_may_be_written_out():
+    for words, value in (
+        (["--model.infer-shift", "false"], False),
+        (["--no-model.infer-shift"], False),
+        (["--model.infer-shift", "true"], True),
+        (["--model.infer-shift"], True),
+    ):
+        command = parse(["train", "d", "--model.kind", "spatial-vae", *words])
+        assert command.model.infer_shift is value
+
+
+def test_the_environment_is_not_read(monkeypatch):
+    for name in ("OUT", "N", "SEED", "seed", "n", "where"):
+        monkeypatch.setenv(name, "7")
+    command = parse(["simulate", "--out", "x"])
+    assert command.n == 4000 and command.seed == 0 and str(command.out) == "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("nonsense", "there is no command 'nonsense'; choose one of inspect, import"),
+        ("bench nonsense", "there is no command 'bench nonsense'"),
+        ("train", "required: SESSION"),
+        ("simulate --n 5", "required: --out"),
+        ("train d --model.latent-dim 3", "--model.latent-dim 3: input should be less than or equal to 2"),
+        ("train d --model.latent-dim two", "--model.latent-dim two: input should be a valid integer"),
+        ("train d --model.kind vae", "there is no such model; choose one of class-map, spatial-vae"),
+        ("train d --model.hidden 9", "unrecognized arguments: --model.hidden 9"),
+        (
+            "train d --train.precision half",
+            "--train.precision half: input should be 'auto', 'float32' or 'bf16'",
+        ),
+        ("embed d --method tsne", "--method tsne: input should be 'umap' or 'pca'"),
+        ("hold-still d", "say what to hold still by one of"),
+        ("hold-still d --auto --mask m.npy", "say what to hold still by one of"),
+        ("train d", "is not a session"),
+        ("open d", "is not a session"),
+        ("average d", "is not a run"),
+        ("inspect nowhere.star", "does not exist"),
+        ("average d --held --by x --frame 3", "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, refuse, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refuse(*words.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_requests_of_a_run_are_one_sentence(trained, refuse, tmp_path):
+    run, session = trained.path, trained.session.path
+    for words, sentence in (
+        (("average", run), "cluster the run first"),
+        (("average", run, "--by", "nothing"), "there is no column 'nothing'"),
+        (("average", run, "--by", "defocus_u_A"), "classes are whole numbers"),
+        (("average", run, "--by", "stack_index", "--held"), "holds nothing still yet"),
+        (("cluster", run, "--n-clusters", "500"), "cannot make 500 clusters"),
+        (
+            ("export", session, "--out", tmp_path / "a.star", "--averages", tmp_path / "a.mrcs"),
+            "needs classes",
+        ),
+        (("train", session, "--device", "abacus"), "--device abacus is not known"),
+        (("hold-still", run, "--disc-yxr-px", "3,4"), "give three numbers"),
+    ):
+        assert sentence in refuse(*words), words
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *BENCH])
+def test_help_says_every_option(name, capsys):
+    assert parse([*name.split(), "--help"]) is None
+    text = " ".join(capsys.readouterr().out.split())
+    command = (COMMANDS | BENCH)[name]
+    assert (command.__doc__ or "").split(":")[0].split()[0] in text
+    for field_name, field in command.model_fields.items():
+        if field_name == "model":
+            assert "--model.angle-step-deg" in text and "--model.kind spatial-vae" in text
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, cli.Config):
+            for inner_name, inner in field.annotation.model_fields.items():
+                assert f"--{field_name}.{inner_name}".replace("_", "-") in text
+                assert inner.description and inner.description.split()[0] in text
+        else:
+            assert field.description, field_name
+            assert " ".join(field.description.split()[:3]) in text
+
+
+def test_the_overview_lists_every_command_but_the_hidden(say):
+    text = "\n".join(say())
+    for name in COMMANDS:
+        assert f"  {name} " in text
+    assert "bench" in text and "decode-server" not in text
+    assert say("--help") == say() and "bench accuracy" in "\n".join(say("bench"))
+
+
+# ---------------------------------------------------------------------- as a program
+
+
+def run_program(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    program = ["-c", code] if code else ["-m", "particle_explorer.cli", *map(str, words)]
+    return subprocess.run([sys.executable, *program], capture_output=True, text=True, check=False)
+
+
+def test_exit_status_tells_whose_fault_it_is():
+    assert run_program("--help").returncode == 0
+    bad = run_program("train", "nowhere")
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+    fault = (
+        "import particle_explorer.cli as c\nc.Inspect.execute = lambda self: 1 / 0\nc.main(['inspect', 'x'])"
+    )
+    ours = run_program(code=fault)
+    assert ours.returncode == 1 and "ZeroDivisionError" in ours.stderr
+
+
+def test_the_start_is_light():
+    code = """if True:
+        import json, sys, time
+        import pydantic
+        class Model(pydantic.BaseModel):
+            a: int = 1
+        start = time.process_time()
+        import particle_explorer.cli
+        spent = time.process_time() - start
+        heavy = ['qtpy', 'napari', 'torch', 'pandas', 'numpy', 'sklearn', 'scipy', 'umap', 'pyarrow']
+        print(json.dumps([spent, [name for name in heavy if name in sys.modules]]))
+    """
+    found = [json.loads(run_program(code=code).stdout) for _ in range(5)]
+    assert all(heavy == [] for _, heavy in found)
+    assert min(spent for spent, _ in found) < 0.1  # 0.03 to 0.05 s on a machine that does nothing else
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupt_saves_first(tiny_session, tmp_path):
+    import signal
+
+    from particle_explorer.jobs import read_status
+
+    words = ["train", str(tiny_session.path), *TINY, "--train.n-epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "particle_explorer.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    run = Run.open(Path(process.stdout.readline().strip()))
+    while read_status(run.path).epoch < 2:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"--resume {run.name} goes on" in told
+    assert run.state == "stopped" and run.can_resume
