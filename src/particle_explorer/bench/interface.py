@@ -1,0 +1,551 @@
+"""How fast the window follows the hand: real mouse events in a real window, under a screen or a virtual one.
+
+Two sessions are made for it. In the small one a class map of 64 px is trained by a worker and dragged through
+while another one trains; the large one has a million particles with 8 latent dimensions, whose images are
+empty, because only their number matters here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from particle_explorer import jobs
+from particle_explorer.configs import ClassMapConfig, PreprocessConfig, RunConfig, SimulateConfig, TrainConfig
+from particle_explorer.files import UserError, write_text
+from particle_explorer.latents import Latents
+
+if TYPE_CHECKING:
+    from qtpy.QtCore import QPoint
+
+    from particle_explorer.session import Session
+    from particle_explorer.widgets.latent_plot import ScatterCanvas
+    from particle_explorer.widgets.workspace import Workspace
+
+WINDOW = (1366, 768)
+EVENTS_HZ = 125
+HEARTBEAT_MS = 10
+WARM_UP_S = 2.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    n_small: int = 400
+    box_px: int = 64
+    nodes_per_dim: int = 0
+    sizes: tuple[int, ...] = (100_000, 1_000_000)
+    n_moves: int = 120
+    seconds: float = 20.0
+
+
+QUICK = Plan(n_small=60, box_px=32, nodes_per_dim=4, sizes=(2000,), n_moves=12, seconds=2.0)
+"""Enough to see that everything is measured."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; `values` in `unit`."""
+
+    what: str
+    unit: str
+    median: float
+    p95: float
+    worst: float
+    n: int
+    note: str = ""
+
+    @classmethod
+    def of(cls, what: str, values: list[float], unit: str = "ms", note: str = "") -> Result:
+        if not values:
+            return cls(what, unit, float("nan"), float("nan"), float("nan"), 0, note)
+        median, p95 = np.percentile(values, (50, 95))
+        return cls(what, unit, float(median), float(p95), float(max(values)), len(values), note)
+
+
+def run(json_file: Path | None = None, say: Say = print, plan: Plan | None = None) -> dict[str, Any]:
+    """Measure everything; prints a markdown table and writes JSON."""
+    plan = plan or Plan()
+    if (
+        sys.platform.startswith("linux")
+        and not os.environ.get("DISPLAY")
+        and not os.environ.get("WAYLAND_DISPLAY")
+    ):
+        raise UserError(
+            "there is no screen to open a window on; run `xvfb-run -a particle-explorer bench interface`"
+        )
+    with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-", ignore_cleanup_errors=True) as folder:
+        say(f"training a class map of {plan.n_small} particles, {plan.box_px} px …")
+        session = _small_session(Path(folder) / "small", plan)
+        results, opened = _in_a_window(Path(folder), session, plan, say)
+    machine = _machine()
+    report = {"machine": machine, "window": opened, "results": [asdict(result) for result in results]}
+    say("\n" + table(results))
+    say("\n" + ", ".join(f"{name}: {value}" for name, value in {**machine, **opened}.items()))
+    if json_file is not None:
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+        say(f"\nwritten to {json_file}")
+    return report
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, one line per measurement."""
+    lines = ["| what | unit | median | p95 | longest | n | |", "|---|---|---|---|---|---|---|"]
+    for r in results:
+        cells = [f"{value:.1f}" for value in (r.median, r.p95, r.worst)]
+        lines.append(f"| {r.what} | {r.unit} | " + " | ".join(cells) + f" | {r.n} | {r.note} |")
+    return "\n".join(lines)
+
+
+def _machine() -> dict[str, Any]:
+    # not before the window was measured: this imports torch, which a window never does
+    from particle_explorer.bench.machine import describe
+
+    return describe()
+
+
+# ---------------------------------------------------------------------- sessions to look at
+
+
+def _small_session(path: Path, plan: Plan) -> Session:
+    from particle_explorer.io.reading import read
+    from particle_explorer.session import Session
+    from particle_explorer.simulate import write
+
+    pixel_size_A = 256 / plan.box_px
+    write(
+        path / "stack",
+        SimulateConfig(n=plan.n_small, box_px=plan.box_px, pixel_size_A=pixel_size_A, snr=0.3, seed=1),
+    )
+    particles = read(next((path / "stack").glob("*.star")))
+    session = Session.create(path / "session", particles, PreprocessConfig())
+    folder = jobs.start(_train(session, plan), session.new_job("train"))
+    while not (status := jobs.read_status(folder)).is_over:
+        time.sleep(0.2)
+    if status.state != "finished":
+        raise RuntimeError(f"training ended as {status.state}: {status.error}\n{jobs.read_log(folder)}")
+    return session
+
+
+def _train(session: Session, plan: Plan) -> list[str]:
+    return [
+        *("train", str(session.path), "--model.kind", "class-map", "--model.latent-dim", "2"),
+        *("--model.nodes-per-dim", str(plan.nodes_per_dim), "--train.n-epochs", "1", "--device", "cpu"),
+    ]
+
+
+def _large_session(path: Path, small: Session, n: int, n_dims: int = 8) -> Session:
+    """A session of `n` particles with latents: a table made longer, and an image cache that is a hole."""
+    from particle_explorer.session import Session, SessionInfo
+
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    table = small.table.iloc[np.arange(n) % small.n_particles].copy()
+    table.index = pd.Index(rng.permutation(n).astype(np.uint64), name="uid")
+    table["defocus_u_A"] = rng.uniform(8000, 25_000, n)
+    table.to_parquet(path / "particles.parquet")
+    info = SessionInfo(**{**small.info.model_dump(), "n": n})
+    write_text(path / "session.json", info.model_dump_json())
+    session = Session.open(path)
+    shape = (n, *small.images.shape[1:])
+    with (path / "images.npy").open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2 * int(np.prod(shape)))
+    write_text(path / "images.json", json.dumps({"key": session.cache_key}))
+    run = session.new_run(RunConfig(model=ClassMapConfig(), train=TrainConfig(), data=session.data_spec()))
+    centres = rng.normal(size=(6, n_dims)) * 2
+    z = (centres[rng.integers(0, 6, n)] + rng.normal(size=(n, n_dims))).astype(np.float32)
+    run.save_latents(
+        Latents(
+            session.uid,
+            z,
+            angle_deg=rng.uniform(-180, 180, n).astype(np.float32),
+            shift_yx_px=rng.normal(size=(n, 2)).astype(np.float32),
+            extras={"log_likelihood": rng.normal(size=n).astype(np.float32)},
+        )
+    )
+    clusters = pd.DataFrame({"cluster-kmeans": rng.integers(1, 11, n).astype(np.int32)}, index=table.index)
+    run.write_column("cluster-kmeans", clusters, {})
+    return session
+
+
+# ---------------------------------------------------------------------- the window
+
+
+def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[list[Result], dict[str, str]]:
+    import napari
+    from qtpy import API_NAME
+
+    from particle_explorer.widgets.workspace import open_workspace
+
+    began = time.perf_counter()
+    viewer = napari.Viewer(show=True)
+    viewer.window.resize(*WINDOW)
+    spin(500)
+    own_MiB = _memory_MiB()
+    results = [Result.of("napari opens", [1e3 * (time.perf_counter() - began) - 500])]
+    began = time.perf_counter()
+    workspace = open_workspace(viewer, small.path)
+    spin_until(
+        lambda: workspace.reconstruction.layer is not None and workspace.latent.canvas.n_points > 0, 60
+    )
+    results.append(
+        Result.of("workspace opens, first reconstruction shown", [1e3 * (time.perf_counter() - began)])
+    )
+    spin(1000)
+    say("dragging …")
+    results += _dragging(workspace, plan)
+    say("dragging while another run trains …")
+    results += _while_training(workspace, small, plan)
+    for n in plan.sizes:
+        say(f"{n:,} particles …")
+        large = _large_session(folder / f"large-{n}", small, n)
+        results += _large(workspace, large, plan)
+        results.append(Result.of(f"{n:,} × 8: memory above napari's own", [_memory_MiB() - own_MiB], "MiB"))
+        shutil.rmtree(large.path, ignore_errors=True)
+    workspace.latent.shutdown()
+    workspace.reconstruction.stop()
+    opened = {"qt": API_NAME, "screen": f"{WINDOW[0]} × {WINDOW[1]}", "opengl": _opengl()}
+    viewer.close()
+    spin(200)
+    return results, opened
+
+
+def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
+    canvas, shown = workspace.latent.canvas, _Counter()
+    workspace.reconstruction.shown.connect(shown)
+    spots = _round_trip(canvas, plan.n_moves)
+    took: list[float] = []
+    with _pressed(canvas, _handle_spot(canvas)):
+        for spot in spots:
+            spin(25)
+            shown.times.clear()
+            began = time.perf_counter()
+            _move(canvas, spot)
+            if spin_until(lambda: shown.n > 0, 2):
+                took.append(1e3 * (shown.last - began))
+    results = [Result.of(f"drag: mouse move to new picture, {plan.box_px} px", took, note="layer refreshed")]
+    shown.times.clear()
+    last = [0.0]
+    with _pressed(canvas, _handle_spot(canvas)):
+        for spot in _every(1000 / EVENTS_HZ, spots + spots[::-1]):
+            _move(canvas, spot)
+            last[0] = time.perf_counter()
+        n_moves = 2 * len(spots)
+        spin(300)
+    gaps = [1e3 * (b - a) for a, b in zip(shown.times, shown.times[1:], strict=False)]
+    after = max(0.0, 1e3 * (shown.times[-1] - last[0])) if shown.times else float("nan")
+    note = f"{len(shown.times)} pictures for {n_moves} moves, last one {after:.0f} ms after the last move"
+    results.append(Result.of(f"drag at {EVENTS_HZ} moves/s: between pictures", gaps, note=note))
+    workspace.reconstruction.shown.disconnect(shown)
+    return results
+
+
+def _while_training(workspace: Workspace, small: Session, plan: Plan) -> list[Result]:
+    canvas = workspace.latent.canvas
+    results = []
+    with _Heartbeat() as quiet:
+        spin(1000 * (WARM_UP_S + plan.seconds / 4))
+    results.append(_stalls("event loop at rest", quiet))
+    workspace.latent.live_button.setChecked(
+        False
+    )  # the finished map stays, so that it can be dragged through
+    folder = jobs.start(_train(small, plan), small.new_job("train"))
+    spin(1000 * WARM_UP_S)
+    with _Heartbeat() as busy:
+        spots, until = _round_trip(canvas, 100), time.perf_counter() + WARM_UP_S + plan.seconds
+        while time.perf_counter() < until and not jobs.read_status(folder).is_over:
+            with _pressed(canvas, _handle_spot(canvas)):
+                for spot in _every(1000 / EVENTS_HZ, spots):
+                    _move(canvas, spot)
+            spin(300)
+    results.append(_stalls("event loop while a run trains and the handle is dragged", busy))
+    workspace.latent.live_button.setChecked(True)
+    with _Heartbeat() as live:
+        spin(1000 * (WARM_UP_S + plan.seconds / 2))
+    results.append(_stalls("event loop while a run trains, live map", live))
+    jobs.request_stop(folder)
+    for run in small.runs():
+        if run.state == "running":
+            jobs.request_stop(run.path)
+    spin_until(lambda: jobs.read_status(folder).is_over, 60)
+    return results
+
+
+def _stalls(what: str, beat: _Heartbeat) -> Result:
+    gaps = beat.gaps_ms()
+    tail = float(np.percentile(gaps, 99.9)) if gaps else float("nan")
+    return Result.of(what, gaps, note=f"p99.9 {tail:.1f} ms; a beat is due every {HEARTBEAT_MS} ms")
+
+
+def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
+    from particle_explorer.state import Opened, read
+
+    n, state, dock = session.n_particles, workspace.state, workspace.latent
+    canvas = dock.canvas
+    opened: list[Opened] = []
+    began = time.perf_counter()
+    workspace.tasks.run("bench", lambda: read(session), opened.append)
+    spin_until(lambda: bool(opened), 120)
+    state.show(opened[0])
+    spin_until(lambda: canvas.n_points == n, 60)
+    results = [
+        Result.of(f"{n:,}: open, read, first picture of the map", [1e3 * (time.perf_counter() - began)])
+    ]
+    spin(1000)
+    plot = canvas.plot_rect().center().toPoint()
+
+    pans: list[float] = []
+    with _pressed(canvas, plot, middle=True):
+        for spot in _circle(plot, 25, max(10, plan.n_moves // 3)):
+            began = time.perf_counter()
+            _move(canvas, spot)
+            canvas.repaint()
+            pans.append(1e3 * (time.perf_counter() - began))
+    canvas.fit()
+    canvas.repaint()
+    mode = "density" if canvas.shows_density else "points"
+    results.append(
+        Result.of(f"{n:,}: pan, mouse move to painted", pans, note=f"{mode}; {_fps(pans)} frames/s")
+    )
+
+    recolours: list[float] = []
+    columns = dock._columns
+    for key in ("angle_deg", "cluster-kmeans", "log_likelihood", "angle_deg", "cluster-kmeans"):
+        began = time.perf_counter()
+        canvas.set_colouring(columns.colouring(key))
+        canvas.repaint()
+        recolours.append(1e3 * (time.perf_counter() - began))
+    results.append(Result.of(f"{n:,}: colour by another column, painted", recolours))
+
+    outline = _blob(canvas)
+    masks: list[float] = []
+    polygon = [(float(spot.x()), float(spot.y())) for spot in outline]
+    for _ in range(7):
+        began = time.perf_counter()
+        canvas.inside(polygon)
+        masks.append(1e3 * (time.perf_counter() - began))
+    note = f"{len(outline)} corners, {int(canvas.inside(polygon).sum()):,} particles inside"
+    results.append(Result.of(f"{n:,}: lasso, mask", masks, note=note))
+    canvas.set_tool("lasso")
+    releases: list[float] = []
+    for _ in range(4):
+        state.selection.clear()
+        spin(200)
+        _press(canvas, outline[0])
+        for spot in outline[1:]:
+            _move(canvas, spot)
+        began = time.perf_counter()
+        _release(canvas, outline[-1])
+        canvas.repaint()
+        spin_until(lambda: len(workspace.selected.layer.data) == state.selection.count, 5)
+        releases.append(1e3 * (time.perf_counter() - began))
+    results.append(
+        Result.of(f"{n:,}: lasso, release to all views updated", releases, note="scatter painted, layer set")
+    )
+    drags: list[float] = []
+    with _pressed(canvas, _handle_spot(canvas)):
+        for spot in _circle(_handle_spot(canvas), 30, max(10, plan.n_moves // 3)):
+            began = time.perf_counter()
+            _move(canvas, spot)
+            canvas.repaint()
+            drags.append(1e3 * (time.perf_counter() - began))
+    results.append(Result.of(f"{n:,}: handle, mouse move to painted", drags))
+    state.selection.clear()
+    return results
+
+
+def _fps(times_ms: list[float]) -> str:
+    return f"{1e3 / float(np.median(times_ms)):.0f}" if times_ms else "?"
+
+
+# ---------------------------------------------------------------------- hands and clocks
+
+
+class _Counter:
+    """Counts a signal and remembers when it came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @property
+    def n(self) -> int:
+        return len(self.times)
+
+    @property
+    def last(self) -> float:
+        return self.times[-1]
+
+    def __call__(self, *_: object) -> None:
+        self.times.append(time.perf_counter())
+
+
+class _Heartbeat:
+    """A timer of the event loop; the time between its beats is how long the window was deaf."""
+
+    def __enter__(self) -> _Heartbeat:
+        from qtpy.QtCore import Qt, QTimer
+
+        self._beats: list[float] = []
+        self._timer = QTimer()
+        self._timer.setTimerType(Qt.TimerType.PreciseTimer)
+        self._timer.setInterval(HEARTBEAT_MS)
+        self._timer.timeout.connect(lambda: self._beats.append(time.perf_counter()))
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.stop()
+
+    def gaps_ms(self) -> list[float]:
+        """Times between beats, without the warm-up."""
+        beats = np.array(self._beats)
+        beats = beats[beats > beats[0] + WARM_UP_S] if beats.size else beats
+        return [float(gap) for gap in 1e3 * np.diff(beats)]
+
+
+def spin(ms: float) -> None:
+    """Let the event loop run; `QTest.qWait` would sleep in it."""
+    from qtpy.QtCore import QEventLoop, QTimer
+
+    loop = QEventLoop()
+    QTimer.singleShot(round(ms), loop.quit)
+    loop.exec()
+
+
+def spin_until(done: Callable[[], bool], timeout_s: float) -> bool:
+    """Let the event loop run until something is so; whether it came in time."""
+    from qtpy.QtWidgets import QApplication
+
+    until = time.perf_counter() + timeout_s
+    while not done():
+        if time.perf_counter() > until:
+            return False
+        QApplication.processEvents()
+        time.sleep(0.0002)  # a worker thread needs the interpreter to deliver
+    return True
+
+
+def _every(ms: float, spots: list[QPoint]) -> Iterator[QPoint]:
+    """Spots at a steady rate; those that the window was too busy for come at once, as from a real mouse."""
+    from qtpy.QtWidgets import QApplication
+
+    began = time.perf_counter()
+    for i, spot in enumerate(spots):
+        due = began + i * ms / 1e3
+        while time.perf_counter() < due:
+            QApplication.processEvents()
+            time.sleep(0.0002)
+        yield spot
+
+
+def _press(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> None:
+    from qtpy.QtCore import Qt
+    from qtpy.QtTest import QTest
+
+    button = Qt.MouseButton.MiddleButton if middle else Qt.MouseButton.LeftButton
+    QTest.mousePress(canvas, button, Qt.KeyboardModifier.NoModifier, spot)
+
+
+def _move(canvas: ScatterCanvas, spot: QPoint) -> None:
+    from qtpy.QtTest import QTest
+
+    QTest.mouseMove(canvas, spot)
+
+
+def _release(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> None:
+    from qtpy.QtCore import Qt
+    from qtpy.QtTest import QTest
+
+    button = Qt.MouseButton.MiddleButton if middle else Qt.MouseButton.LeftButton
+    QTest.mouseRelease(canvas, button, Qt.KeyboardModifier.NoModifier, spot)
+
+
+@contextmanager
+def _pressed(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> Iterator[None]:
+    _press(canvas, spot, middle=middle)
+    try:
+        yield
+    finally:
+        _release(canvas, spot, middle=middle)
+
+
+def _handle_spot(canvas: ScatterCanvas) -> QPoint:
+    at = canvas.handle_position()
+    if at is None:
+        raise RuntimeError("the map has no handle")
+    return at.toPoint()
+
+
+def _round_trip(canvas: ScatterCanvas, n: int) -> list[QPoint]:
+    """A path across most of the map, a few pixels per step, no two spots in a row the same."""
+    from qtpy.QtCore import QPoint
+
+    plot = canvas.plot_rect()
+    turn = 2 * np.pi * np.arange(n) / max(n, 30)
+    x = plot.center().x() + 0.33 * plot.width() * np.cos(turn)
+    y = plot.center().y() + 0.33 * plot.height() * np.sin(2 * turn)
+    spots = [QPoint(round(a), round(b)) for a, b in zip(x, y, strict=True)]
+    return [spot for i, spot in enumerate(spots) if i == 0 or spot != spots[i - 1]]
+
+
+def _circle(centre: QPoint, radius: float, n: int) -> list[QPoint]:
+    from qtpy.QtCore import QPoint
+
+    turn: NDArray[np.float64] = 2 * np.pi * np.arange(1, n + 1) / n
+    return [
+        QPoint(
+            centre.x() + round(radius * float(np.sin(t))), centre.y() + round(radius * float(1 - np.cos(t)))
+        )
+        for t in turn
+    ]
+
+
+def _blob(canvas: ScatterCanvas) -> list[QPoint]:
+    """A hand-drawn looking outline around a good part of the map."""
+    from qtpy.QtCore import QPoint
+
+    plot = canvas.plot_rect()
+    turn = np.linspace(0, 2 * np.pi, 140, endpoint=False)
+    reach = 0.33 * (1 + 0.15 * np.sin(9 * turn))
+    return [
+        QPoint(
+            round(plot.center().x() + r * plot.width() * c), round(plot.center().y() + r * plot.height() * s)
+        )
+        for r, c, s in zip(reach, np.cos(turn), np.sin(turn), strict=True)
+    ]
+
+
+def _memory_MiB() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        if sys.platform == "win32":
+            return float("nan")
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _opengl() -> str:
+    from vispy.gloo import gl  # type: ignore[import-untyped,unused-ignore]
+
+    return str(gl.glGetParameter(gl.GL_RENDERER))
