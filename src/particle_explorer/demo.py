@@ -169,7 +169,7 @@ def has_display() -> bool:
 def demo(out: Path, window: bool = True, *, say: Say = print) -> Outcome:
     """Run the whole chain on the sample into the folder `out`; then open napari on it, if there is a display.
 
-    Writes `sample/` (a copy of the stack), `session/`, `particles.star`, `averages.mrcs`, `metrics.json` and
+    Writes a copy of the stack, `session/`, `particles-classified.star`, `averages.mrcs`, `metrics.json` and
     `report.html`. What an earlier demo left under these names is replaced, its session kept beside.
     """
     started = time.monotonic()
@@ -242,17 +242,16 @@ def _fit(out: Path, sample: Path, tell: Say) -> tuple[Session, Run]:
     from particle_explorer.io.reading import read
     from particle_explorer.training import fit
 
-    copy = out / "sample"
     try:
-        copy.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     for name in ("particles.star", "particles.mrcs"):
-        with replacing(copy / name) as temporary:
+        with replacing(out / name) as temporary:
             shutil.copyfile(sample / name, temporary)
-    tell(f"importing {copy / 'particles.star'}")
+    tell(f"importing {out / 'particles.star'}")
     session = Session.create(
-        out / "session", read(copy / "particles.star"), PreprocessConfig(), overwrite=True
+        out / "session", read(out / "particles.star"), PreprocessConfig(), overwrite=True
     )
     # one motion is known to be in the sample, so the map is a line; everything else is as it comes
     run = session.new_run(
@@ -308,9 +307,9 @@ def _export(
 ) -> None:
     from particle_explorer.io.writing import export_averages, export_particles
 
-    tell("exporting particles.star and averages.mrcs")
+    tell("exporting particles-classified.star and averages.mrcs")
     export_particles(
-        out / "particles.star",
+        out / "particles-classified.star",
         table=session.table,
         source=session.source_path,
         kind=session.info.source_kind,
@@ -388,10 +387,17 @@ def _decoded(run: Run, z: NDArray[Any]) -> NDArray[np.float32]:
     """The model's own pictures at `z` `(k,)`, the most rigid part held still."""
     import torch
 
+    from particle_explorer.gauge import Gauge
     from particle_explorer.training import load_model
 
+    held = run.gauge()
+    assert held is not None
+    at = z.astype(np.float32)[:, None]
+    angle_deg, shift_yx_px = Gauge.from_json(held).pose_to_draw(at)
+    angle, shift = (torch.from_numpy(v.astype(np.float32)) for v in (np.deg2rad(angle_deg), shift_yx_px))
     with torch.inference_mode():
-        return load_model(run).decode(torch.tensor(z, dtype=torch.float32)[:, None])[:, 0].numpy()
+        drawn: NDArray[np.float32] = load_model(run).decode(torch.from_numpy(at), angle, shift)[:, 0].numpy()
+    return drawn
 
 
 def _report(
@@ -430,6 +436,7 @@ def _report(
         "sample": truth_file.get("simulate", {}),
     }
     junk = int((~good).sum())
+    frc_label = averages[0].frc_label[0].upper() + averages[0].frc_label[1:]
     the_map = scatter(features["z_0"], shown, hinge, "place on the map, z", "true hinge angle (°)")
     body = f"""
 <h1>Particle Explorer: the demo</h1>
@@ -463,7 +470,7 @@ mean and spread of its hinge angle and the correlation r with the average.</p>
 <div class="row"><i>truth</i>{figures([v.noise_free for v in views], truths, zoom=zoom)}</div>
 </div>
 <h2>Do halves agree?</h2>
-<p>{html.escape(averages[0].frc_label[0].upper() + averages[0].frc_label[1:])}. One model aligned both halves, which puts a common bias
+<p>{html.escape(frc_label)}. One model aligned both halves, which puts a common bias
 into them: this curve says that an average is consistent with itself, not how well it is resolved.</p>
 <div class="panel">{curves(frequency, lines, "spatial frequency (1/Å)", "correlation of the halves")}</div>
 <h2>Numbers</h2>

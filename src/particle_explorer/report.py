@@ -27,7 +27,8 @@ p { max-width: 75ch; margin: 6px 0 12px; } .note { color: #5b6270; font-size: 13
 .row > i { flex: 0 0 92px; font-style: normal; font-weight: 600; font-size: 13px; align-self: center; }
 figure { margin: 0 0 6px; text-align: center; width: min-content; }
 figcaption { font-size: 12px; line-height: 1.35; color: #5b6270; padding-top: 2px; }
-img { display: block; max-width: none; image-rendering: pixelated; border-radius: 4px; } svg { max-width: 100%; height: auto; }
+img { display: block; max-width: none; image-rendering: pixelated; border-radius: 4px; }
+svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: #5b6270; } svg .axis { fill: #1d2129; font-size: 13px; }
 svg .grid { stroke: #e6e9ed; } table { border-collapse: collapse; background: #fff; }
 td, th { border: 1px solid #dfe3e8; padding: 4px 12px; text-align: right; } th { background: #f0f2f5; }
@@ -131,9 +132,8 @@ def curves(x: ArrayLike, lines: Sequence[tuple[str, ArrayLike]], x_label: str, y
         colour = _colour(0.15 + 0.75 * i / max(len(lines) - 1, 1))
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(to_x(x), to_y(line), strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(
-            f'<text x="620" y="{28 + 16 * i}" text-anchor="end" style="fill:{colour}">{html.escape(name)}</text>'
-        )
+        at = f'x="620" y="{28 + 16 * i}" text-anchor="end" style="fill:{colour}"'
+        parts.append(f"<text {at}>{html.escape(name)}</text>")
     return "".join([*parts, "</svg>"])
 
 
