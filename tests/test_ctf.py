@@ -77,4 +77,6 @@ def test_one_call_for_many_is_many_calls() -> None:
 
 
 def test_a_phase_plate_in_focus_is_constant() -> None:
-    np.testing.assert_allclose(ctf_2d(16, 1.0, 0, 0, 0, 300, 0.0, 0.1, 90.0), np.cos(np.arcsin(0.1)), atol=1e-6)
+    np.testing.assert_allclose(
+        ctf_2d(16, 1.0, 0, 0, 0, 300, 0.0, 0.1, 90.0), np.cos(np.arcsin(0.1)), atol=1e-6
+    )

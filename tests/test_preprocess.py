@@ -19,7 +19,9 @@ from particle_explorer.preprocess import (
 )
 
 
-def rows(n: int = 4, box: int = 96, size: float = 1.5, state: str = "none", **columns: object) -> pd.DataFrame:
+def rows(
+    n: int = 4, box: int = 96, size: float = 1.5, state: str = "none", **columns: object
+) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "stack_path": ["/x/stack.mrcs"] * n,
@@ -119,8 +121,8 @@ def test_contrast_comes_from_the_settings_then_the_file_then_the_images(
 
 @pytest.mark.parametrize("box", [48, 49, 96])
 def test_flipping_makes_every_transfer_positive(box: int) -> None:
-    """An image seen through a CTF, flipped, is the image seen through |CTF|: flipping before the crop or on the
-    frequencies kept is the same."""
+    """An image seen through a CTF, flipped, is the image seen through |CTF|: flipping before the crop or on
+    the frequencies kept is the same."""
     table = rows(state="raw")
     made = plan(table, PreprocessConfig(box_px=box, background="none"))
     assert made.ctf == "flip-raw"
@@ -147,7 +149,11 @@ def test_ctf_state_is_honoured(state: str, config: str, action: str) -> None:
     made = plan(table, PreprocessConfig(ctf=config))
     assert made.ctf == action
     effective = effective_ctf(table, made)
-    raw = ctf_2d(64, 1.5 * 96 / 64, table["defocus_u_A"], table["defocus_v_A"], 25.0) if state != "none" else None
+    raw = (
+        ctf_2d(64, 1.5 * 96 / 64, table["defocus_u_A"], table["defocus_v_A"], 25.0)
+        if state != "none"
+        else None
+    )
     if action == "none":
         assert effective is None
     elif state == "premultiplied":
@@ -197,7 +203,9 @@ def test_batch_is_loop() -> None:
     made = plan(table, PreprocessConfig(box_px=40))
     together = apply(images, table, made)
     for i in range(4):
-        np.testing.assert_allclose(together[i : i + 1], apply(images[i : i + 1], table.iloc[[i]], made), atol=1e-5)
+        np.testing.assert_allclose(
+            together[i : i + 1], apply(images[i : i + 1], table.iloc[[i]], made), atol=1e-5
+        )
 
 
 def test_colour_channels_share_one_scale() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import ast
 import math
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,12 @@ def npy_layout(path: str, pool: DescriptorPool) -> tuple[tuple[int, ...], bool, 
     if version not in ((1, 0), (2, 0), (3, 0)) or length > _LONGEST_HEADER:
         raise UserError(f"{path} has a damaged or unknown .npy header")
     first_byte = length + (10 if version == (1, 0) else 12)
-    header = io.BytesIO(pool.pread(path, first_byte, 0))
-    header.seek(8)
     try:
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(
-                header, max_header_size=_LONGEST_HEADER
-            )
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(
-                header, max_header_size=_LONGEST_HEADER
-            )
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        header = ast.literal_eval(pool.pread(path, length, first_byte - length).decode("latin-1").strip())
+        dtype = np.lib.format.descr_to_dtype(header["descr"])
+        fortran = bool(header["fortran_order"])
+        shape = tuple(operator.index(side) for side in header["shape"])
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} has a damaged .npy header") from error
     if dtype.hasobject:
         raise UserError(

@@ -207,7 +207,7 @@ def centre_against_border(images: Images) -> np.ndarray:
     flat = images.astype(np.float64).mean(axis=1)
     border = flat[:, radius > 0.45 * n]
     centre = flat[:, radius <= 0.25 * n]
-    spread = np.maximum(border.std(axis=1), 0.1 * flat.reshape(len(flat), -1).std(axis=1))
+    spread = np.maximum(border.std(axis=1), 0.1 * flat.std(axis=(1, 2)))
     return np.asarray((centre.mean(axis=1) - border.mean(axis=1)) / np.where(spread > 0, spread, 1.0))
 
 

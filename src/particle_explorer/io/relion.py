@@ -232,7 +232,7 @@ def _pixel_size(
         magnification = numbers(table, "rlnMagnification", star.path)
         detector = numbers(table, "rlnDetectorPixelSize", star.path)
         with np.errstate(divide="ignore", invalid="ignore"):
-            size = np.where(np.isfinite(size), size, detector / magnification * 1e4)
+            size = np.where(size > 0, size, detector / magnification * 1e4)
     size[~(np.isfinite(size) & (size > 0))] = np.nan
     both = np.isfinite(size) & np.isfinite(header)
     wrong = np.flatnonzero(both & (np.abs(header - size) > 0.01 * np.where(both, size, 1)))

@@ -240,7 +240,7 @@ class StarFile:
         blocks: list[Block] = []
         special = np.flatnonzero(marked)
         n_plain_before = np.searchsorted(plain, special)
-        upto = np.append(n_plain_before[1:], len(plain))
+        upto = np.append(n_plain_before[1:], len(plain))[: len(special)]
         if len(plain) and (not len(special) or n_plain_before[0] > 0):
             raise UserError(
                 f"{self.path} is no star file: line {int(plain[0]) + 1} comes before any data_ block"

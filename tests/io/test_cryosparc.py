@@ -1,0 +1,163 @@
+"""cryoSPARC datasets in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from particle_explorer.files import UserError
+from particle_explorer.io.mrc import write_stack
+from particle_explorer.io.reading import read
+
+UID = np.array([2**63 + 5, 17, 3, 2**53 + 1], np.uint64)
+
+
+def records(n: int = 4, path: bytes = b"J3/extract/s.mrc", **fields: np.ndarray) -> np.ndarray:
+    columns = {
+        "uid": UID[:n],
+        "blob/path": np.array([path] * n),
+        "blob/idx": np.arange(n, dtype="u4"),
+        "blob/shape": np.full((n, 2), 8, "u4"),
+        "blob/psize_A": np.full(n, 1.5, "f4"),
+        "blob/sign": np.full(n, -1, "f4"),
+        **{name.replace("__", "/"): values for name, values in fields.items()},
+    }
+    made = np.empty(n, [(name, values.dtype, values.shape[1:]) for name, values in columns.items()])
+    for name, values in columns.items():
+        made[name] = values
+    return made
+
+
+def save(path: Path, data: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.save(file, data)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A cryoSPARC project folder with one stack of four images whose means are 0 … 3."""
+    (tmp_path / "J3" / "extract").mkdir(parents=True)
+    images = np.arange(4.0)[:, None, None] + np.random.default_rng(0).normal(size=(4, 8, 8)) * 0.1
+    write_stack(tmp_path / "J3" / "extract" / "s.mrc", images, 1.5)
+    return tmp_path
+
+
+def test_fields_become_our_words(project: Path) -> None:
+    data = records(
+        ctf__df1_A=np.full(4, 2e4, "f4"), ctf__df2_A=np.full(4, 1e4, "f4"),
+        ctf__df_angle_rad=np.full(4, np.pi / 2, "f4"), ctf__accel_kv=np.full(4, 200, "f4"),
+        ctf__cs_mm=np.full(4, 2.7, "f4"), ctf__amp_contrast=np.full(4, 0.1, "f4"),
+        ctf__phase_shift_rad=np.full(4, np.pi, "f4"), ctf__exp_group_id=np.full(4, 23, "u4"),
+        location__micrograph_path=np.array([b"J1/m.mrc"] * 4),
+        alignments2D__class=np.arange(4, dtype="u4"),
+    )  # fmt: skip
+    particles = read(save(project / "J5" / "particles.cs", data))
+    table = particles.table
+    assert table.index.tolist() == UID.tolist() and table.index.dtype == np.uint64
+    assert table["contrast_sign"].tolist() == [-1] * 4
+    assert table["stack_index"].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(particles.images.read([3, 1]).mean(axis=(1, 2, 3)), [3, 1], atol=0.1)
+    first = table.iloc[0]
+    assert (first["ctf_state"], first["micrograph"], first["optics_group"]) == ("raw", "J1/m.mrc", 23)
+    assert (first["defocus_u_A"], first["defocus_v_A"], first["voltage_kV"]) == (2e4, 1e4, 200)
+    assert first["defocus_angle_deg"] == pytest.approx(90, abs=1e-4)
+    assert first["phase_shift_deg"] == pytest.approx(180, abs=1e-4)
+    assert table["class_id"].tolist() == [1, 2, 3, 4]
+    assert first["blob/shape[1]"] == 8 and first["blob/path"] == "J3/extract/s.mrc"
+    assert "uid" not in table
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_alignments_give_the_phantom_back(render: Any, helpers: Any, box: int) -> None:
+    """Signs as pyem's, in pixels of the alignment, which are twice as large as those of the images here."""
+    rendered = render(box=box, pixel_size_A=2.0)
+    data = records(4)
+    many = np.concatenate([data] * 6)
+    many["uid"], many["blob/idx"], many["blob/path"] = np.arange(24), np.arange(24), b"stack.mrcs"
+    more = [("alignments2D/pose", "f4"), ("alignments2D/shift", "f4", (2,)), ("alignments2D/psize_A", "f4")]
+    full = np.empty(24, many.dtype.descr + more)
+    for name in many.dtype.names or ():
+        full[name] = many[name]
+    full["blob/psize_A"] = 2.0
+    full["alignments2D/pose"] = np.deg2rad(rendered.psi_deg)
+    full["alignments2D/shift"] = rendered.origin_xy_px / 2
+    full["alignments2D/psize_A"] = 4.0
+    particles = read(save(rendered.folder / "p.cs", full))
+    table = particles.table
+    average = helpers.by_placement(
+        particles.images.read(range(24))[:, 0],
+        table["angle_deg"],
+        table[["shift_y_px", "shift_x_px"]].to_numpy(),
+    )
+    assert helpers.correlation(average, helpers.phantom_image(box)) > 0.99
+
+
+def test_passthrough_is_joined_on_uid_in_any_order(project: Path) -> None:
+    primary = save(project / "J7" / "cryosparc_P1_J7_020_particles.cs", records())
+    other = np.empty(4, [("uid", "<u8"), ("ctf/df1_A", "<f4"), ("blob/psize_A", "<f4")])
+    other["uid"], other["ctf/df1_A"], other["blob/psize_A"] = UID[::-1], [4, 3, 2, 1], 99
+    save(project / "J7" / "cryosparc_P1_J7_passthrough_particles.cs", other)
+    save(project / "J7" / "cryosparc_P1_J8_passthrough_particles.cs", other[:2])
+    particles = read(primary)
+    assert particles.table["defocus_u_A"].tolist() == [1, 2, 3, 4]
+    assert particles.table["pixel_size_A"].tolist() == [1.5] * 4  # the primary file counts
+    assert any("joined" in note for note in particles.notes)
+
+
+@pytest.mark.parametrize("path", [b">J3/extract/s.mrc", b"J3/extract/012345678901234567890_s.mrc"])
+def test_names_of_exported_groups(project: Path, path: bytes) -> None:
+    assert len(read(save(project / "J9" / "p.cs", records(path=path)))) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (records(path=b"J3/extract/gone.mrc"), "cannot be found: J3/extract/gone.mrc"),
+        (records(blob__idx=np.array([0, 1, 2, 4], "u4")), r"row 4: image 4 \(counted from 0\).* holds 4"),
+        (records(uid=np.array([1, 2, 2, 3], "u8")), "not unique"),
+        (records()[["uid", "blob/psize_A"]], "names no particle images"),
+        (records(0), "lists no particles"),
+        (np.zeros(4), "no cryoSPARC dataset"),
+    ],
+)
+def test_what_is_wrong_is_one_right_sentence(project: Path, data: np.ndarray, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        read(save(project / "J5" / "p.cs", data))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_compressed_form_names_what_it_needs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    def missing(name: str) -> object:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    path = project / "p.cs"
+    path.write_bytes(b"\x95CSDAT" + bytes(50))
+    with pytest.raises(UserError, match=r"napari-particle-explorer\[cryosparc\]"):
+        read(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), max_size=5), st.integers(0, 1500))
+def test_any_damage_is_read_or_refused(project: Path, edits: list[tuple[int, int]], length: int) -> None:
+    path = save(project / "J5" / "p.cs", records())
+    content = bytearray(path.read_bytes())
+    for offset, value in edits:
+        if offset < len(content):
+            content[offset] = value
+    path.write_bytes(content[:length] if length < len(content) else content)
+    try:
+        particles = read(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    particles.images.read([0])
