@@ -124,7 +124,7 @@ class ClassMapConfig(Config):
 
 class SpatialVAEConfig(Config):
     """spatial-VAE (Bepler et al., NeurIPS 2019): a network infers angle, shift and content, another draws
-    the image pixel by pixel. Hours on a laptop, minutes on a GPU."""
+    the image pixel by pixel. Ten minutes to an hour on a laptop."""
 
     kind: Literal["spatial-vae"] = "spatial-vae"
 
@@ -146,7 +146,8 @@ class SpatialVAEConfig(Config):
     """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box."""
 
     content_freeze_epochs: int = setting(2, "Epochs of pose only", advanced=True, ge=0, le=100)
-    """The content is held at 0 for this many epochs, so that pose is learned first."""
+    """The content is held at 0 for this many epochs, and for a twentieth of the training at least, so that
+    pose is learned first; in the first half of them there is no shift either. 0 holds nothing."""
 
     augment_rotation: bool = setting(True, "Turn images for the encoder", advanced=True)
     """Each image is turned by a random angle before encoding; without it, uniform angles are not learned."""

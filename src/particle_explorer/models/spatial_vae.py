@@ -34,6 +34,10 @@ from particle_explorer.transforms import place, rotation_matrix
 
 TURNS = 8
 """Turned copies of each image that `encode` averages over."""
+IMAGES_IN_A_FIT = 800_000
+"""Images, counted as often as they are seen, that the default number of epochs comes to."""
+FREEZE_SHARE = 0.05
+"""Least share of the training without content, so that a small stack's pose is learned first too."""
 ANGLE_PRIOR_SD = math.pi
 EDGE_PX = 3.0
 """Width of the edges that the decoder's first layer draws before training."""
@@ -110,12 +114,12 @@ class SpatialVAE(ParticleModel):
     autocast = True
     learning_rate = 1e-3
     batch_size = 32
-    n_epochs = 40
 
     def __init__(self, config: SpatialVAEConfig, data: DataSpec) -> None:
         super().__init__(config, data)
         self.settings = config
         self.latent_dim = config.latent_dim
+        self.n_epochs = min(400, max(10, round(IMAGES_IN_A_FIT / data.n_particles)))
         n = data.box_px
         self.shift_sd_px = config.shift_sd_px or 0.05 * n
         reach = 2 * self.shift_sd_px if config.infer_shift else 0.0
@@ -146,8 +150,10 @@ class SpatialVAE(ParticleModel):
 
         Learned at once, angle and shift end with the molecule drawn over its own half-turned copy.
         """
-        self.content_frozen = epoch < self.settings.content_freeze_epochs
-        self.shift_frozen = 2 * epoch < self.settings.content_freeze_epochs
+        n_frozen = self.settings.content_freeze_epochs
+        share = FREEZE_SHARE if n_frozen else 0.0
+        self.content_frozen = epoch < n_frozen or fraction < share
+        self.shift_frozen = 2 * epoch < n_frozen or 2 * fraction < share
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and log deviations `(b, pose + d)`; shifts in units of their prior."""
