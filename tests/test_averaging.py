@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -282,7 +281,6 @@ def test_halves_of_noise_agree_when_aligned_to_one_template() -> None:
     biased = class_average(Stack(noise), np.arange(k), np.zeros(k), best)
     control = class_average(Stack(noise), np.arange(k), np.zeros(k), rng.integers(-5, 6, (k, 2)))
     assert biased.frc[2:6].mean() > 0.8 > 0.3 > abs(control.frc[2:6].mean())
-    assert json.loads(json.dumps(biased.record))["frc_label"] == biased.frc_label
     assert not biased.halves_independent and "upper bound" in biased.frc_label
     assert "self-consistency" in biased.frc_label and "resolution" not in biased.frc_label
 

@@ -116,23 +116,6 @@ class ClassAverage:
         return len(self.uid)
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What is known of the average beside its picture and members, ready for JSON (None: not known)."""
-        radius = self.ssnr_radius_A
-        return {
-            "label": self.label,
-            "n": self.n,
-            "n_effective": self.n_effective,
-            "ctf": self.ctf,
-            "frc": self.frc.round(5).tolist(),
-            "frc_label": self.frc_label,
-            "halves_independent": self.halves_independent,
-            "ssnr": self.ssnr.round(5).tolist(),
-            "ssnr_radius_A": radius if math.isfinite(radius) else None,
-            "settings": self.settings,
-        }
-
-    @property
     def frc_label(self) -> str:
         """What the FRC may be called."""
         if self.halves_independent:

@@ -1,0 +1,52 @@
+"""The benchmark of speed measures what it says, beside its yardsticks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from particle_explorer.bench import speed
+from particle_explorer.bench.machine import describe
+from particle_explorer.configs import SpeedConfig
+
+TINY = SpeedConfig(boxes_px=(16,), batch_size=8, seconds=0.02, stack_box_px=32, stack_n=16, quick=True)
+
+
+def test_a_rate_is_images_over_seconds() -> None:
+    calls: list[int] = []
+
+    def step() -> int:
+        calls.append(1)
+        time.sleep(0.05 if len(calls) > 1 else 0.3)  # the warm-up is slow and not counted
+        return 5
+
+    assert speed._rate(step, 0.2) == pytest.approx(100, rel=0.2)
+
+
+def test_images_are_timed_beside_their_yardsticks(tmp_path: Path) -> None:
+    star = speed._stack(tmp_path, TINY)
+    for result in (speed.time_averaging(star, TINY), speed.time_preprocessing(star, TINY)):
+        assert result["images_per_s"] > 0
+        assert result["ratio"] == pytest.approx(result["images_per_s"] / result["yardstick_per_s"], abs=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.mrcs", "stack.star"]
+
+
+def test_models_are_timed_and_the_table_compares_like_with_like() -> None:
+    ours = speed.time_model("spatial-vae", 32, TINY)
+    plain = speed.time_plain_vae(32, TINY)
+    assert min(ours["train_per_s"], ours["encode_per_s"], ours["decode_one_ms"], plain["train_per_s"]) > 0
+    rows = speed._tables([ours | {"train_per_s": 300.0}, plain | {"train_per_s": 100.0}], []).splitlines()
+    assert rows[2].startswith("| spatial-vae | 32 | 300 | 3.0 |")
+    assert rows[3].startswith("| plain spatial-vae | 32 | 100 |  |")
+
+
+def test_each_measurement_has_its_own_memory() -> None:
+    result = speed._alone(speed.time_plain_vae, 16, TINY)
+    assert 50 < result["peak_memory_MB"] < 5000
+
+
+def test_the_machine_is_described() -> None:
+    machine = describe()
+    assert machine["processor"] and machine["cores"] >= 1 and machine["threads"] >= 1
