@@ -15,7 +15,6 @@ from qtpy.QtGui import QColor, QFont, QFontMetrics, QImage, QPainter
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
-    QFileDialog,
     QHBoxLayout,
     QLabel,
     QLineEdit,
@@ -28,6 +27,7 @@ from particle_explorer.configs import AverageConfig
 from particle_explorer.files import replacing
 from particle_explorer.state import Opened, read
 from particle_explorer.status import Status
+from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
@@ -450,14 +450,14 @@ class ClassesDock(QWidget):
     # --- exporting --------------------------------------------------------------------------------
 
     def _ask_for_export(self) -> None:
-        dialog = QFileDialog(
-            self, "Export particles", self.export_path.text(), "Particle files (*.star *.cs)"
+        ask_path(
+            self,
+            "Export particles",
+            self.export_path.setText,
+            kind="save",
+            start=self.export_path.text(),
+            patterns="Particle files (*.star *.cs)",
         )
-        dialog.setAcceptMode(QFileDialog.AcceptMode.AcceptSave)
-        dialog.setOption(QFileDialog.Option.DontConfirmOverwrite)  # asked in the dock, for all files at once
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.fileSelected.connect(self.export_path.setText)
-        dialog.open()
 
     def show_export(self) -> None:
         """Unfold the export, if there is something to export."""

@@ -15,7 +15,6 @@ from qtpy.QtGui import QDragEnterEvent, QDropEvent
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
-    QFileDialog,
     QHBoxLayout,
     QLabel,
     QLineEdit,
@@ -29,6 +28,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import PreprocessConfig
+from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
@@ -274,11 +274,12 @@ class ParticlesDock(QWidget):
         from particle_explorer.io.reading import SUFFIXES
 
         patterns = " ".join(f"*{suffix}" for suffix in SUFFIXES)
-        chosen, _ = QFileDialog.getOpenFileName(
-            self, "Open particles", "", f"Particles or session ({patterns} session.json);;All files (*)"
+        ask_path(
+            self,
+            "Open particles",
+            lambda chosen: self.open(Path(chosen)),
+            patterns=f"Particles or session ({patterns} session.json);;All files (*)",
         )
-        if chosen:
-            self.open(Path(chosen))
 
     def open(self, path: Path) -> None:
         """Open a particle file, a session folder or its `session.json`."""
@@ -430,11 +431,11 @@ class ParticlesDock(QWidget):
 
     def _ask_for_folder(self) -> None:
         now = Path(self.folder.text())
-        chosen = QFileDialog.getExistingDirectory(
-            self, "Folder in which to make the session", str(now.parent)
-        )
-        if chosen:
-            self.folder.setText(str(free_folder(Path(chosen) / now.name)))
+
+        def chosen(folder: str) -> None:
+            self.folder.setText(str(free_folder(Path(folder) / now.name)))
+
+        ask_path(self, "Folder in which to make the session", chosen, kind="folder", start=str(now.parent))
 
     def prepare(self) -> None:
         """Start the worker that makes the session."""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from qtpy.QtCore import Qt, Signal
 from qtpy.QtWidgets import (
     QComboBox,
-    QFileDialog,
     QHBoxLayout,
     QLabel,
     QListWidget,
@@ -28,6 +27,7 @@ from qtpy.QtWidgets import (
 from particle_explorer.configs import Config, ModelConfig, TrainConfig
 from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_stop
+from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, duration, number, progress_words
@@ -293,9 +293,9 @@ class TrainDock(QWidget):
 
     def _ask_for_run(self) -> None:
         start = "" if self.state.session is None else str(self.state.session.path / "runs")
-        chosen = QFileDialog.getExistingDirectory(self, "Folder of a trained run", start)
-        if chosen:
-            self.load(Path(chosen))
+        ask_path(
+            self, "Folder of a trained run", lambda path: self.load(Path(path)), kind="folder", start=start
+        )
 
     def load(self, path: Path) -> None:
         """Open the session of a run folder and show that run."""

@@ -1,0 +1,102 @@
+"""Open, train, lasso, drag, average, export: in a real window, by mouse and keys alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("napari")
+
+from particle_explorer.plugin import read_stack
+from particle_explorer.widgets.screenshots import Camera, Hand
+
+starfile = pytest.importorskip("starfile")
+
+
+@pytest.mark.timeout(600)
+def test_from_a_stack_to_class_averages_by_hand(
+    make_napari_viewer: Callable[..., Any], tiny_stack: Path, tmp_path: Path
+) -> None:
+    for file in tiny_stack.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    viewer = make_napari_viewer(show=True)
+    viewer.window.resize(1366, 768)
+    _, workspace = viewer.window.add_plugin_dock_widget("napari-particle-explorer", "Particle Explorer")
+    hand = Hand(workspace)
+    camera = Camera(viewer, Path(os.environ.get("PARTICLE_EXPLORER_SCREENSHOTS", tmp_path / "screenshots")))
+    hand.rest()
+
+    # open
+    particles = workspace.particles
+    hand.click(particles.open_button)
+    hand.choose_file(tmp_path / tiny_stack.name)
+    hand.wait(lambda: particles.preview.n_images > 0, "the preview")
+    assert "120" in particles.summary.text()
+    hand.write(particles.form.editor("diameter_A"), "200")
+    hand.rest()
+    camera.take("1-open")
+    hand.click(particles.prepare_button)
+    hand.wait(lambda: "selected particles" in viewer.layers, "the session", 120)
+    assert workspace.state.session.info.preprocess.diameter_A == 200
+
+    # train
+    train = workspace.train
+    hand.write(train.train_form.editor("n_epochs"), "2")
+    hand.click(train.train_button)
+    hand.wait(lambda: train.watch.isVisible(), "the training", 60)
+    hand.wait(lambda: "reconstruction" in viewer.layers, "the map", 400)
+    hand.rest(1.0)
+    camera.take("2-trained")
+    canvas = workspace.latent.canvas
+    assert canvas.n_points == 120
+
+    # lasso
+    hand.lasso((0.5, 0.5), 0.3)
+    selection = workspace.state.selection
+    assert 0 < selection.count < 120
+    layer = viewer.layers["selected particles"]
+    hand.wait(lambda: len(layer.data) == selection.count, "the selected particles")
+    np.testing.assert_array_equal(layer.data.rows, selection.rows)
+    hand.rest()
+    camera.take("3-lasso")
+
+    # drag
+    picture = viewer.layers["reconstruction"].data.copy()
+    before = workspace.state.handle_z
+    hand.drag_handle((0.15, 0.2))
+    assert not np.array_equal(workspace.state.handle_z, before)
+    hand.wait(lambda: not np.array_equal(viewer.layers["reconstruction"].data, picture), "another picture")
+    assert selection.count == len(layer.data), "dragging does not select"
+    hand.rest()
+    camera.take("4-drag")
+
+    # average
+    classes = workspace.classes
+    hand.tab("Classes")
+    hand.click(classes.average_button)
+    hand.wait(lambda: "class averages" in viewer.layers, "the average", 120)
+    assert classes.stored.classes[0]["n"] == selection.count
+    hand.rest()
+    camera.take("5-average")
+
+    # export
+    hand.click(classes.export_part.button)
+    hand.write(classes.export_path, str(tmp_path / "out" / "selected.star"))
+    hand.click(classes.export_button)
+    hand.wait(lambda: "Written" in classes.export_words.text(), "the export", 120)
+    camera.take("6-export")
+    written = starfile.read(tmp_path / "out" / "selected.star")
+    assert len(written["particles"]) == selection.count
+    assert {"rlnAnglePsi", "rlnOriginXAngst"} <= set(written["particles"].columns)
+    [(average, attributes, _)] = read_stack(str(tmp_path / "out" / "selected.mrcs"))
+    assert average.shape == (1, 32, 32) and attributes["scale"][-1] == pytest.approx(7)
+    np.testing.assert_allclose(average[0], classes.stored.images[0], atol=1e-6)
+
+    workspace.shutdown()
+    hand.rest(0.2)
