@@ -50,7 +50,7 @@ missing_packages() { # demo|test → the Debian packages that are not there
         printf 'libgl1-mesa-dri '
     [ -n "$(find -L /usr/share/fonts /usr/local/share/fonts -name '*.ttf' -print -quit 2>/dev/null)" ] ||
         printf 'fonts-dejavu-core '
-    [ "$1" != test ] || command -v Xvfb >/dev/null || printf 'xvfb '
+    [ "$1" != test ] || command -v Xvfb >/dev/null || printf 'xvfb xauth '
 }
 
 may_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
