@@ -43,7 +43,7 @@ from particle_explorer.status import StatusWriter
 LOG_S = 0.25
 """Least time between two reports"""
 LIVE_S = 1.0
-LIVE_SHARE = 0.1
+LIVE_SHARE = 0.05
 """Share of the time that may go into the live view"""
 N_LIVE_ENCODED = 2000
 MAX_LIVE = 50_000
@@ -245,11 +245,12 @@ def load_model(run: Run, device: torch.device | str = "cpu") -> ParticleModel:
     if not path.is_file():
         raise UserError(f"run {run.name} has no weights yet; train it, or resume it with --resume {run.name}")
     model = build_model(run.config.model, run.config.data)
+    model.precision = run.config.train.precision
     try:
         weights = safetensors.torch.load_file(path)
         model.load_state_dict(weights)
     except (RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(f"{path} does not hold the weights of this run's model: {reason}") from error
     return model.to(device).eval()
 
