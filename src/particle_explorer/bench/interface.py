@@ -68,14 +68,36 @@ class Result:
     p95: float
     worst: float
     n: int
+    cpu: float = float("nan")
+    """median of the processor time of the window's thread; the same on a busy machine"""
     note: str = ""
 
     @classmethod
-    def of(cls, what: str, values: list[float], unit: str = "ms", note: str = "") -> Result:
+    def of(
+        cls, what: str, values: list[float], unit: str = "ms", cpu: list[float] | None = None, note: str = ""
+    ) -> Result:
+        nan = float("nan")
+        own = float(np.median(cpu)) if cpu else nan
         if not values:
-            return cls(what, unit, float("nan"), float("nan"), float("nan"), 0, note)
+            return cls(what, unit, nan, nan, nan, 0, own, note)
         median, p95 = np.percentile(values, (50, 95))
-        return cls(what, unit, float(median), float(p95), float(max(values)), len(values), note)
+        return cls(what, unit, float(median), float(p95), float(max(values)), len(values), own, note)
+
+    @classmethod
+    def timed(cls, what: str, laps: list[Lap], note: str = "") -> Result:
+        return cls.of(what, [lap.wall_ms for lap in laps], cpu=[lap.cpu_ms for lap in laps], note=note)
+
+
+class Lap:
+    """Wall time and processor time of this thread in a `with` block."""
+
+    def __enter__(self) -> Lap:
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_ms = 1e3 * (time.perf_counter() - self._wall)
+        self.cpu_ms = 1e3 * (time.thread_time() - self._cpu)
 
 
 def run(json_file: Path | None = None, say: Say = print, plan: Plan | None = None) -> dict[str, Any]:
@@ -105,10 +127,12 @@ def run(json_file: Path | None = None, say: Say = print, plan: Plan | None = Non
 
 def table(results: list[Result]) -> str:
     """Markdown, one line per measurement."""
-    lines = ["| what | unit | median | p95 | longest | n | |", "|---|---|---|---|---|---|---|"]
+    heads = ("what", "unit", "median", "p95", "longest", "n", "own CPU", "")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
-        cells = [f"{value:.1f}" for value in (r.median, r.p95, r.worst)]
-        lines.append(f"| {r.what} | {r.unit} | " + " | ".join(cells) + f" | {r.n} | {r.note} |")
+        numbers = [f"{value:.1f}" for value in (r.median, r.p95, r.worst)]
+        own = "" if np.isnan(r.cpu) else f"{r.cpu:.1f}"
+        lines.append("| " + " | ".join([r.what, r.unit, *numbers, str(r.n), own, r.note]) + " |")
     return "\n".join(lines)
 
 
@@ -230,16 +254,17 @@ def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[li
 def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
     canvas, shown = workspace.latent.canvas, _Counter()
     workspace.reconstruction.shown.connect(shown)
+    arrivals = _arrivals(canvas)
     spots = _round_trip(canvas, plan.n_moves)
     took: list[float] = []
     with _pressed(canvas, _handle_spot(canvas)):
         for spot in spots:
             spin(25)
             shown.times.clear()
-            began = time.perf_counter()
+            arrivals.times.clear()
             _move(canvas, spot)
-            if spin_until(lambda: shown.n > 0, 2):
-                took.append(1e3 * (shown.last - began))
+            if spin_until(lambda: shown.n > 0, 2) and arrivals.n:
+                took.append(1e3 * (shown.last - arrivals.times[0]))
     results = [Result.of(f"drag: mouse move to new picture, {plan.box_px} px", took, note="layer refreshed")]
     shown.times.clear()
     last = [0.0]
@@ -254,6 +279,7 @@ def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
     note = f"{len(shown.times)} pictures for {n_moves} moves, last one {after:.0f} ms after the last move"
     results.append(Result.of(f"drag at {EVENTS_HZ} moves/s: between pictures", gaps, note=note))
     workspace.reconstruction.shown.disconnect(shown)
+    arrivals.stop()
     return results
 
 
@@ -289,9 +315,14 @@ def _while_training(workspace: Workspace, small: Session, plan: Plan) -> list[Re
 
 
 def _stalls(what: str, beat: _Heartbeat) -> Result:
-    gaps = beat.gaps_ms()
-    tail = float(np.percentile(gaps, 99.9)) if gaps else float("nan")
-    return Result.of(what, gaps, note=f"p99.9 {tail:.1f} ms; a beat is due every {HEARTBEAT_MS} ms")
+    gaps, own = beat.gaps_ms()
+    if not gaps:
+        return Result.of(what, [])
+    tail, own_tail = (float(np.percentile(values, 99.9)) for values in (gaps, own))
+    note = (
+        f"p99.9 {tail:.1f} ms; own CPU p99.9 {own_tail:.1f}, longest {max(own):.1f}; due every {HEARTBEAT_MS}"
+    )
+    return Result.of(what, gaps, cpu=own, note=note)
 
 
 def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
@@ -311,68 +342,55 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
     spin(1000)
     plot = canvas.plot_rect().center().toPoint()
 
-    pans: list[float] = []
     with _pressed(canvas, plot, middle=True):
-        for spot in _circle(plot, 25, max(10, plan.n_moves // 3)):
-            began = time.perf_counter()
-            _move(canvas, spot)
-            canvas.repaint()
-            pans.append(1e3 * (time.perf_counter() - began))
+        pans = _timed_moves(canvas, _circle(plot, 25, max(10, plan.n_moves // 3)))
     canvas.fit()
     canvas.repaint()
     mode = "density" if canvas.shows_density else "points"
-    results.append(
-        Result.of(f"{n:,}: pan, mouse move to painted", pans, note=f"{mode}; {_fps(pans)} frames/s")
-    )
+    results.append(Result.timed(f"{n:,}: pan, mouse move to painted", pans, f"{mode}, {_fps(pans)} frames/s"))
 
-    recolours: list[float] = []
+    recolours: list[Lap] = []
     columns = dock._columns
-    for key in ("angle_deg", "cluster-kmeans", "log_likelihood", "angle_deg", "cluster-kmeans"):
-        began = time.perf_counter()
-        canvas.set_colouring(columns.colouring(key))
-        canvas.repaint()
-        recolours.append(1e3 * (time.perf_counter() - began))
-    results.append(Result.of(f"{n:,}: colour by another column, painted", recolours))
+    for key in 2 * ("angle_deg", "cluster-kmeans", "log_likelihood"):
+        with Lap() as lap:
+            canvas.set_colouring(columns.colouring(key))
+            canvas.repaint()
+        recolours.append(lap)
+    results.append(Result.timed(f"{n:,}: colour by another column, painted", recolours))
 
     outline = _blob(canvas)
-    masks: list[float] = []
     polygon = [(float(spot.x()), float(spot.y())) for spot in outline]
+    masks: list[Lap] = []
     for _ in range(7):
-        began = time.perf_counter()
-        canvas.inside(polygon)
-        masks.append(1e3 * (time.perf_counter() - began))
-    note = f"{len(outline)} corners, {int(canvas.inside(polygon).sum()):,} particles inside"
-    results.append(Result.of(f"{n:,}: lasso, mask", masks, note=note))
+        with Lap() as lap:
+            inside = canvas.inside(polygon)
+        masks.append(lap)
+    note = f"{len(outline)} corners, {int(inside.sum()):,} particles inside"
+    results.append(Result.timed(f"{n:,}: lasso, mask", masks, note))
     canvas.set_tool("lasso")
-    releases: list[float] = []
-    for _ in range(4):
+    releases: list[Lap] = []
+    for _ in range(5):
         state.selection.clear()
         spin(200)
         _press(canvas, outline[0])
-        for spot in outline[1:]:
-            _move(canvas, spot)
-        began = time.perf_counter()
-        _release(canvas, outline[-1])
-        canvas.repaint()
-        spin_until(lambda: len(workspace.selected.layer.data) == state.selection.count, 5)
-        releases.append(1e3 * (time.perf_counter() - began))
-    results.append(
-        Result.of(f"{n:,}: lasso, release to all views updated", releases, note="scatter painted, layer set")
-    )
-    drags: list[float] = []
-    with _pressed(canvas, _handle_spot(canvas)):
-        for spot in _circle(_handle_spot(canvas), 30, max(10, plan.n_moves // 3)):
-            began = time.perf_counter()
-            _move(canvas, spot)
+        _timed_moves(canvas, outline[1:])
+        with Lap() as lap:
+            _release(canvas, outline[-1])
             canvas.repaint()
-            drags.append(1e3 * (time.perf_counter() - began))
-    results.append(Result.of(f"{n:,}: handle, mouse move to painted", drags))
+            spin_until(lambda: len(workspace.selected.layer.data) == state.selection.count, 5)
+        releases.append(lap)
+    note = "scatter painted, layer set"
+    results.append(Result.timed(f"{n:,}: lasso, release to all views updated", releases, note))
+    spot = _handle_spot(canvas)
+    with _pressed(canvas, spot):
+        drags = _timed_moves(canvas, _circle(spot, 30, max(10, plan.n_moves // 3)))
+    results.append(Result.timed(f"{n:,}: handle, mouse move to painted", drags))
     state.selection.clear()
     return results
 
 
-def _fps(times_ms: list[float]) -> str:
-    return f"{1e3 / float(np.median(times_ms)):.0f}" if times_ms else "?"
+def _fps(laps: list[Lap]) -> str:
+    return f"{1e3 / float(np.median([lap.wall_ms for lap in laps])):.0f}" if laps else "?"
 
 
 # ---------------------------------------------------------------------- hands and clocks
@@ -396,28 +414,82 @@ class _Counter:
         self.times.append(time.perf_counter())
 
 
+def _arrivals(canvas: ScatterCanvas) -> Any:
+    """Remembers when mouse moves reach the canvas: under X they take their own way."""
+    from qtpy.QtCore import QEvent, QObject
+
+    class Arrivals(QObject):
+        def __init__(self) -> None:
+            super().__init__(canvas)
+            self.times: list[float] = []
+            canvas.installEventFilter(self)
+
+        @property
+        def n(self) -> int:
+            return len(self.times)
+
+        def stop(self) -> None:
+            canvas.removeEventFilter(self)
+
+        def eventFilter(self, _: QObject | None, event: QEvent | None) -> bool:
+            if event is not None and event.type() == QEvent.Type.MouseMove:
+                self.times.append(time.perf_counter())
+            return False
+
+    return Arrivals()
+
+
+def _timed_moves(canvas: ScatterCanvas, spots: list[QPoint]) -> list[Lap]:
+    """Move the mouse and time, for each move that arrives, its handling and the painting after it."""
+    from qtpy.QtCore import QEvent, QObject
+
+    laps: list[Lap] = []
+
+    class Stopwatch(QObject):
+        def eventFilter(self, _: QObject | None, event: QEvent | None) -> bool:
+            if event is None or event.type() != QEvent.Type.MouseMove:
+                return False
+            with Lap() as lap:
+                canvas.event(event)
+                canvas.repaint()
+            laps.append(lap)
+            return True
+
+    watch = Stopwatch(canvas)
+    canvas.installEventFilter(watch)
+    for spot in spots:
+        n = len(laps)
+        _move(canvas, spot)
+        spin_until(lambda n=n: len(laps) > n, 0.5)  # type: ignore[misc]
+    canvas.removeEventFilter(watch)
+    watch.deleteLater()
+    return laps
+
+
 class _Heartbeat:
     """A timer of the event loop; the time between its beats is how long the window was deaf."""
 
     def __enter__(self) -> _Heartbeat:
         from qtpy.QtCore import Qt, QTimer
 
-        self._beats: list[float] = []
+        self._beats: list[tuple[float, float]] = []
         self._timer = QTimer()
         self._timer.setTimerType(Qt.TimerType.PreciseTimer)
         self._timer.setInterval(HEARTBEAT_MS)
-        self._timer.timeout.connect(lambda: self._beats.append(time.perf_counter()))
+        self._timer.timeout.connect(lambda: self._beats.append((time.perf_counter(), time.thread_time())))
         self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._timer.stop()
 
-    def gaps_ms(self) -> list[float]:
-        """Times between beats, without the warm-up."""
-        beats = np.array(self._beats)
-        beats = beats[beats > beats[0] + WARM_UP_S] if beats.size else beats
-        return [float(gap) for gap in 1e3 * np.diff(beats)]
+    def gaps_ms(self) -> tuple[list[float], list[float]]:
+        """Between beats after the warm-up: time that passed, and time that this thread itself worked."""
+        beats = np.array(self._beats).reshape(-1, 2)
+        if beats.size:
+            beats = beats[beats[:, 0] > beats[0, 0] + WARM_UP_S]
+        gaps = 1e3 * np.diff(beats, axis=0)
+        return gaps[:, 0].tolist(), gaps[:, 1].tolist()
 
 
 def spin(ms: float) -> None:

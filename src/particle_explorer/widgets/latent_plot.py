@@ -30,6 +30,7 @@ from qtpy.QtGui import (
     QPainterPath,
     QPaintEvent,
     QPen,
+    QPixmap,
     QPolygonF,
     QWheelEvent,
 )
@@ -117,6 +118,7 @@ class ScatterCanvas(QWidget):
         self._projection: Projection | None = None
         self._owners: Owners | None = None
         self._image: QImage | None = None
+        self._backdrop: QPixmap | None = None
         self._pixels: NDArray[np.uint32] | None = None  # QImage does not keep its buffer alive
         self._handle: tuple[float | None, float | None] = (None, None)
         self._active_at: tuple[float, float] | None = None
@@ -358,7 +360,7 @@ class ScatterCanvas(QWidget):
             or (self._owners is not None and self._owners.selected.any())
         ):
             self._owners = None
-        self._image = None
+        self._image, self._backdrop = None, None
         self.update()
 
     def _set_view(self, view: tuple[float, float, float, float], *, keep_size: bool) -> None:
@@ -397,7 +399,7 @@ class ScatterCanvas(QWidget):
             area = plot.width() * plot.height()
             self._kept_size = self._size_px or float(np.clip(math.sqrt(area / max(n_visible, 1)), 1.0, 6.0))
         made.size_px = max(1.0, self._kept_size * made.resolution)
-        self._projection, self._owners, self._image = made, None, None
+        self._projection, self._owners, self._image, self._backdrop = made, None, None, None
         if density != self._was_density:
             self._was_density = density
             QTimer.singleShot(0, self._tell_density)
@@ -558,10 +560,7 @@ class ScatterCanvas(QWidget):
             painter.drawText(QRectF(self.rect()).adjusted(16, 8, -16, -8), flags, self._message)
             return
         plot = self.plot_rect()
-        painter.drawImage(plot, self._rendered())
-        paint_axes(painter, plot, self._view, self._titles, look, self.font(), self.width())
-        n_max = self._owned().n_max if self._was_density else 0
-        paint_legend(painter, plot, self._colouring, n_max, self._points.rows.size, look, self.font())
+        painter.drawPixmap(0, 0, self._still(plot))
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         painter.setClipRect(plot)
         self._paint_active(painter)
@@ -571,6 +570,23 @@ class ScatterCanvas(QWidget):
         if self._hint:
             self._paint_words(painter, self._hint, QPointF(plot.center().x(), plot.bottom() - 6))
         self._paint_hover(painter)
+
+    def _still(self, plot: QRectF) -> QPixmap:
+        """All that does not move with the handle, kept as one picture."""
+        picture = self._rendered()
+        ratio = self.devicePixelRatioF()
+        if self._backdrop is None or self._backdrop.size() != self.size() * ratio:
+            self._backdrop = QPixmap(self.size() * ratio)
+            self._backdrop.setDevicePixelRatio(ratio)
+            self._backdrop.fill(QColor(self._look.background))
+            painter = QPainter(self._backdrop)
+            painter.drawImage(plot, picture)
+            paint_axes(painter, plot, self._view, self._titles, self._look, self.font(), self.width())
+            n_max = self._owned().n_max if self._was_density else 0
+            n = self._points.rows.size
+            paint_legend(painter, plot, self._colouring, n_max, n, self._look, self.font())
+            painter.end()
+        return self._backdrop
 
     def _paint_active(self, painter: QPainter) -> None:
         if self._active_at is None:
