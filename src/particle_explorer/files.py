@@ -14,6 +14,10 @@ from pathlib import Path
 class UserError(Exception):
     """Bad input, said in one sentence: which file, which row, what was found, what would be right."""
 
+    def __init__(self, sentence: str) -> None:
+        # a name out of a damaged file must neither break the line nor steer the terminal
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
+
 
 class Stopped(UserError):
     """Work was asked to stop, and did; what is kept of it is for the one who raises to say."""

@@ -154,6 +154,10 @@ def test_stacks_are_found_by_absolute_name_dots_and_given_folder(folder: Path, t
     assert len(read(gone, project_dir=folder)) == 1
 
 
+def test_relion_s_type_suffix_is_understood(folder: Path) -> None:
+    assert len(read(star(folder, one_block(f"1@{S}:mrcs\n")))) == 1
+
+
 def test_every_missing_stack_is_listed_at_once(folder: Path) -> None:
     rows = "".join(f"1@{name}\n" for name in (S, "gone/a.mrcs", "gone/b.mrcs", "gone/a.mrcs"))
     with pytest.raises(
@@ -173,6 +177,8 @@ def test_every_missing_stack_is_listed_at_once(folder: Path) -> None:
         (one_block(""), "lists no particles"),
         (one_block(f"1@{S} x\n", "rlnImageName rlnDefocusU"), 'row 1: rlnDefocusU is "x"'),
         (one_block(f"1@{S} 1.5\n", "rlnImageName rlnClassNumber"), "not a whole number"),
+        (one_block(f"1@{S} nan\n", "rlnImageName rlnClassNumber"), "not a whole number"),
+        (one_block(f"1@{S} inf\n", "rlnImageName rlnAnglePsi"), "row 1: rlnAnglePsi is infinite"),
         (OPTICS + "1 1.5 300 0\n" + one_block(f"1@{S} 4\n", GROUPED), "row 1: optics group 4"),
         (OPTICS + "1 1.5 300 0\n2 1 300 0\n" + one_block(f"1@{S}\n"), "do not say which"),
         (OPTICS + "1 1.5 300 0\n1 1 300 0\n" + one_block(f"1@{S} 1\n", GROUPED), "twice"),

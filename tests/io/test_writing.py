@@ -344,6 +344,17 @@ def test_cryosparc_becomes_star_3_1(tmp_path: Path) -> None:
     assert sorted(path.name for path in (out.parent / "particles_stacks").iterdir()) == ["a.mrcs", "b.mrcs"]
 
 
+def test_names_with_spaces_go_through_links(tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    write_stack(folder / "a b.mrcs", np.random.default_rng(0).normal(size=(2, 8, 8)), 2.0)
+    out = tmp_path / "o.star"
+    notes = export(out, read(folder / "a b.mrcs"))
+    assert starfile.read(out)["particles"]["rlnImageName"].tolist() == ["000001@a_b.mrcs", "000002@a_b.mrcs"]
+    assert (tmp_path / "a_b.mrcs").resolve() == (folder / "a b.mrcs").resolve()
+    assert len(read(out)) == 2 and any("without spaces" in note for note in notes)
+
+
 def test_a_bare_stack_invents_nothing(tmp_path: Path) -> None:
     write_stack(tmp_path / "s.mrcs", np.random.default_rng(0).normal(size=(3, 8, 8)), 2.0)
     particles = read(tmp_path / "s.mrcs")

@@ -187,7 +187,8 @@ def look_at_contrast(particles: Particles) -> tuple[Contrast, int]:
     blank = 0
     for box in np.unique(boxes):
         images = particles.images.read(rows[boxes == box])
-        good = np.isfinite(images).all(axis=(1, 2, 3)) & (np.ptp(images, axis=(1, 2, 3)) > 0)
+        least, largest = images.min(axis=(1, 2, 3)), images.max(axis=(1, 2, 3))
+        good = np.isfinite(least) & np.isfinite(largest) & (largest > least)
         blank += int(np.count_nonzero(~good))
         differences.append(centre_against_border(images[good]))
     return _contrast(np.concatenate(differences)), blank

@@ -10,6 +10,7 @@ from pathlib import Path
 from particle_explorer.files import UserError
 
 _UID_PREFIX = re.compile(r"^\d{18,21}_")
+_TYPE_SUFFIX = re.compile(r":mrcs?$")  # "stack.mrc:mrcs" is RELION's way to say how to read a file
 _SHOWN = 20
 
 
@@ -49,8 +50,8 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
 
 def _find(name: str, source: Path, project_dir: Path | None) -> str | None:
     plain = name.replace("\\", "/") if os.sep == "\\" else name
-    candidates = [plain]
-    folder, base = os.path.split(plain)
+    candidates = [plain, _TYPE_SUFFIX.sub("", plain)]
+    folder, base = os.path.split(candidates[1])
     if _UID_PREFIX.match(base):
         candidates.append(os.path.join(folder, _UID_PREFIX.sub("", base)))
     for candidate in candidates:

@@ -279,7 +279,7 @@ def _pose(
     angle, shift = from_relion(psi, x, y, unit)
     if "rlnAnglePsi" in table:
         pose["angle_deg"] = angle
-    if np.isfinite(shift).all():
+    if np.isfinite(unit).all():
         pose["shift_y_px"], pose["shift_x_px"] = shift[:, 0], shift[:, 1]
     elif not np.isnan(unit).all() or all(label in table for label in ANGST_ORIGINS):
         notes.append("the origins are in Å and the pixel size is not known, so the shifts are not used")
@@ -288,7 +288,7 @@ def _pose(
 
 def _integers(table: pd.DataFrame, label: str, where: Path) -> NDArray[np.int64]:
     values = numbers(table, label, where)
-    wrong = np.flatnonzero(values != np.round(values))
+    wrong = np.flatnonzero((values != np.round(values)) | ~(np.abs(values) < 2**53))
     if len(wrong):
         raise UserError(
             f"{where}, row {int(wrong[0]) + 1}: {label} is {values[wrong[0]]}, which is not a whole number"

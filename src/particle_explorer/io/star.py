@@ -366,7 +366,11 @@ def numbers(table: pd.DataFrame, label: str, where: Path | str) -> NDArray[np.fl
                 "number"
             )
         column = values
-    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    found = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    endless = np.flatnonzero(np.isinf(found))
+    if len(endless):
+        raise UserError(f"{where}, row {int(endless[0]) + 1}: {label} is infinite")
+    return found
 
 
 def names_of(labels: Sequence[str], wanted: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -147,21 +148,22 @@ def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[
         return _copied_stack(out, table, overwrite)
     notes = []
     shown: dict[str, str] = {}
-    linked = [path for path in unique if not path.lower().endswith(".mrcs")]
-    folder = out.parent if len(linked) == 1 else out.parent / f"{out.stem}_stacks"
+    # a name with a space would end at it
+    linked = [
+        path
+        for path in unique
+        if not path.lower().endswith(".mrcs") or re.search(r"\s", _shown(Path(path), out.parent))
+    ]
+    folder = out.parent if len(linked) == 1 else out.parent / f"{re.sub(r'[ ]+', '_', out.stem)}_stacks"
     for path in unique:
         target = Path(path)
         if path in linked:
             target = _link(folder, target)
-        inside = target.is_relative_to(out.parent)
-        shown[path] = str(target.relative_to(out.parent)) if inside else str(target)
-        if any(character.isspace() for character in shown[path]):
-            raise UserError(
-                f"RELION cannot read the stack name {shown[path]!r}, as it holds a space; move the stack"
-            )
+        shown[path] = _shown(target, out.parent)
     if linked:
         notes.append(
-            f"RELION wants stacks named .mrcs: made {len(linked)} link{'s' * (len(linked) > 1)} in {folder}; "
+            "RELION wants stacks named .mrcs, without spaces: "
+            f"made {len(linked)} link{'s' * (len(linked) > 1)} in {folder}; "
             f"the images stay where they are"
         )
     if any(not os.path.isabs(name) for name in shown.values()):
@@ -172,12 +174,16 @@ def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[
     return [f"{i:06d}@{shown[path]}" for i, path in zip(index, paths.tolist(), strict=True)], notes
 
 
+def _shown(stack: Path, folder: Path) -> str:
+    return (stack.relative_to(folder) if stack.is_relative_to(folder) else stack).as_posix()
+
+
 def _link(folder: Path, stack: Path) -> Path:
     """A relative link named .mrcs to `stack`; an existing one is used again, anything else stays
     untouched."""
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 1000):
-        name = stack.stem + (f"-{attempt}" if attempt > 1 else "") + ".mrcs"
+        name = re.sub(r"\s+", "_", stack.stem) + (f"-{attempt}" if attempt > 1 else "") + ".mrcs"
         link = folder / name
         if os.path.lexists(link):
             if os.path.exists(link) and os.path.samefile(link, stack):
