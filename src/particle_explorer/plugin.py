@@ -172,7 +172,11 @@ def sample_session() -> Path:
     from particle_explorer.session import Session
 
     star = sample_particles()
-    [packed] = [path.parent for path in sample_folder().rglob("session.json")]
+    packed = next((path.parent for path in sample_folder().rglob("session.json")), None)
+    if packed is None:
+        raise UserError(
+            "the trained sample session was not installed; open the sample particles and train on them"
+        )
     target = star.parent / packed.name
     if not (target / "session.json").exists():
         shutil.copytree(packed, target, dirs_exist_ok=True)

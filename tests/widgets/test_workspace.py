@@ -17,7 +17,9 @@ pytest.importorskip("napari")
 from napari.components import ViewerModel
 from napari.utils._proxies import PublicOnlyProxy
 from pytestqt.qtbot import QtBot
-from qtpy.QtWidgets import QAbstractButton, QComboBox, QWidget
+from qtpy.QtCore import Qt
+from qtpy.QtTest import QTest
+from qtpy.QtWidgets import QAbstractButton, QComboBox, QLabel, QWidget
 
 from particle_explorer.session import Session
 from particle_explorer.widgets.workspace import open_workspace, state_of, workspace_of
@@ -114,3 +116,24 @@ def test_follows_the_theme(workspace: Any, theme: str, qtbot: QtBot) -> None:
     qtbot.wait(50)
     text = workspace.train.curves.palette().windowText().color().lightness()
     assert text < 100 if theme == "light" else text > 150
+
+
+def test_the_binding_keeps_its_references(qapp: Any) -> None:
+    """One release of PySide6 gives back a reference to None too many in every call: napari dies of it."""
+    label = QLabel()
+    before = sys.getrefcount(None)
+    for _ in range(200):
+        label.setText("a")
+    assert sys.getrefcount(None) > before - 100
+
+
+def test_letters_on_the_map_average_and_export(workspace: Any, tiny_session: Session, qtbot: QtBot) -> None:
+    workspace.open(tiny_session.path)
+    qtbot.waitUntil(lambda: workspace.latent.isVisible(), timeout=10_000)
+    QTest.keyClick(workspace.latent.canvas, Qt.Key.Key_A)
+    assert workspace.tabs.currentIndex() == 2
+    workspace.tabs.setCurrentIndex(0)
+    QTest.keyClick(workspace.latent.canvas, Qt.Key.Key_L)
+    assert workspace.tabs.currentIndex() == 0 and workspace.latent.canvas.tool == "lasso"
+    QTest.keyClick(workspace.latent.canvas, Qt.Key.Key_E)
+    assert workspace.tabs.currentIndex() == 2

@@ -600,13 +600,13 @@ def written(lines: tuple[str, str], width: int, height: int) -> NDArray[np.float
     image.fill(0)
     painter = QPainter(image)
     painter.setPen(QColor(255, 255, 255))
+    # as large as fits: the montage is shown small, and a caption that cannot be read is none
+    font, largest = QFont(), height * 7 // 16
+    font.setPixelSize(largest)
+    widest = max(1, *(QFontMetrics(font).horizontalAdvance(line) for line in lines))
+    font.setPixelSize(max(6, min(largest, largest * (width - 4) // widest)))
+    painter.setFont(font)
     for row, line in enumerate(lines):
-        # as large as fits: the montage is shown small, and a caption that cannot be read is none
-        font = QFont()
-        font.setPixelSize(height * 7 // 16)
-        widest = max(1, QFontMetrics(font).horizontalAdvance(line))
-        font.setPixelSize(max(6, min(height * 7 // 16, height * 7 * (width - 4) // (16 * widest))))
-        painter.setFont(font)
         painter.drawText(QRectF(0, row * height / 2, width, height / 2), Qt.AlignmentFlag.AlignCenter, line)
     painter.end()
     bits = image.constBits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -52,6 +53,14 @@ LAYER_BLOCK = 256
 """Images of a layer that are written at once."""
 METADATA = "particle_explorer"
 """Key of layer metadata by which the dock knows what a layer was read from."""
+STEPS = (
+    "<b>From a stack to classes</b><ol style='margin-left: -18px;'>"
+    "<li><b>Open</b> the particles and say how large the molecule is.</li>"
+    "<li><b>Train</b>: particles that look alike come to lie side by side on a map, turned and shifted"
+    " to match.</li>"
+    "<li><b>Drag</b> the handle across the map and see the molecule move.</li>"
+    "<li><b>Lasso</b> particles, average them, and export them for RELION or cryoSPARC.</li></ol>"
+)
 COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 
 
@@ -135,12 +144,17 @@ class ParticlesDock(QWidget):
         self.layer_button.clicked.connect(self.open_active_layer)
         layout = QVBoxLayout(page)
         layout.setContentsMargins(0, 0, 0, 0)
+        steps = QLabel(STEPS)
+        steps.setWordWrap(True)
+        steps.setTextFormat(Qt.TextFormat.RichText)
         layout.addWidget(words)
         row = QHBoxLayout()
         row.addWidget(self.open_button)
         row.addWidget(self.sample_button)
         layout.addLayout(row)
         layout.addWidget(self.layer_button)
+        layout.addSpacing(10)
+        layout.addWidget(steps)
         return page
 
     def _build_stack(self) -> QWidget:
@@ -352,7 +366,8 @@ class ParticlesDock(QWidget):
 
     def _on_found(self, found: Found) -> None:
         self.found = found
-        self.summary.setText("\n".join(found.lines))
+        self.summary.setText("\n".join(in_short(found.lines)))
+        self.summary.setToolTip("\n".join(found.lines))
         self.existing_button.setVisible(found.existing is not None)
         if found.existing is not None:
             self.existing_button.setText(f"Open the session that is there: {found.existing.name}")
@@ -647,6 +662,12 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
     seconds = (time.perf_counter() - start) * rows.size / few.size
     words = f"{number(rows.size)} of {number(len(table))} particles. " if where else ""
     return Preview(before, after, words + plan_words(plan), WORKER_START_S + seconds)
+
+
+def in_short(lines: list[str]) -> list[str]:
+    """The first facts in one line, and no figures in brackets; hovering shows them all."""
+    bare = [re.sub(r" \([^()]{12,}\)", "", line) for line in lines]
+    return [" · ".join(bare[:3]), *bare[3:]]
 
 
 def plan_words(plan: Plan) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from qtpy.QtCore import Qt, QTimer
-from qtpy.QtGui import QHideEvent, QKeySequence, QShortcut, QShowEvent
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
+from qtpy.QtGui import QHideEvent, QKeyEvent, QShowEvent
 from qtpy.QtWidgets import (
     QComboBox,
     QDockWidget,
@@ -163,11 +163,14 @@ class Workspace(QWidget):
         follow(self, self.state.features_changed, self._show_view_choice)
         follow(self, self.state.run_changed, self._on_run)
         self._show_view_choice()
+        self.latent.setVisible(self.state.session is not None)  # before, there is nothing to see in it
         self.setMinimumWidth(320)
-        for key, slot in (("A", self._average), ("E", self._export)):
-            shortcut = QShortcut(QKeySequence(key), self.latent)
-            shortcut.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
-            shortcut.activated.connect(slot)
+        self.latent.canvas.installEventFilter(self)
+        # floating a dock hides it for a moment too: only what stays hidden lets its worker go
+        self._away = QTimer(self)
+        self._away.setSingleShot(True)
+        self._away.setInterval(1500)
+        self._away.timeout.connect(self.reconstruction.pause)
         self._fitted = self._had_run = False
         self._fit_splitter()
         QTimer.singleShot(0, self._warm_up)
@@ -189,6 +192,20 @@ class Workspace(QWidget):
     def show_train(self) -> None:
         self.tabs.setCurrentIndex(1)
 
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
+        """A averages what is selected on the map, E exports: keys pressed there that the map does not know."""
+        plain = Qt.KeyboardModifier.NoModifier
+        if (
+            isinstance(event, QKeyEvent)
+            and event.type() == QEvent.Type.KeyPress
+            and event.modifiers() == plain
+        ):
+            does = {Qt.Key.Key_A: self._average, Qt.Key.Key_E: self._export}.get(Qt.Key(event.key()))
+            if does is not None:
+                does()
+                return True
+        return False
+
     def _average(self) -> None:
         self.tabs.setCurrentIndex(2)
         self.classes.average_selection()
@@ -207,6 +224,7 @@ class Workspace(QWidget):
 
     def _on_session(self, session: object) -> None:
         self._fit_splitter()
+        self.latent.setVisible(session is not None)
         if self.state.session is not None:
             self.viewer.title = f"{self.state.session.path.name} · Particle Explorer"
             self.tabs.setCurrentIndex(1 if self.state.run is None else 2)
@@ -217,9 +235,9 @@ class Workspace(QWidget):
             self._fit_splitter()
 
     def _fit_splitter(self) -> None:
-        """More room for the form while there is no map to look at."""
+        """More room for the map once there is one."""
         height = max(self.height(), 560)
-        top = 0.3 if self.state.session is None else 0.5 if self.state.run is None else 0.62
+        top = 0.5 if self.state.run is None else 0.62
         self.splitter.setSizes([int(height * top), int(height * (1 - top))])
 
     def _warm_up(self) -> None:
@@ -227,6 +245,7 @@ class Workspace(QWidget):
 
     def showEvent(self, event: QShowEvent | None) -> None:
         super().showEvent(event)
+        self._away.stop()
         self.reconstruction.resume()
         if not self._fitted:
             self._fitted = True
@@ -246,7 +265,7 @@ class Workspace(QWidget):
         # napari never sends closeEvent to a dock, and `destroyed` comes late
         super().hideEvent(event)
         if event is None or not event.spontaneous():
-            self.reconstruction.pause()
+            self._away.start()
 
 
 def _import_slow_modules() -> None:
