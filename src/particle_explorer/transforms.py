@@ -57,7 +57,7 @@ def unplace(
 
 
 def fourier_shift(images: Tensor, shift: Tensor) -> Tensor:
-    """`(b, ..., n, n)` images moved by `(b, 2)` px (y, x) through their spectrum; what leaves comes back in."""
+    """`(b, ..., n, n)` images moved by `(b, 2)` px (y, x) through their spectrum, around the edges."""
     n_y, n_x = images.shape[-2:]
     f_y = torch.fft.fftfreq(n_y, device=images.device)[:, None]
     f_x = torch.fft.rfftfreq(n_x, device=images.device)
@@ -73,7 +73,9 @@ def upsample(images: Tensor, factor: int) -> Tensor:
     if images.shape[-2] != n:
         raise ValueError(f"square images are needed, not {tuple(images.shape[-2:])}")
     spectrum = torch.fft.rfft2(images)
-    padded = torch.zeros(*images.shape[:-2], factor * n, factor * n // 2 + 1, dtype=spectrum.dtype, device=images.device)
+    padded = torch.zeros(
+        *images.shape[:-2], factor * n, factor * n // 2 + 1, dtype=spectrum.dtype, device=images.device
+    )
     low, high = (n + 1) // 2, n // 2
     columns = n // 2 + 1
     if n % 2 == 0:  # half of the Nyquist row and column belongs to either sign
@@ -88,6 +90,24 @@ def upsample(images: Tensor, factor: int) -> Tensor:
         padded[..., :low, :columns] = spectrum[..., :low, :]
         padded[..., factor * n - high :, :columns] = spectrum[..., low:, :]
     return torch.fft.irfft2(padded, s=(factor * n, factor * n)) * factor**2
+
+
+def fourier_resize(images: Tensor, m: int) -> Tensor:
+    """`(..., n, n)` → `(..., m, m)` by cropping or padding the spectrum about pixel n // 2."""
+    n = images.shape[-1]
+    if m == n:
+        return images
+    axes = (-2, -1)
+    spectrum = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(images, dim=axes)), dim=axes)
+    low = n // 2 - m // 2
+    if m < n:
+        spectrum = spectrum[..., low : low + m, low : low + m]
+    else:
+        high = m - n + low
+        spectrum = F.pad(torch.view_as_real(spectrum), (0, 0, -low, high, -low, high))
+        spectrum = torch.view_as_complex(spectrum.contiguous())
+    back = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=axes)).real * (m / n) ** 2
+    return torch.fft.fftshift(back, dim=axes)
 
 
 def radius(n: int, device: torch.device | None = None) -> Tensor:
@@ -112,8 +132,8 @@ def fourier_radius(n: int, device: torch.device | None = None) -> Tensor:
 def turning_matrix(n: int, angles: Tensor) -> tuple[Tensor, Tensor]:
     """Turning as one sparse product: `(r·n², n²)` CSR, rows in the order (angle, y, x), and its transpose.
 
-    Cubic convolution (Keys' kernel with -0.75, that of torch's `grid_sample`); times `(n², k)` images it gives
-    what `place` gives, and the transpose gives the exact gradient at a fraction of the cost.
+    Cubic convolution (Keys' kernel with -0.75, that of torch's `grid_sample`); times `(n², k)` images it
+    gives what `place` gives, and the transpose gives the exact gradient at a fraction of the cost.
     """
     at = torch.arange(n, device=angles.device, dtype=torch.float64) - n // 2
     y, x = at[:, None].expand(n, n), at.expand(n, n)
@@ -194,7 +214,7 @@ def real_rows(coefficients: Tensor) -> Tensor:
 
 
 def pose_gradients(images: Tensor) -> Tensor:
-    """How references change as they are turned (per rad) and moved (per px y, x): `(b, c, n, n)` → `(b, 3, c, n, n)`."""
+    """How `(b, c, n, n)` change as they are turned (per rad) and moved (per px y, x): `(b, 3, c, n, n)`."""
     n_y, n_x = images.shape[-2:]
     padded = F.pad(images, (1, 1, 1, 1))
     d_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
@@ -232,7 +252,7 @@ def register(
     `turn` `(b,)` rad and `move` `(b, 2)` px (y, x) such that `place(images, turn, move)` agrees with the
     references where `weight` is not 0, in the sense of least squares.
     """
-    b, c, n, _ = images.shape
+    b, n = len(images), images.shape[-1]
     references = references.expand(b, -1, -1, -1)
     span = torch.arange(-max_shift_px, max_shift_px + 1, device=images.device)
     weighted = torch.fft.rfft2(references * weight)
@@ -256,9 +276,9 @@ def register(
         placed = place(images, turn, move, mode="bicubic")
         jacobian = pose_gradients(placed)
         normal = torch.einsum("bichw,bjchw,hw->bij", jacobian, jacobian, weight)
-        normal = normal + 1e-6 * normal.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)[:, None, None] * torch.eye(
-            3, device=images.device
-        )
+        normal = normal + 1e-6 * normal.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-12)[
+            :, None, None
+        ] * torch.eye(3, device=images.device)
         slope = torch.einsum("bichw,bchw,hw->bi", jacobian, references - placed, weight)
         step = torch.linalg.solve(normal, slope)
         d_turn = step[:, 0].clamp(-0.1, 0.1)
@@ -274,7 +294,9 @@ def _pose(images: Tensor, angle: Tensor | None, shift: Tensor | None) -> tuple[T
     if images.ndim not in (3, 4):
         raise ValueError(f"images are (b, c, n, n) or (b, n, n), not {tuple(images.shape)}")
     b = max(len(images), 0 if angle is None else len(angle), 0 if shift is None else len(shift))
-    angle = torch.zeros(b, device=images.device, dtype=images.dtype) if angle is None else angle.to(images.dtype)
+    angle = (
+        torch.zeros(b, device=images.device, dtype=images.dtype) if angle is None else angle.to(images.dtype)
+    )
     if shift is None:
         shift = torch.zeros(b, 2, device=images.device, dtype=images.dtype)
     return angle.expand(b), shift.to(images.dtype).expand(b, 2)
@@ -292,12 +314,22 @@ def _sample(images: Tensor, matrix: Tensor, offset_xy: Tensor, mode: Interpolati
         mode = "bilinear"  # not written for that device
     y = torch.arange(n_y, device=images.device, dtype=images.dtype) - n_y // 2
     x = torch.arange(n_x, device=images.device, dtype=images.dtype) - n_x // 2
-    at_x = matrix[:, 0, 0, None, None] * x + matrix[:, 0, 1, None, None] * y[:, None] + offset_xy[:, 0, None, None]
-    at_y = matrix[:, 1, 0, None, None] * x + matrix[:, 1, 1, None, None] * y[:, None] + offset_xy[:, 1, None, None]
+    at_x = (
+        matrix[:, 0, 0, None, None] * x
+        + matrix[:, 0, 1, None, None] * y[:, None]
+        + offset_xy[:, 0, None, None]
+    )
+    at_y = (
+        matrix[:, 1, 0, None, None] * x
+        + matrix[:, 1, 1, None, None] * y[:, None]
+        + offset_xy[:, 1, None, None]
+    )
     # grid_sample with align_corners=False: pixel i lies at (2 i + 1) / size - 1
     size_y, size_x = planes.shape[-2:]
     grid_x = (2 * factor * (at_x + n_x // 2) + 1) / size_x - 1
     grid_y = (2 * factor * (at_y + n_y // 2) + 1) / size_y - 1
     planes = planes.expand(b, -1, -1, -1)
-    out = F.grid_sample(planes, torch.stack([grid_x, grid_y], -1), mode=mode, padding_mode="zeros", align_corners=False)
+    out = F.grid_sample(
+        planes, torch.stack([grid_x, grid_y], -1), mode=mode, padding_mode="zeros", align_corners=False
+    )
     return out if images.ndim == 4 else out[:, 0]

@@ -31,6 +31,7 @@ from particle_explorer.models.layers import SmoothDecoder
 from particle_explorer.transforms import (
     FourierBand,
     fourier_radius,
+    fourier_resize,
     place,
     pose_gradients,
     real_rows,
@@ -43,8 +44,14 @@ from particle_explorer.transforms import (
 
 _BLOCK_BYTES = 8 * 2**20
 """Rows and scores made at a time in a search; small enough to stay in a processor's cache."""
-_SPARSE_BOX_PX = 128
-"""Larger boxes are turned image by image: their turning matrix would take more than half a gigabyte."""
+_KEPT_BYTES = 192 * 2**20
+"""Finely turned templates are kept between calls of `encode` when they take less."""
+_ALIGNED_BYTES = 128 * 2**20
+"""Images aligned at the start, for the components of the first map, take this much."""
+_MAX_BOX_PX = 96
+"""The map is drawn and compared in at most this box; larger images are cropped in Fourier space."""
+_N_STEPS = 64
+"""Steps that a fit takes at least."""
 _DISC_EDGE_PX = 2.0
 
 
@@ -97,6 +104,11 @@ def _turn(images: Tensor, by: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     return place(images.view(1, -1, n, n), by, mode="bicubic").flatten(2)
 
 
+def _rotated(shift: Tensor, angle: Tensor) -> Tensor:
+    """Shifts `(b, 2)` (y, x) turned by `(b,)` rad."""
+    return torch.einsum("bij,bj->bi", rotation_matrix(angle), shift.flip(-1)).flip(-1)
+
+
 def _polynomial(z: Tensor, degree: int) -> Tensor:
     """`(b, d)` → `(b, m)` monomials of total degree up to `degree`, constant first."""
     if z.shape[1] == 1:
@@ -108,25 +120,27 @@ def _polynomial(z: Tensor, degree: int) -> Tensor:
 class ClassMap(ParticleModel):
     """Exact posterior over map × angle × shift; see the module's text.
 
-    Memory: window rows in blocks of `_BLOCK_BYTES`; templates k·r·c·w² floats (w: side of the window around
-    the particle); per particle of the session 4·(proposals + latent_dim + 1) bytes while training.
+    Memory: rows of images in blocks of a few `_BLOCK_BYTES`; templates about k·r·c·n²/2 floats, twice; while
+    training 2 to 4 bytes per proposal and 4·(latent_dim + 1) per particle of the session.
     """
 
     learning_rate = 2e-3
     batch_size = 1000
-    n_epochs = 8
-    precision: str = "auto"
-    """`float32` forbids products in lower precision."""
     gauge_degree = 4
     n_proposals = 16
-    n_encode_proposals = 24
+    max_encode_proposals = 40
     search_every = 2
     """Epochs between searches over all poses; in between the proposals of the last one are kept."""
 
     def __init__(self, config: ClassMapConfig, data: DataSpec) -> None:
         super().__init__(config, data)
-        n, d = data.box_px, config.latent_dim
+        d = config.latent_dim
+        n = min(data.box_px, _MAX_BOX_PX)
         self.latent_dim = d
+        self.box = n
+        self.px_per_px = data.box_px / n
+        """Pixels of the batch per pixel of the model: large boxes are cropped in Fourier space."""
+        self.n_epochs = max(2, min(30, math.ceil(_N_STEPS * self.batch_size / data.n_particles)))
         side = config.nodes_per_dim or (24 if d == 1 else 12)
         axis = torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
         node_z = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
@@ -134,9 +148,8 @@ class ClassMap(ParticleModel):
         pick = torch.linspace(0, side - 1, 2 * n_coarse + 1)[1::2].round().long().unique()
         coarse = pick if d == 1 else (pick[:, None] * side + pick).flatten()
 
-        self.disc_px = min(data.diameter_px / 2, n / 2 - _DISC_EDGE_PX - 0.5)
-        self.box = n
-        spread = config.shift_range_px or max(2.0, round(0.075 * n))
+        self.disc_px = min(data.diameter_px / self.px_per_px / 2, n / 2 - _DISC_EDGE_PX - 0.5)
+        spread = config.shift_range_px / self.px_per_px or max(2.0, round(0.075 * n))
         self.shift_step = max(1, round(n / 48))
         n_side = max(1, math.floor(spread / self.shift_step + 1e-6))
         at = torch.arange(-n_side, n_side + 1) * self.shift_step
@@ -164,13 +177,16 @@ class ClassMap(ParticleModel):
         self.shifts: Tensor
         self.mask: Tensor
         self.shell: Tensor
+        self.register_buffer("n_encode_proposals", torch.tensor(24))
+        self.n_encode_proposals: Tensor
         self.noise_power: Tensor
         self.shift_sd: Tensor
         self.gauge: Tensor
         # turns of half a step move the rim by this much; shorter waves only blur the search
         rim = self.disc_px * self.angle_step / 2
         self.coarse_band = FourierBand(n, min(n // 2, max(8.0, n / (3 * rim))))
-        self.band = FourierBand(n, n // 2)
+        # beyond 0.4 / px turned templates hold more interpolation error than signal
+        self.band = FourierBand(n, 0.4 * n)
         self._matrices: tuple[Tensor, Tensor] | None = None
         self.decoder = SmoothDecoder(d, data.n_channels, n, self.disc_px)
         self.heat = 1.0
@@ -180,6 +196,8 @@ class ClassMap(ParticleModel):
         self._proposed_in: Tensor | None = None
         self._last_z: Tensor | None = None
         self._power: Tensor | None = None
+        self._fine: dict[int, Tensor] = {}
+        self._fine_key: tuple[int, ...] = ()
 
     # ---- pictures
 
@@ -189,13 +207,20 @@ class ClassMap(ParticleModel):
     def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         images = self.decoder(z)
         turn, move = self._gauge_at(z)
-        if angle is None and shift is None and not bool(self.gauge.any()):
-            return images
-        angle = torch.zeros_like(turn) if angle is None else angle
-        shift = torch.zeros_like(move) if shift is None else shift
-        # placing the gauged reference = one turn by the sum of the angles
-        moved = torch.einsum("bij,bj->bi", rotation_matrix(angle), move.flip(-1)).flip(-1)
-        return place(images, angle + turn, moved + shift, mode="bicubic")
+        if angle is not None or shift is not None or bool(self.gauge.any()):
+            angle = torch.zeros_like(turn) if angle is None else angle
+            shift = torch.zeros_like(move) if shift is None else shift / self.px_per_px
+            # placing the gauged reference = one turn by the sum of the angles
+            moved = _rotated(move, angle)
+            images = place(images, angle + turn, moved + shift, mode="bicubic")
+        return fourier_resize(images, self.data.box_px)
+
+    def _inside(self, images: Tensor) -> Tensor:
+        """Images of a batch in the box of the model; one that is not finite becomes 0."""
+        if not bool(images.sum().isfinite()):
+            good = images.flatten(1).isfinite().all(1)
+            images = torch.where(good[:, None, None, None], images, 0.0)
+        return fourier_resize(images, self.box)
 
     def _gauge_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Turn (rad) and move (px yx) that bring the decoder's frame at `z` into the reported one."""
@@ -213,7 +238,7 @@ class ClassMap(ParticleModel):
         return torch.fft.irfft2(torch.fft.rfft2(images) * factor, s=(n, n))
 
     def _radial_power(self, images: Tensor) -> Tensor:
-        """`(b, c, n, n)` → `(b, n // 2 + 1)` power per pixel in each shell (white noise of variance 1 gives 1)."""
+        """`(b, c, n, n)` → `(b, n // 2 + 1)` power of each shell; white noise gives its variance."""
         n = images.shape[-1]
         power = torch.fft.rfft2(images).abs().square().mean(1) / n**2
         # the half spectrum counts a column twice where its mirror image is left out
@@ -224,7 +249,9 @@ class ClassMap(ParticleModel):
         weight = twice.expand(n, -1)
         total = torch.zeros(len(images), n // 2 + 1, device=images.device)
         total.index_add_(1, self.shell.flatten(), (power * weight).flatten(1))
-        count = torch.zeros(n // 2 + 1, device=images.device).index_add_(0, self.shell.flatten(), weight.flatten())
+        count = torch.zeros(n // 2 + 1, device=images.device).index_add_(
+            0, self.shell.flatten(), weight.flatten()
+        )
         return total / count
 
     def _set_noise(self, power: Tensor) -> None:
@@ -249,7 +276,7 @@ class ClassMap(ParticleModel):
 
     def _turning(self) -> tuple[Tensor, Tensor] | Tensor:
         """The turning matrix and its transpose, or the angles where a device has no sparse products."""
-        if self.angles.device.type == "mps" or self.box > _SPARSE_BOX_PX:
+        if self.angles.device.type == "mps":
             return self.angles
         if self._matrices is None or self._matrices[0].device != self.angles.device:
             self._matrices = turning_matrix(self.box, self.angles)
@@ -280,13 +307,11 @@ class ClassMap(ParticleModel):
             found.append(best.flatten(1).topk(n_best, dim=1).indices)
         return torch.cat(found)
 
-    def _expect(
-        self, images: Tensor, pose: Tensor, templates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _expect(self, images: Tensor, pose: Tensor, templates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score all nodes at proposed poses `(b, p)` in the full band.
 
-        Returns log evidence `(b,)`, the gradient of its sum with respect to `templates` `(r, k, px)`, the
-        posterior of the nodes `(b, k)` and that of the poses `(b, p)`.
+        Returns log evidence `(b,)`, the gradient of its sum with respect to `templates` `(r, k, px)`, and the
+        posterior of the nodes `(b, k)`.
         """
         r, k, px = templates.shape
         b, p = pose.shape
@@ -294,7 +319,7 @@ class ClassMap(ParticleModel):
         prior = self._log_prior_shifts() - math.log(r * k)
         back = self.band.phases(-self.shifts)[:, None]
         gradient = torch.zeros_like(templates)
-        evidence, nodes, poses = [], [], []
+        evidence, nodes = [], []
         step = _block(p * (px + 2 * k), 4)
         for start in range(0, b, step):
             part = pose[start : start + step]
@@ -316,13 +341,12 @@ class ClassMap(ParticleModel):
             gamma = logits.sub_(total).exp_().view(len(part), p, k)
             evidence.append(total[:, 0] / self.heat)
             nodes.append(gamma.sum(1))
-            poses.append(gamma.sum(2))
             weights = gamma.view(-1, k)[order]
             for a, (row, weight) in enumerate(zip(rows.split(count), weights.split(count), strict=True)):
                 if len(row):
                     gradient[a].addmm_(weight.T, row)
                     gradient[a].addcmul_(templates[a], weight.sum(0)[:, None], value=-1)
-        return torch.cat(evidence), gradient, torch.cat(nodes), torch.cat(poses)
+        return torch.cat(evidence), gradient, torch.cat(nodes)
 
     # ---- fitting
 
@@ -339,44 +363,62 @@ class ClassMap(ParticleModel):
             graph = self._templates(fixed, self.band)
         templates = graph.detach()
         with torch.no_grad(), _fast_products(self.precision):
-            pose = self._propose(batch, nodes)
-            evidence, gradient, node, _ = self._expect(batch.images, pose, templates)
+            images = self._inside(batch.images)
+            pose = self._propose(images, batch.row, nodes)
+            evidence, gradient, node = self._expect(images, pose, templates)
         (pulled,) = torch.autograd.grad(graph, fixed, gradient)
-        pulled = pulled / len(batch.images)
-        self._remember(batch, node, nodes.detach())
+        pulled = pulled / len(images)
+        self._remember(images, batch.row, node, nodes.detach())
         # its value is the mean negative log evidence, its gradient that of the posterior
         surrogate = -(nodes * pulled).sum()
         loss = surrogate - surrogate.detach() - evidence.mean()
         return {"negative_log_likelihood": loss}
 
-    def _propose(self, batch: Batch, nodes: Tensor) -> Tensor:
-        row = batch.row
+    def _propose(self, images: Tensor, row: Tensor, nodes: Tensor) -> Tensor:
+        """The poses to score: those of the last search, or of a new one when it is due."""
         n_poses = len(self.angles) * len(self.shifts)
         p = min(self.n_proposals, n_poses)
-        if self._proposals is None:
+        if self._proposals is None or self._proposed_in is None:
             size = max(self.data.n_particles, int(row.max()) + 1)
-            self._proposals = torch.zeros(size, p, dtype=torch.int32, device=row.device)
+            kind = torch.int16 if n_poses < 2**15 else torch.int32
+            self._proposals = torch.zeros(size, p, dtype=kind, device=row.device)
             self._proposed_in = torch.full((size,), -1, dtype=torch.int32, device=row.device)
-        assert self._proposed_in is not None
         when = self._proposed_in[row]
         if bool(((when < 0) | (self._epoch - when >= self.search_every)).any()):
-            pose = self._search(batch.images, self._templates(nodes[self.coarse], self.coarse_band), p)
-            self._proposals[row] = pose.int()
+            pose = self._search(images, self._templates(nodes[self.coarse], self.coarse_band), p)
+            self._proposals[row] = pose.to(self._proposals.dtype)
             self._proposed_in[row] = self._epoch
             return pose
         return self._proposals[row].long()
 
-    def _remember(self, batch: Batch, node: Tensor, nodes: Tensor) -> None:
+    @torch.no_grad()
+    def _remember(self, images: Tensor, row: Tensor, node: Tensor, nodes: Tensor) -> None:
         """Keep what the live view and the noise estimate need of this step."""
-        with torch.no_grad():
-            if self._last_z is None:
-                size = max(self.data.n_particles, int(batch.row.max()) + 1)
-                self._last_z = torch.full((size, self.latent_dim), torch.nan, device=node.device)
-            self._last_z[batch.row] = node @ self.node_z
-            raw = self._radial_power(batch.images).mean(0)
-            model = node.mean(0) @ self._radial_power(nodes)
-            power = torch.maximum(raw - model, 0.1 * raw)
-            self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
+        if self._last_z is None:
+            size = max(self.data.n_particles, int(row.max()) + 1)
+            self._last_z = torch.full((size, self.latent_dim), torch.nan, device=node.device)
+        self._last_z[row] = node @ self.node_z
+        # signal and noise are independent: the power of the images is the sum of theirs
+        raw = self._radial_power(images).mean(0)
+        model = node.mean(0) @ self._radial_power(nodes)
+        power = torch.maximum(raw - model, 0.1 * raw)
+        self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
+
+    def training_state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "proposals": self._proposals,
+            "proposed_in": self._proposed_in,
+            "last_z": self._last_z,
+            "power": self._power,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._epoch = int(state["epoch"])
+        self._proposals = state["proposals"]
+        self._proposed_in = state["proposed_in"]
+        self._last_z = state["last_z"]
+        self._power = state["power"]
 
     def latest(self) -> tuple[Tensor, Tensor] | None:
         if self._last_z is None:
@@ -402,9 +444,9 @@ class ClassMap(ParticleModel):
 
     def _start_noise(self, batches: Batches, some: Tensor) -> Iterator[Step]:
         yield Step("noise", 0.0)
-        images = torch.cat([batches.take(part).images for part in some.split(1024)])
+        images = torch.cat([self._inside(batches.take(part).images) for part in some.split(1024)])
         total = self._radial_power(images).mean(0)
-        outside = 1 - soft_disc(self.data.box_px, self.disc_px + 2, 2.0, device=images.device)
+        outside = 1 - soft_disc(self.box, self.disc_px + 2, 2.0, device=images.device)
         share = outside.square().mean()
         if share > 0.05:
             around = self._radial_power(images * outside).mean(0) / share
@@ -413,11 +455,11 @@ class ClassMap(ParticleModel):
 
     def _start_template(self, batches: Batches, n_fit: int) -> Iterator[Step]:
         """One template by annealed EM."""
-        n, c = self.data.box_px, self.data.n_channels
+        n, c = self.box, self.data.n_channels
         device = self.node_z.device
         n_steps, size = 60, min(n_fit, 300)
         template = torch.zeros(1, c, n, n, device=device)
-        sample = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)]).images
+        sample = self._inside(batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)]).images)
         template[0] = sample.mean(0) * self.mask
         for step in range(n_steps):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
@@ -431,7 +473,7 @@ class ClassMap(ParticleModel):
         self._template = template
 
     def _one_template_step(self, images: Tensor, template: Tensor, heat: float, band: FourierBand) -> Tensor:
-        """The average `(1, c, n, n)` of images, brought back by the posterior over all poses of one template."""
+        """The average `(1, c, n, n)` of images brought back by the posterior over poses of one template."""
         templates = self._templates(template, band)[:, 0]
         minus_norm = -0.5 * templates.square().sum(-1)
         prior = self._log_prior_shifts()
@@ -444,23 +486,26 @@ class ClassMap(ParticleModel):
             total.addmm_(gamma.view(len(rows), -1).T, rows)
         coefficients = torch.view_as_complex(total.view(len(total), self.data.n_channels, -1, 2))
         whitener = self._whitener().flatten()[band.index]
-        return unplace(band.images(coefficients / whitener), self.angles, mode="bicubic").sum(0, keepdim=True) / len(images)
+        return unplace(band.images(coefficients / whitener), self.angles, mode="bicubic").sum(
+            0, keepdim=True
+        ) / len(images)
 
     def _start_components(self, batches: Batches, n_fit: int) -> Iterator[Any]:
         """Align by the template; yields steps and then the node images to start from."""
-        n, c, d = self.data.box_px, self.data.n_channels, self.latent_dim
+        n, c, d = self.box, self.data.n_channels, self.latent_dim
         whitener = self._whitener()
-        chosen = torch.randperm(n_fit)[: min(n_fit, 16384)]
+        chosen = torch.randperm(n_fit)[: min(n_fit, 16384, _ALIGNED_BYTES // (4 * c * n * n))]
         templates = self._templates(self._template, self.coarse_band)
         aligned = []
         for i, part in enumerate(chosen.split(1024)):
-            images = batches.take(part).images
+            images = self._inside(batches.take(part).images)
             pose = self._search(images, templates, 1)[:, 0]
             r = len(self.angles)
             whitened = self._filter(images, whitener)
             aligned.append(unplace(whitened, self.angles[pose % r], self.shifts[pose // r].float()))
             yield Step("aligning", min(1.0, (i + 1) * 1024 / len(chosen)))
         stack = torch.cat(aligned)
+        aligned.clear()
         mean = stack.mean(0)
         blur = torch.exp(-2 * (math.pi * 1.0 * fourier_radius(n, stack.device) / n) ** 2)
         flat = (self._filter(stack - mean, blur) * self.mask).flatten(1)
@@ -477,39 +522,71 @@ class ClassMap(ParticleModel):
         scale = (targets - targets.mean(0)).std().clamp_min(1e-6)
         with torch.no_grad():
             self.decoder.base.copy_(targets.mean(0))
+        # a subset of a large map per step: the decoder is smooth
+        n_nodes = min(len(targets), 36)
         n_steps = 150
         optimizer = torch.optim.Adam(self.decoder.parameters(), lr=4e-3)
         for step in range(n_steps):
             for group in optimizer.param_groups:
                 group["lr"] = 4e-3 * 0.5 * (1 + math.cos(math.pi * step / n_steps)) + 1e-5
-            loss = ((self.decoder(self.node_z) - targets) / scale).square().mean()
+            chosen = torch.randperm(len(targets), device=targets.device)[:n_nodes]
+            loss = ((self.decoder(self.node_z[chosen]) - targets[chosen]) / scale).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if step % 20 == 19:
                 yield Step("ordering", (step + 1) / n_steps)
         optimizer.zero_grad()
-        self._start_loss = float(loss.detach())
 
+    @torch.no_grad()
     def finish(self, batches: Batches) -> Iterator[Step]:
-        """Bring the canonical frames along the map into register on the whole image."""
+        """Bring the canonical frames along the map into register, and take the noise from refined poses."""
         yield Step("gauge", 0.0)
-        with torch.no_grad():
-            self.gauge.zero_()
-            raw = self.decoder(self.node_z)
-            weight = self.mask
-            terms = _polynomial(self.node_z, self.gauge_degree)
-            angles = torch.deg2rad(torch.arange(-40.0, 41.0, 4.0, device=raw.device))
-            middle = self.node_z.norm(dim=1).argmin()
-            reference = raw[middle : middle + 1]
-            for i in range(6):
-                turn, move = register(raw, reference, weight, angles=angles, max_shift_px=4)
-                value = torch.cat([turn[:, None], move], 1)
-                self.gauge.copy_(torch.linalg.lstsq(terms, value).solution)
-                turn, move = self._gauge_at(self.node_z)
-                reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
-                yield Step("gauge", (i + 1) / 6)
+        self.gauge.zero_()
+        raw = self.decoder(self.node_z)
+        terms = _polynomial(self.node_z, self.gauge_degree)
+        angles = torch.deg2rad(torch.arange(-40.0, 41.0, 4.0, device=raw.device))
+        reference = raw[self.node_z.norm(dim=1).argmin()][None]
+        n_rounds = 5
+        for i in range(n_rounds):
+            turn, move = register(
+                raw, reference, self.mask, angles=angles, max_shift_px=max(2, self.box // 10)
+            )
+            value = torch.cat([turn[:, None], move], 1)
+            self.gauge.copy_(torch.linalg.lstsq(terms.cpu(), value.cpu()).solution.to(raw.device))
+            turn, move = self._gauge_at(self.node_z)
+            reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
+            yield Step("gauge", (i + 1) / n_rounds)
+        parts = torch.randperm(len(batches))[:2000].split(1000)
+        powers = []
+        for i, part in enumerate(parts):
+            powers.append(self._residual_power(batches.take(part)))
+            yield Step("noise", (i + 1) / len(parts))
+        self._set_noise(torch.stack(powers).mean(0))
+        self._choose_proposals(batches.take(parts[0][:500]).images)
         self._proposals = self._proposed_in = None
+
+    def _choose_proposals(self, images: Tensor) -> None:
+        """As many poses per image as hold 99.8 % of the posterior in a search that keeps the most."""
+        self.n_encode_proposals.fill_(self.max_encode_proposals)
+        with _fast_products(self.precision):
+            mass = self._encode_part(self._inside(images), self.decoder(self.node_z))["proposal_mass"]
+        # one image in ten may need more
+        held = mass.cumsum(1).quantile(0.1, dim=0)
+        self.n_encode_proposals.fill_(max(6, 1 + int((held < 0.998).sum())))
+
+    def _residual_power(self, batch: Batch) -> Tensor:
+        """`(n // 2 + 1)` radial power of images minus their reconstructions."""
+        encoding = self.encode(batch)
+        assert encoding.angle is not None and encoding.shift is not None
+        drawn = self._inside(self.decode(encoding.z, encoding.angle, encoding.shift))
+        power = self._radial_power(self._inside(batch.images) - drawn).mean(0)
+        # pose and z were fitted to the same pixels: give back what they took, where turns and shifts are seen
+        shell = torch.arange(len(power), device=power.device, dtype=power.dtype)
+        n_values = (2 * math.pi * shell).clamp_min(1) * self.data.n_channels
+        grip = shell**2 * self._radial_power(drawn).mean(0) / power * n_values
+        taken = (3 + self.latent_dim) * grip / grip.sum().clamp_min(1e-12)
+        return power * n_values / (n_values - taken).clamp_min(0.5 * n_values)
 
     # ---- encoding
 
@@ -517,18 +594,19 @@ class ClassMap(ParticleModel):
     def encode(self, batch: Batch) -> Encoding:
         with _fast_products(self.precision):
             nodes = self.decoder(self.node_z)
-            parts = [self._encode_part(part, nodes) for part in batch.images.split(1024)]
+            parts = [self._encode_part(self._inside(part), nodes) for part in batch.images.split(1024)]
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        del whole["proposal_mass"]
         return Encoding(whole.pop("z"), whole.pop("z_std"), whole.pop("angle"), whole.pop("shift"), whole)
 
     def _encode_part(self, images: Tensor, nodes: Tensor) -> dict[str, Tensor]:
         b, r, k = len(images), len(self.angles), len(nodes)
-        p = min(self.n_encode_proposals, r * len(self.shifts))
+        p = min(int(self.n_encode_proposals), r * len(self.shifts))
         pose = self._search(images, self._templates(nodes[self.coarse], self.coarse_band), p)
 
         # each proposed cell is divided: 3 angles × 2 × 2 shifts
-        third, quarter = self.angle_step / 3, self.shift_step / 4
-        fine_turns = torch.tensor([-third, 0.0, third], device=images.device)
+        quarter = self.shift_step / 4
+        fine_turns = self._fine_turns()
         near = torch.tensor([-quarter, quarter], device=images.device)
         fine_moves = torch.cartesian_prod(near, near)
         turns, moves = fine_turns.repeat_interleave(4), fine_moves.repeat(3, 1)
@@ -552,9 +630,7 @@ class ClassMap(ParticleModel):
                 continue
             at, shift = order[done : done + size], shift_index[done : done + size]
             row = real_rows(coefficients[image[done : done + size]] * back[shift])
-            turned = place(nodes.flatten(0, 1)[None], self.angles[a] + fine_turns, mode="bicubic")
-            turned_rows = self._rows(turned.unflatten(1, nodes.shape[:2]), self.band)
-            templates = real_rows(turned_rows[:, None] * ahead).flatten(0, 2)
+            templates = real_rows(self._fine_rows(nodes, a)[:, None] * ahead).flatten(0, 2)
             score = torch.addmm(-0.5 * templates.square().sum(-1), row, templates.T).view(size, n_fine, k)
             score += (self._log_prior(self.shifts[shift, None] + moves) - normaliser)[..., None]
             top, where = score.flatten(1).max(1)
@@ -571,6 +647,7 @@ class ClassMap(ParticleModel):
         z = node @ self.node_z
         z_std = (node @ self.node_z**2 - z**2).clamp_min(0).sqrt()
         cell = cell_score.softmax(1)
+        proposal_mass = cell.view(b, p, n_fine).sum(2)
         entropy = -(cell * cell.clamp_min(1e-30).log()).sum(1)
 
         chosen = best_score.view(b, p).argmax(1)
@@ -582,7 +659,9 @@ class ClassMap(ParticleModel):
         cell_angle = (self.angles[pose % r][..., None] + turns).flatten(1)
         cell_move = (self.shifts[pose // r][:, :, None] + moves).flatten(1, 2)
         away = torch.remainder(cell_angle - angle[:, None] + math.pi, 2 * math.pi) - math.pi
-        inside = (away.abs() <= 2.5 * self.angle_step) & ((cell_move - move[:, None]).norm(dim=-1) <= 3 * self.shift_step)
+        inside = (away.abs() <= 2.5 * self.angle_step) & (
+            (cell_move - move[:, None]).norm(dim=-1) <= 3 * self.shift_step
+        )
         mode = torch.where(inside, cell, 0)
         mode = mode / mode.sum(1, keepdim=True).clamp_min(1e-30)
         angle_var = (mode * away**2).sum(1) - (mode * away).sum(1) ** 2
@@ -591,7 +670,7 @@ class ClassMap(ParticleModel):
 
         whitener = self._whitener()
         angle, move, curvature, residual = self._refine(
-            self._filter(images, whitener), self._filter(nodes, whitener)[best_node], angle, move
+            self._filter(images, whitener), self._filter(nodes, whitener), best_node, angle, move
         )
         local = torch.linalg.inv(curvature)
         angle_std = torch.maximum(angle_var.clamp_min(0), local[:, 0, 0]).sqrt()
@@ -599,43 +678,71 @@ class ClassMap(ParticleModel):
 
         turn, shift_gauge = self._gauge_at(self.node_z[best_node])
         angle = angle - turn
-        move = move - torch.einsum("bij,bj->bi", rotation_matrix(angle), shift_gauge.flip(-1)).flip(-1)
+        move = move - _rotated(shift_gauge, angle)
         angle = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
         return {
-            "z": z, "z_std": z_std, "angle": angle, "shift": move, "log_likelihood": evidence,
-            "angle_std": angle_std, "shift_std": shift_std, "pose_entropy": entropy, "residual": residual,
+            "z": z, "z_std": z_std, "angle": angle, "shift": move * self.px_per_px,
+            "log_likelihood": evidence, "angle_std": angle_std, "shift_std": shift_std * self.px_per_px,
+            "pose_entropy": entropy, "residual": residual, "proposal_mass": proposal_mass,
         }  # fmt: skip
 
+    def _fine_turns(self) -> Tensor:
+        return torch.tensor([-1.0, 0.0, 1.0], device=self.angles.device) * (self.angle_step / 3)
+
+    def _fine_rows(self, nodes: Tensor, a: int) -> Tensor:
+        """All nodes at the fine turns about angle `a`: `(3, k, c, q)`; kept until the weights change."""
+        key = tuple(value._version for value in (*self.parameters(), self.noise_power))
+        if self._fine_key != key:
+            self._fine_key, self._fine = key, {}
+        if a not in self._fine:
+            turned = place(nodes.flatten(0, 1)[None], self.angles[a] + self._fine_turns(), mode="bicubic")
+            rows = self._rows(turned.unflatten(1, nodes.shape[:2]), self.band)
+            if len(self.angles) * rows.numel() * 8 > _KEPT_BYTES:
+                return rows
+            self._fine[a] = rows
+        return self._fine[a]
+
     def _refine(
-        self, whitened: Tensor, template: Tensor, angle: Tensor, move: Tensor, n_steps: int = 3
+        self, whitened: Tensor, nodes: Tensor, node: Tensor, angle: Tensor, move: Tensor, n_steps: int = 3
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gauss-Newton on angle and shift against each image's own node; only improvements are kept.
 
-        Returns angle, shift, curvature `(b, 3, 3)` of the log posterior and mean squared residual `(b,)`.
+        `nodes` are whitened, `node` `(b,)` says which. Returns angle, shift, curvature `(b, 3, 3)` of the log
+        posterior and mean squared residual `(b,)`.
         """
-        gradients = pose_gradients(template)
+        # an image brought back, times every node and its gradients, is one product
+        flat = nodes.flatten(1)
+        gradients = pose_gradients(nodes).flatten(2)
+        squares = flat.square().sum(1)
+        normal = gradients @ gradients.transpose(1, 2)
+        along = (gradients @ flat[..., None])[..., 0]
+        factors = torch.cat([flat[:, None], gradients], 1).flatten(0, 1).T.contiguous()
         prior = torch.diag(torch.tensor([1e-6, 0.0, 0.0], device=angle.device))
         prior[1, 1] = prior[2, 2] = self.shift_sd**-2
-        curvature = torch.einsum("bichw,bjchw->bij", gradients, gradients) + prior
+        curvature = normal[node] + prior
+        inverse = torch.linalg.inv(normal + prior)[node]
+        at = torch.arange(len(node), device=node.device)
         start_angle, start_move = angle, move
         best = torch.full_like(angle, -torch.inf)
         best_angle, best_move, residual = angle, move, torch.zeros_like(angle)
         for step in range(n_steps + 1):
-            difference = unplace(whitened, angle, move, mode="bicubic") * self.mask - template
-            score = -0.5 * difference.square().sum((1, 2, 3)) + self._log_prior(move)
+            back = (unplace(whitened, angle, move, mode="bicubic") * self.mask).flatten(1)
+            products = (back @ factors).view(len(back), -1, 4)[at, node]
+            square = back.square().sum(1) - 2 * products[:, 0] + squares[node]
+            score = -0.5 * square + self._log_prior(move)
             better = score > best
             best = torch.where(better, score, best)
             best_angle = torch.where(better, angle, best_angle)
             best_move = torch.where(better[:, None], move, best_move)
-            residual = torch.where(better, difference.square().sum((1, 2, 3)), residual)
+            residual = torch.where(better, square, residual)
             if step == n_steps:
                 break
-            slope = torch.einsum("bichw,bchw->bi", gradients, difference)
+            slope = products[:, 1:] - along[node]
             # the prior's pull, in the reference frame
-            slope[:, 1:] -= torch.einsum("bji,bj->bi", rotation_matrix(angle), move.flip(-1)).flip(-1) / self.shift_sd**2
-            delta = torch.linalg.solve(curvature, slope)
+            slope[:, 1:] -= _rotated(move, -angle) / self.shift_sd**2
+            delta = (inverse @ slope[..., None])[..., 0]
             angle = start_angle + (angle + delta[:, 0] - start_angle).clamp(-self.angle_step, self.angle_step)
-            ahead = torch.einsum("bij,bj->bi", rotation_matrix(angle), delta[:, 1:].flip(-1)).flip(-1)
             reach = 1.5 * self.shift_step
-            move = start_move + (move + ahead - start_move).clamp(-reach, reach)
-        return best_angle, best_move, curvature, residual / self.mask.sum() / template.shape[1]
+            ahead = move + _rotated(delta[:, 1:], angle)
+            move = start_move + (ahead - start_move).clamp(-reach, reach)
+        return best_angle, best_move, curvature, residual / self.mask.sum() / self.data.n_channels

@@ -24,7 +24,13 @@ class SmoothDecoder(nn.Module):
     """
 
     def __init__(
-        self, latent_dim: int, n_channels: int, box_px: int, radius_px: float, hidden: int = 128, width: int = 16
+        self,
+        latent_dim: int,
+        n_channels: int,
+        box_px: int,
+        radius_px: float,
+        hidden: int = 128,
+        width: int = 16,
     ) -> None:
         super().__init__()
         n_up = 2 if box_px <= 96 else 3

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from particle_explorer import metrics
+from particle_explorer.configs import ClassMapConfig, DataSpec
+from particle_explorer.models.base import Batch
+from particle_explorer.models.build import build_model
+from particle_explorer.models.class_map import ClassMap
+from particle_explorer.transforms import place, real_rows
+
+
+def model_of(box_px: int = 24, n_channels: int = 1, n_particles: int = 600, **settings: object) -> ClassMap:
+    settings = {"latent_dim": 1, **settings}
+    data = DataSpec(box_px=box_px, n_channels=n_channels, diameter_px=0.85 * box_px, n_particles=n_particles)
+    model = build_model(ClassMapConfig.model_validate(settings), data)
+    assert isinstance(model, ClassMap)
+    return model
+
+
+def batch_of(images: Tensor, row: Tensor | None = None) -> Batch:
+    return Batch(images, None, torch.arange(len(images)) if row is None else row)
+
+
+class Fitted:
+    """Images at hand, as training gives them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor) -> Batch:
+        return batch_of(self.images[index], index)
+
+
+def hinge(n: int, opening: Tensor) -> Tensor:
+    """A body and an arm that swings by `opening` (b,) rad: `(b, 1, n, n)`."""
+    y, x = torch.meshgrid(torch.arange(n) - n // 2, torch.arange(n) - n // 2, indexing="ij")
+    u = n / 24
+
+    def blob(at_y: Tensor, at_x: Tensor, sd: float) -> Tensor:
+        away = (y - at_y[:, None, None]) ** 2 + (x - at_x[:, None, None]) ** 2
+        return torch.exp(-away / (2 * (sd * u) ** 2))
+
+    still = torch.zeros(len(opening))
+    image = blob(still, still - 4 * u, 2.2) + 0.9 * blob(still - 4 * u, still - 2 * u, 1.6)
+    for reach in (3.0, 5.0, 7.0):
+        image = image + blob(reach * u * opening.sin(), reach * u * opening.cos(), 1.3)
+    return image[:, None]
+
+
+def stack(n: int = 24, n_images: int = 600, noise: float = 0.3) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noisy hinges in random poses, and the truth."""
+    random = torch.Generator().manual_seed(3)
+    opening = torch.rand(n_images, generator=random) * 1.6 - 0.3
+    angle = torch.rand(n_images, generator=random) * 2 * math.pi - math.pi
+    shift = torch.randn(n_images, 2, generator=random) * 0.6
+    images = place(hinge(n, opening), angle, shift, mode="fourier")
+    images = images + noise * torch.randn(images.shape, generator=random)
+    return images / noise, {"opening": opening, "angle": angle, "shift": shift}
+
+
+def fit(model: ClassMap, images: Tensor, n_epochs: int = 12) -> None:
+    """What training does."""
+    batches = Fitted(images)
+    model.train()
+    for _ in model.start(batches):
+        pass
+    optimiser = torch.optim.Adam(model.parameters(), lr=model.learning_rate)
+    n_steps, step = n_epochs * math.ceil(len(images) / 200), 0
+    for epoch in range(n_epochs):
+        for index in torch.randperm(len(images)).split(200):
+            model.schedule(step / n_steps, epoch)
+            loss = torch.stack(list(model(batches.take(index)).values())).sum()
+            optimiser.param_groups[0]["lr"] = (
+                0.5 * model.learning_rate * (1 + math.cos(math.pi * step / n_steps))
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            step += 1
+    model.eval()
+    for _ in model.finish(batches):
+        pass
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[ClassMap, Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    images, truth = stack()
+    model = model_of(nodes_per_dim=10, angle_step_deg=15)
+    fit(model, images)
+    return model, images, truth
+
+
+@pytest.mark.parametrize("box_px", [16, 40, 41, 64])
+@pytest.mark.parametrize("n_channels", [1, 3])
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_every_box_trains_encodes_and_decodes(box_px: int, n_channels: int, latent_dim: int) -> None:
+    model = model_of(box_px, n_channels, latent_dim=latent_dim, nodes_per_dim=3, angle_step_deg=30)
+    images = torch.randn(3, n_channels, box_px, box_px)
+    losses = model(batch_of(images))
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    encoding = model.encode(batch_of(images))
+    assert encoding.z.shape == (3, latent_dim)
+    assert encoding.z_std is not None and encoding.z_std.shape == (3, latent_dim)
+    assert encoding.angle is not None and encoding.angle.shape == (3,)
+    assert encoding.shift is not None and encoding.shift.shape == (3, 2)
+    assert {"log_likelihood", "angle_std", "shift_std", "pose_entropy"} <= set(encoding.extras)
+    assert all(value.shape == (3,) and value.isfinite().all() for value in encoding.extras.values())
+    assert model.decode(encoding.z, encoding.angle, encoding.shift).shape == images.shape
+    assert model.nodes().shape == (3**latent_dim, latent_dim)
+
+
+def test_a_large_box_is_compared_in_a_smaller_one() -> None:
+    model = model_of(256, nodes_per_dim=2, angle_step_deg=30)
+    images = torch.randn(2, 1, 256, 256)
+    torch.stack(list(model(batch_of(images)).values())).sum().backward()
+    encoding = model.encode(batch_of(images))
+    assert model.decode(encoding.z, encoding.angle, encoding.shift).shape == (2, 1, 256, 256)
+
+
+def test_the_gradient_is_that_of_the_marginal_likelihood() -> None:
+    """Against log-sum-exp over every node, angle and shift, left to autograd."""
+    model = model_of(16, nodes_per_dim=3, angle_step_deg=30)
+    model.precision = "float32"
+    model.n_proposals = 10**6
+    model.heat = 0.6
+    images = 3 * torch.randn(4, 1, 16, 16)
+
+    templates = model._templates(model.decoder(model.node_z), model.band)
+    back = model.band.phases(-model.shifts)[:, None]
+    rows = real_rows(model._rows(images, model.band)[:, None] * back)
+    scores = torch.einsum("btp,rkp->btrk", rows, templates) - 0.5 * templates.square().sum(-1)
+    scores = scores + model._log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
+    expected = -(model.heat * scores).flatten(1).logsumexp(1).mean() / model.heat
+    expected_gradients = torch.autograd.grad(expected, list(model.decoder.parameters()))
+
+    (loss,) = model(batch_of(images)).values()
+    gradients = torch.autograd.grad(loss, list(model.decoder.parameters()))
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_the_map_follows_the_motion(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    model, images, truth = fitted
+    encoding = model.encode(batch_of(images))
+    assert encoding.angle is not None and encoding.z_std is not None
+    assert abs(metrics.pearson(encoding.z[:, 0], truth["opening"])) > 0.95
+    assert metrics.fisher_lee_T(truth["angle"], encoding.angle) > 0.9
+    assert 0 < float(encoding.z_std.mean()) < 0.5
+
+
+def test_the_noise_is_recovered(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    model, _, _ = fitted
+    assert model.noise_power.numpy() == pytest.approx(1, abs=0.15)
+    assert float(model.noise_power[-8:].mean()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("turn_deg", [90.0, 37.0])
+def test_a_turned_image_has_a_turned_pose(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]], turn_deg: float
+) -> None:
+    model, images, _ = fitted
+    n = images.shape[-1]
+    within = torch.hypot(torch.arange(n)[:, None] - n // 2.0, torch.arange(n) - n // 2.0) < n / 2 - 1
+    some = images[:60] * within  # corners would be cut
+    turn = torch.full((60,), math.radians(turn_deg))
+    before = model.encode(batch_of(some))
+    after = model.encode(batch_of(place(some, turn, mode="fourier")))
+    assert before.angle is not None and after.angle is not None
+    away = torch.remainder(after.angle - before.angle - turn + math.pi, 2 * math.pi) - math.pi
+    assert float(away.abs().median()) < math.radians(1.5)
+    assert float((after.z - before.z).abs().median()) < 0.06
+
+
+def test_a_shifted_image_has_a_shifted_pose(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    model, images, _ = fitted
+    before = model.encode(batch_of(images[:60]))
+    after = model.encode(batch_of(images[:60].roll((1, -1), (-2, -1))))
+    assert before.shift is not None and after.shift is not None
+    moved = (after.shift - before.shift).median(0).values
+    assert moved.numpy() == pytest.approx([1, -1], abs=0.15)
+
+
+def test_the_pose_draws_the_image_again(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    model, _, _ = fitted
+    images, _ = stack(n_images=40, noise=0.1)
+    encoding = model.encode(batch_of(images / 3))  # the brightness that was fitted
+    drawn = model.decode(encoding.z, encoding.angle, encoding.shift).detach()
+    r = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(images, drawn, strict=True)]
+    assert np.median(r) > 0.93
+
+
+def test_a_batch_is_the_loop_and_encoding_is_deterministic(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]],
+) -> None:
+    model, images, _ = fitted
+    together = model.encode(batch_of(images[:5]))
+    torch.testing.assert_close(model.encode(batch_of(images[:5])).z, together.z, atol=0, rtol=0)
+    for i in range(5):
+        alone = model.encode(batch_of(images[i : i + 1]))
+        for a, b in zip(alone[:4], together[:4], strict=True):
+            assert a is not None and b is not None
+            torch.testing.assert_close(a[0], b[i], atol=2e-3, rtol=0)
+
+
+def test_saved_and_loaded_it_encodes_and_draws_the_same(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]],
+) -> None:
+    model, images, _ = fitted
+    other = model_of(nodes_per_dim=10, angle_step_deg=15)
+    other.encode(batch_of(images[:5]))  # nothing of the weights before may stay
+    other.load_state_dict(model.state_dict())
+    ours, theirs = model.encode(batch_of(images[:5])), other.encode(batch_of(images[:5]))
+    for a, b in zip(ours[:4], theirs[:4], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.decode(ours.z), other.decode(ours.z))
+
+
+def test_noise_is_told_from_particles(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    model, images, _ = fitted
+    particles = model.encode(batch_of(images[:100])).extras["log_likelihood"]
+    junk = model.encode(batch_of(torch.randn(100, 1, 24, 24))).extras["log_likelihood"]
+    assert float(junk.max()) < float(particles.quantile(0.05))
+
+
+def test_an_image_that_is_not_finite_spoils_no_other(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]],
+) -> None:
+    model, images, _ = fitted
+    broken = images[:4].clone()
+    broken[1, 0, 3, 3] = torch.nan
+    good = model.encode(batch_of(images[:4]))
+    found = model.encode(batch_of(broken))
+    keep = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(found.z[keep], good.z[keep], atol=1e-5, rtol=0)
+    assert float(found.extras["log_likelihood"][1]) < float(good.extras["log_likelihood"].min())
+
+
+def test_what_is_needed_to_resume_goes_through_a_file(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("state") / "state.pt"
+    images, _ = stack(n_images=20)
+    model, other = model_of(nodes_per_dim=3), model_of(nodes_per_dim=3)
+    model.schedule(0.0, 0)
+    model(batch_of(images))
+    torch.save(model.training_state(), path)
+    other.load_state_dict(model.state_dict())
+    other.load_training_state(torch.load(path, weights_only=True))
+    for each in (model, other):
+        each.schedule(0.5, 1)
+    (a,), (b,) = model(batch_of(images)).values(), other(batch_of(images)).values()
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+    latest = other.latest()
+    assert latest is not None and len(latest[0]) == 20
+
+
+def test_one_seed_gives_one_map() -> None:
+    images, _ = stack(n_images=120)
+    maps = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = model_of(nodes_per_dim=4, angle_step_deg=30, n_particles=120)
+        fit(model, images, n_epochs=2)
+        maps.append((list(model.parameters()), model.decode(model.nodes()).detach()))
+    for a, b in zip(maps[0][0], maps[1][0], strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    torch.testing.assert_close(maps[0][1], maps[1][1], atol=1e-4, rtol=0)
