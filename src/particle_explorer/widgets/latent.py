@@ -662,7 +662,9 @@ class LatentDock(QWidget):
         self.canvas.set_look(look)
         for name, button in (*self.tools.items(), ("fit", self.fit_button), ("density", self.density_button)):
             button.setIcon(_icon(name, look.text, look.line))
-            button.setStyleSheet(f"QToolButton:checked {{ background: {look.line}; border-radius: 3px; }}")
+            button.setStyleSheet(
+                f"QToolButton:checked:enabled {{ background: {look.line}; border-radius: 3px; }}"
+            )
 
 
 class ValueSlider(QWidget):
