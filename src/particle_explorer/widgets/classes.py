@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qtpy.QtCore import QRectF, Qt
+from qtpy.QtCore import QRectF, Qt, QTimer
 from qtpy.QtGui import QColor, QFont, QFontMetrics, QImage, QPainter
 from qtpy.QtWidgets import (
     QCheckBox,
@@ -19,6 +20,7 @@ from qtpy.QtWidgets import (
     QLabel,
     QLineEdit,
     QPushButton,
+    QScrollArea,
     QVBoxLayout,
     QWidget,
 )
@@ -29,6 +31,7 @@ from particle_explorer.state import Opened, read
 from particle_explorer.status import Status
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
+from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
 from particle_explorer.widgets.latent_plot import follow
@@ -231,7 +234,7 @@ class ClassesDock(QWidget):
         self.what.clear()
         self.what.addItem("the selected particles", SELECTION)
         for name in groupings(self.state.features):
-            self.what.addItem(f"each group of {name}", name)
+            self.what.addItem(f"each {title_of(name.partition(' ')[0])}", name)
         position = self.what.findData(before)
         newest = self.what.count() - 1
         self.what.setCurrentIndex(position if before != SELECTION and position >= 0 else newest)
@@ -390,6 +393,14 @@ class ClassesDock(QWidget):
         self._show_layer(self.montage)
         self._show_quality()
         self._update_buttons()
+        self._scroll_to_results()
+
+    def _scroll_to_results(self) -> None:
+        area: QWidget | None = self
+        while area is not None and not isinstance(area, QScrollArea):
+            area = area.parentWidget()
+        if isinstance(area, QScrollArea):
+            QTimer.singleShot(0, partial(area.ensureWidgetVisible, self.quality_words))
 
     def _show_layer(self, made: Montage) -> None:
         scale, translate = self._placement(made)

@@ -667,6 +667,7 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
 def in_short(lines: list[str]) -> list[str]:
     """The first facts in one line, and no figures in brackets; hovering shows them all."""
     bare = [re.sub(r" \([^()]{12,}\)", "", line) for line in lines]
+    bare = [re.sub(r"(\d) (Å|px|µm)", "\\1\u00a0\\2", line) for line in bare]  # a number keeps its unit
     return [" · ".join(bare[:3]), *bare[3:]]
 
 

@@ -68,9 +68,10 @@ class Hand:
         assert field is not None
         self._show(widget)
         QTest.mouseClick(field, LEFT)
-        QTest.keyClick(field, Qt.Key.Key_A, Qt.KeyboardModifier.ControlModifier)
-        QTest.keyClicks(field, text)
-        QTest.keyClick(field, Qt.Key.Key_Return)
+        # keys go to the spin box, which hands them to its field, as they do under real fingers
+        QTest.keyClick(widget, Qt.Key.Key_A, Qt.KeyboardModifier.ControlModifier)
+        QTest.keyClicks(widget, text)
+        QTest.keyClick(widget, Qt.Key.Key_Return)
 
     def tab(self, name: str) -> None:
         """Click one of the tabs."""

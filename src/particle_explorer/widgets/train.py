@@ -472,6 +472,8 @@ def curves_of(metrics: pd.DataFrame) -> list[Curve]:
     x = metrics["epoch"].to_numpy(float)
     counters = {"epoch", "step", "seconds", "images_per_second", "learning_rate"}
     names = [name for name in metrics if name not in counters and metrics[name].dtype.kind == "f"]
+    if len(names) == 2 and "loss" in names:
+        names.remove("loss")  # the sum of one term is that term
     return [Curve(str(name).replace("_", " "), x, metrics[name].to_numpy(float)) for name in names[:4]]
 
 

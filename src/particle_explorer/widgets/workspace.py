@@ -193,7 +193,7 @@ class Workspace(QWidget):
         self.tabs.setCurrentIndex(1)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
-        """A averages what is selected on the map, E exports: keys pressed there that the map does not know."""
+        """A averages what is selected on the map, E exports: keys that the map does not know."""
         plain = Qt.KeyboardModifier.NoModifier
         if (
             isinstance(event, QKeyEvent)
