@@ -114,7 +114,7 @@ def test_a_training_is_followed_from_its_start(
     begun[0].epoch(2)
     qtbot.waitUntil(lambda: "7 s left" in dock.words.text(), timeout=10_000)
     assert "epoch 2 of 4" in dock.words.text() and "123 images/s" in dock.words.text()
-    assert dock.panel.n_images == 8 and len(dock.curves.curves) == 2
+    assert dock.panel.n_images == 8 and [curve.name for curve in dock.curves.curves] == ["fit"]
     assert not dock.setup.isVisible()
 
     dock.stop_button.click()
