@@ -165,6 +165,11 @@ class ScatterCanvas(QWidget):
     def shows_density(self) -> bool:
         return self._was_density
 
+    @property
+    def is_painted(self) -> bool:
+        """Whether the picture shows the present points, colours and selection."""
+        return self._backdrop is not None
+
     def set_points(
         self, points: Points, *, titles: tuple[str, str] = ("", ""), keep_view: bool = False
     ) -> None:
