@@ -96,7 +96,10 @@ def test_umap_keeps_groups_apart_and_repeats():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: cluster(np.zeros((3, 2), np.float32), ClusterConfig(n_clusters=4)), "3 particles cannot make 4"),
+        (
+            lambda: cluster(np.zeros((3, 2), np.float32), ClusterConfig(n_clusters=4)),
+            "3 particles cannot make 4",
+        ),
         (lambda: embed(np.zeros((9, 2), np.float32), EmbedConfig()), "too few for UMAP"),
         (lambda: cluster(np.full((30, 2), np.nan, np.float32), ClusterConfig()), "not numbers"),
     ],
