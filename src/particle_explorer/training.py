@@ -284,7 +284,8 @@ class Drawer:
             angle_deg, shift_yx_px = (part.astype(np.float32) for part in pose)
         angle = None if angle_deg is None else torch.deg2rad(torch.from_numpy(angle_deg))
         shift = None if shift_yx_px is None else torch.from_numpy(shift_yx_px)
-        return _array(self.model.decode(torch.from_numpy(z), angle, shift))
+        with autocast(self.model, torch.device("cpu"), "auto"):
+            return _array(self.model.decode(torch.from_numpy(z), angle, shift))
 
     def _gauge(self) -> Gauge:
         """The gauge of the run, read again when it was written anew."""
