@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 
 from particle_explorer import plugin
+from particle_explorer.configs import ClassMapConfig, RunConfig
 from particle_explorer.files import UserError
+from particle_explorer.jobs import DecodeClient
+from particle_explorer.latents import latent_columns
 from particle_explorer.particles import Particles
 from particle_explorer.session import Session
+from particle_explorer.status import StatusWriter
 
 NAME = "napari-particle-explorer"
 
@@ -108,6 +113,23 @@ def test_the_trained_sample_opens_with_its_map(
     assert run is not None and run.has_weights and session.has_images
     assert np.isfinite(session.images[0]).all()
     assert len(session.originals()) == session.n_particles
+    features = run.features()
+    z = features[latent_columns(features)].to_numpy()
+    with DecodeClient(run.path) as client:
+        pictures = client.decode(z[[0, -1]])
+    assert np.isfinite(pictures).all() and pictures.std() > 0
+
+
+def test_a_packed_session_is_whole_again_when_opened(tiny_session: Session, tmp_path: Path) -> None:
+    run = tiny_session.new_run(RunConfig(model=ClassMapConfig(), data=tiny_session.data_spec()))
+    with StatusWriter(run.path):
+        (run.path / "live").mkdir()
+    plugin.pack_session(tiny_session.path, tmp_path / "packed")
+    assert socket.gethostname() not in (tmp_path / "packed/runs" / run.name / "status.json").read_text()
+    packed = Session.open(tmp_path / "packed")
+    assert not packed.has_images and packed.runs()[0].state == "finished"
+    packed.prepare_images()
+    np.testing.assert_array_equal(packed.images[:], tiny_session.images[:])
 
 
 def test_napari_opens_a_stack_by_its_manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -183,6 +184,19 @@ def sample_session() -> Path:
     session = Session.open(target)
     session.prepare_images()
     return target
+
+
+def pack_session(session: Path, target: Path) -> None:
+    """Copy a session without what can be made again and without traces of the computer it was made on.
+
+    This is how the trained session of the sample is made; its image cache is built where it is opened.
+    """
+    left_out = shutil.ignore_patterns("images.*", "live", "resume.pt", "jobs", "log.txt", ".lock", "stop")
+    shutil.copytree(session, target, ignore=left_out)
+    for path in target.glob("runs/*/status.json"):
+        status = json.loads(path.read_text(encoding="utf-8"))
+        status.update(host="", pid=0, process_started="", message="")
+        path.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
 
 
 def copy_once(source: Path, target: Path) -> None:
