@@ -157,3 +157,28 @@ def test_napari_opens_the_workspace_from_the_plugins_menu(
     workspace.shutdown()
     second.shutdown()
     qtbot.wait(20)
+
+
+def test_the_trained_sample_opens_in_the_workspace(
+    make_napari_viewer: Callable[..., Any],
+    sample_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qtbot: Any,
+) -> None:
+    pytest.importorskip("napari")
+    from particle_explorer.widgets.workspace import workspace_of
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    viewer = make_napari_viewer()
+    viewer.open_sample(NAME, "hinge-session")
+    workspace = workspace_of(viewer)
+    assert workspace is not None
+    qtbot.waitUntil(lambda: "reconstruction" in viewer.layers, timeout=60_000)
+    assert workspace.state.run is not None and viewer.dims.ndim == 3
+    assert [layer.name for layer in viewer.layers if layer.visible] == [
+        "reconstruction",
+        "selected particles",
+    ]
+    workspace.shutdown()
+    qtbot.wait(50)

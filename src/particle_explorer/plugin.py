@@ -18,6 +18,7 @@ from particle_explorer.files import UserError
 
 if TYPE_CHECKING:
     from particle_explorer.particles import ImageStack, Particles
+    from particle_explorer.session import CachedImages
 
 METADATA = "particle_explorer"
 """Key of the metadata of layers that were read here; the Particles dock opens their source."""
@@ -31,9 +32,8 @@ class LazyStack:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, images: ImageStack) -> None:
+    def __init__(self, images: ImageStack | CachedImages, channels: int, n: int) -> None:
         self._images = images
-        n, channels = int(images.box_px[0]), images.n_channels
         self.shape = (len(images), n, n) if channels == 1 else (len(images), n, n, channels)
         self.ndim = len(self.shape)
         self.size = int(np.prod(self.shape))
@@ -86,20 +86,25 @@ def stack_layer(particles: Particles, source: Path) -> LayerData:
     if not len(boxes):
         raise UserError(f"{source} holds no particles")
     rows = np.flatnonzero(particles.images.box_px == boxes[np.argmax(counts)])
-    data = LazyStack(particles.images.take(rows))
+    images = particles.images.take(rows)
+    data = LazyStack(images, images.n_channels, int(images.box_px[0]))
     sizes = particles.table["pixel_size_A"].to_numpy(float)[rows]
     size = float(sizes[0]) if math.isfinite(float(sizes[0])) and sizes[0] > 0 else 1.0
-    few = data.read(np.linspace(0, len(data) - 1, min(N_FOR_CONTRAST, len(data))).astype(int))
-    low, high = np.percentile(few, [0.5, 99.5])
     attributes = {
         "name": source.stem,
         "scale": (1.0, size, size),
         "axis_labels": ("particle", "y", "x"),
-        "contrast_limits": (float(low), float(max(high, low + 1e-6))),
+        "contrast_limits": _limits(data),
         "rgb": data.ndim == 4,
         "metadata": {METADATA: {"source": str(source), "n_particles": len(particles.table)}},
     }
     return data, attributes, "image"
+
+
+def _limits(data: LazyStack) -> tuple[float, float]:
+    few = data.read(np.linspace(0, len(data) - 1, min(N_FOR_CONTRAST, len(data))).astype(int))
+    low, high = np.percentile(few, [0.5, 99.5])
+    return float(low), float(max(high, low + 1e-6))
 
 
 def read_session(path: str | list[str]) -> list[LayerData]:
@@ -108,11 +113,22 @@ def read_session(path: str | list[str]) -> list[LayerData]:
     folder = file.parent if file.name == "session.json" else file
     if _open_workspace(folder):
         return [(None,)]  # type: ignore[list-item]  # napari's way to say: read, and no layer comes of it
+    return [session_layer(folder)]
+
+
+def session_layer(folder: Path) -> LayerData:
+    """The prepared images of a session as a layer."""
     from particle_explorer.session import Session
 
     session = Session.open(folder)
-    data = session.images
-    return [(data, {"name": session.name, "metadata": {METADATA: {"source": str(folder)}}}, "image")]
+    data = LazyStack(session.images, *session.images.shape[1:3])
+    attributes = {
+        "name": session.name,
+        "contrast_limits": _limits(data),
+        "rgb": data.ndim == 4,
+        "metadata": {METADATA: {"session": str(folder)}},
+    }
+    return data, attributes, "image"
 
 
 def write_stack(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
@@ -216,7 +232,10 @@ def open_sample_particles() -> list[LayerData]:
 
 def open_sample_session() -> list[LayerData]:
     """File → Open Sample → Simulated hinge: trained session; opens the workspace."""
-    return read_session(str(sample_session()))
+    folder = sample_session()
+    data, attributes, kind = session_layer(folder)
+    # napari insists on a layer from a sample; the workspace shows these images itself
+    return [(data, {**attributes, "visible": not _open_workspace(folder)}, kind)]
 
 
 def _open_workspace(folder: Path) -> bool:
