@@ -262,13 +262,13 @@ def _cropped_spectrum(images: Images, m: int) -> NDArray[np.complex64]:
 
 
 def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
-    """`(n, n)`: outside the particle and inside the circle that fits the box; with the corners where that is
-    thin."""
+    """`(n, n)`: all that lies outside the particle, corners included as in RELION.
+
+    Its mean is subtracted from every image, so its own noise goes into them: the more pixels the better.
+    """
     y, x = np.indices((n, n)) - n // 2
     radius = np.hypot(y, x)
-    ring = (radius > diameter_px / 2) & (radius <= n / 2)
-    if np.count_nonzero(ring) < LEAST_RING_PX:
-        ring = radius > min(diameter_px / 2, n / 2)
+    ring = radius > diameter_px / 2
     if np.count_nonzero(ring) < LEAST_RING_PX:
         ring = radius >= n // 2 - 1
     return ring
