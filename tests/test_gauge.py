@@ -184,6 +184,7 @@ def test_a_run_keeps_its_gauge_and_its_poses(tmp_path: Path) -> None:
     table = saved["pose-held"]
     assert list(table.columns) == ["angle_deg", "shift_y_px", "shift_x_px"]
     assert (table.index.to_numpy() == uid).all()
+    assert found.angle_deg is not None and found.shift_yx_px is not None
     angle, shift = gauge.held_pose(found.z, found.angle_deg, found.shift_yx_px, np.full(50, 2.0))
     np.testing.assert_allclose(pose.wrap_deg(table["angle_deg"] - angle), 0, atol=1e-3)
     np.testing.assert_allclose(table[["shift_y_px", "shift_x_px"]], shift, atol=1e-4)

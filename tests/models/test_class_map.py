@@ -266,6 +266,45 @@ def test_what_is_needed_to_resume_goes_through_a_file(tmp_path_factory: pytest.T
     assert latest is not None and len(latest[0]) == 20
 
 
+@pytest.mark.parametrize("n_images", [1, 3, 30])
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_few_or_empty_images_are_survived(n_images: int, latent_dim: int) -> None:
+    for images in (torch.randn(n_images, 1, 16, 16), torch.zeros(n_images, 1, 16, 16)):
+        model = model_of(16, nodes_per_dim=3, angle_step_deg=30, latent_dim=latent_dim)
+        fit(model, images, n_epochs=1)
+        encoding = model.encode(batch_of(images))
+        assert encoding.angle is not None and encoding.shift is not None
+        for value in encoding[:4]:
+            assert value is not None and value.isfinite().all()
+        assert model.decode(encoding.z).isfinite().all()
+
+
+def test_the_start_shows_a_map_and_leaves_gradients_on() -> None:
+    images, _ = stack(n_images=100)
+    model = model_of(nodes_per_dim=4, angle_step_deg=30, n_particles=100)
+    said = []
+    for step in model.start(Fitted(images)):
+        assert torch.is_grad_enabled() and 0 <= step.fraction <= 1
+        if model.latest() is not None:
+            said.append(step.what)
+    assert said
+    latest = model.latest()
+    assert latest is not None and latest[1].shape == (100, 1) and bool(latest[1].isfinite().all())
+
+
+def test_a_step_is_seen_by_the_next_encoding() -> None:
+    """Turned templates that are kept for speed are not kept too long."""
+    images, _ = stack(n_images=20)
+    model = model_of(nodes_per_dim=4, angle_step_deg=30)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    model.encode(batch_of(images))
+    torch.stack(list(model(batch_of(images)).values())).sum().backward()
+    optimiser.step()
+    fresh = model_of(nodes_per_dim=4, angle_step_deg=30)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.encode(batch_of(images)).z, fresh.encode(batch_of(images)).z)
+
+
 def test_one_seed_gives_one_map() -> None:
     images, _ = stack(n_images=120)
     maps = []

@@ -17,7 +17,7 @@ turning and decoding the nodes goes through autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -75,8 +75,10 @@ def _fast_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _block(floats_per_image: int, factor: int = 1) -> int:
-    return max(1, factor * _BLOCK_BYTES // (4 * floats_per_image))
+def _block(floats_per_image: int, device: torch.device, factor: int = 1) -> int:
+    """How many images make a block; a GPU wants large ones."""
+    n_bytes = factor * _BLOCK_BYTES * (1 if device.type == "cpu" else 32)
+    return max(1, n_bytes // (4 * floats_per_image))
 
 
 class _Turn(torch.autograd.Function):
@@ -150,6 +152,7 @@ class ClassMap(ParticleModel):
 
         self.disc_px = min(data.diameter_px / self.px_per_px / 2, n / 2 - _DISC_EDGE_PX - 0.5)
         spread = config.shift_range_px / self.px_per_px or max(2.0, round(0.075 * n))
+        self.spread_px = spread
         self.shift_step = max(1, round(n / 48))
         n_side = max(1, math.floor(spread / self.shift_step + 1e-6))
         at = torch.arange(-n_side, n_side + 1) * self.shift_step
@@ -197,7 +200,7 @@ class ClassMap(ParticleModel):
         self._last_z: Tensor | None = None
         self._power: Tensor | None = None
         self._fine: dict[int, Tensor] = {}
-        self._fine_key: tuple[int, ...] = ()
+        self._fine_key: tuple[object, ...] = ()
 
     # ---- pictures
 
@@ -256,7 +259,7 @@ class ClassMap(ParticleModel):
 
     def _set_noise(self, power: Tensor) -> None:
         # shell 0 is one coefficient, which background normalisation has touched: it takes its neighbour's
-        power = power.clone()
+        power = power.clamp_min(1e-6)
         power[0] = power[1]
         padded = F.pad(power.log()[None, None], (1, 1), mode="replicate")
         smooth = F.conv1d(padded, torch.tensor([[[0.25, 0.5, 0.25]]], device=power.device))[0, 0]
@@ -300,7 +303,9 @@ class ClassMap(ParticleModel):
         prior = self._log_prior_shifts()
         back = self.coarse_band.phases(-self.shifts)[:, None]
         found = []
-        for part in self._rows(images, self.coarse_band).split(_block(len(prior) * (px + r * k))):
+        for part in self._rows(images, self.coarse_band).split(
+            _block(len(prior) * (px + r * k), images.device)
+        ):
             rows = real_rows(part[:, None] * back)
             scores = torch.addmm(minus_norm, rows.flatten(0, 1), flat.T)
             best = scores.view(len(part), len(prior), r, k).amax(-1) + prior[:, None]
@@ -320,7 +325,7 @@ class ClassMap(ParticleModel):
         back = self.band.phases(-self.shifts)[:, None]
         gradient = torch.zeros_like(templates)
         evidence, nodes = [], []
-        step = _block(p * (px + 2 * k), 4)
+        step = _block(p * (px + 2 * k), images.device, 4)
         for start in range(0, b, step):
             part = pose[start : start + step]
             coefficients = self._rows(images[start : start + step], self.band)
@@ -394,15 +399,19 @@ class ClassMap(ParticleModel):
     @torch.no_grad()
     def _remember(self, images: Tensor, row: Tensor, node: Tensor, nodes: Tensor) -> None:
         """Keep what the live view and the noise estimate need of this step."""
-        if self._last_z is None:
-            size = max(self.data.n_particles, int(row.max()) + 1)
-            self._last_z = torch.full((size, self.latent_dim), torch.nan, device=node.device)
-        self._last_z[row] = node @ self.node_z
+        self._show(row, node @ self.node_z)
         # signal and noise are independent: the power of the images is the sum of theirs
         raw = self._radial_power(images).mean(0)
         model = node.mean(0) @ self._radial_power(nodes)
         power = torch.maximum(raw - model, 0.1 * raw)
         self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
+
+    def _show(self, row: Tensor, z: Tensor) -> None:
+        """Keep latent positions for the live view."""
+        if self._last_z is None:
+            size = max(self.data.n_particles, int(row.max()) + 1)
+            self._last_z = torch.full((size, self.latent_dim), torch.nan, device=z.device)
+        self._last_z[row] = z
 
     def training_state(self) -> dict[str, Any]:
         return {
@@ -427,23 +436,19 @@ class ClassMap(ParticleModel):
         return row, self._last_z[row]
 
     def start(self, batches: Batches) -> Iterator[Step]:
-        n_fit = len(batches)
-        device = self.node_z.device
-        some = torch.randperm(n_fit)[: min(n_fit, 4096)]
-        with torch.no_grad(), _fast_products(self.precision):
-            yield from self._start_noise(batches, some)
-            yield from self._start_template(batches, n_fit)
-            targets = None
-            for item in self._start_components(batches, n_fit):
-                if isinstance(item, Step):
-                    yield item
-                else:
-                    targets = item
-        assert targets is not None
-        yield from self._start_decoder(targets.to(device))
+        """Noise, one template by annealed EM, alignment and components, and a decoder that draws them.
 
-    def _start_noise(self, batches: Batches, some: Tensor) -> Iterator[Step]:
+        A map that starts at random folds: two of its parts come to describe the same conformation.
+        """
+        yield from self._start_noise(batches)
+        template = yield from self._start_template(batches)
+        targets = yield from self._start_components(batches, template)
+        yield from self._start_decoder(targets)
+
+    @torch.no_grad()
+    def _start_noise(self, batches: Batches) -> Iterator[Step]:
         yield Step("noise", 0.0)
+        some = torch.randperm(len(batches))[:4096]
         images = torch.cat([self._inside(batches.take(part).images) for part in some.split(1024)])
         total = self._radial_power(images).mean(0)
         outside = 1 - soft_disc(self.box, self.disc_px + 2, 2.0, device=images.device)
@@ -453,8 +458,10 @@ class ClassMap(ParticleModel):
             total = torch.minimum(total, around)
         self._set_noise(total)
 
-    def _start_template(self, batches: Batches, n_fit: int) -> Iterator[Step]:
-        """One template by annealed EM."""
+    @torch.no_grad()
+    def _start_template(self, batches: Batches) -> Generator[Step, None, Tensor]:
+        """One whitened template `(1, c, n, n)` by annealed EM."""
+        n_fit = len(batches)
         n, c = self.box, self.data.n_channels
         device = self.node_z.device
         n_steps, size = 60, min(n_fit, 300)
@@ -465,12 +472,13 @@ class ClassMap(ParticleModel):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
             band = self.coarse_band if step < 0.6 * n_steps else self.band
             chosen = torch.randint(len(sample), (size,))
-            new = self._one_template_step(sample[chosen], template, heat, band)
+            with _fast_products(self.precision):
+                new = self._one_template_step(sample[chosen], template, heat, band)
             keep = 0.0 if step < 5 else 0.7
             template = keep * template + (1 - keep) * new * self.mask
             if step % 5 == 4:
                 yield Step("one template", step / n_steps)
-        self._template = template
+        return template
 
     def _one_template_step(self, images: Tensor, template: Tensor, heat: float, band: FourierBand) -> Tensor:
         """The average `(1, c, n, n)` of images brought back by the posterior over poses of one template."""
@@ -479,7 +487,7 @@ class ClassMap(ParticleModel):
         prior = self._log_prior_shifts()
         phases = band.phases(-self.shifts)[:, None]
         total = torch.zeros_like(templates)
-        for part in self._rows(images, band).split(_block(len(prior) * templates.shape[1])):
+        for part in self._rows(images, band).split(_block(len(prior) * templates.shape[1], images.device)):
             rows = real_rows(part[:, None] * phases).flatten(0, 1)
             scores = torch.addmm(minus_norm, rows, templates.T).view(len(part), len(prior), -1)
             gamma = ((scores + prior[:, None]) * heat).flatten(1).softmax(1)
@@ -490,16 +498,21 @@ class ClassMap(ParticleModel):
             0, keepdim=True
         ) / len(images)
 
-    def _start_components(self, batches: Batches, n_fit: int) -> Iterator[Any]:
-        """Align by the template; yields steps and then the node images to start from."""
+    @torch.no_grad()
+    def _start_components(self, batches: Batches, template: Tensor) -> Generator[Step, None, Tensor]:
+        """Node images `(k, c, n, n)` to start from: mean ± components of images aligned by a template."""
+        n_fit = len(batches)
         n, c, d = self.box, self.data.n_channels, self.latent_dim
         whitener = self._whitener()
         chosen = torch.randperm(n_fit)[: min(n_fit, 16384, _ALIGNED_BYTES // (4 * c * n * n))]
-        templates = self._templates(self._template, self.coarse_band)
-        aligned = []
+        templates = self._templates(template, self.coarse_band)
+        aligned, rows = [], []
         for i, part in enumerate(chosen.split(1024)):
-            images = self._inside(batches.take(part).images)
-            pose = self._search(images, templates, 1)[:, 0]
+            batch = batches.take(part)
+            rows.append(batch.row)
+            images = self._inside(batch.images)
+            with _fast_products(self.precision):
+                pose = self._search(images, templates, 1)[:, 0]
             r = len(self.angles)
             whitened = self._filter(images, whitener)
             aligned.append(unplace(whitened, self.angles[pose % r], self.shifts[pose // r].float()))
@@ -509,17 +522,19 @@ class ClassMap(ParticleModel):
         mean = stack.mean(0)
         blur = torch.exp(-2 * (math.pi * 1.0 * fourier_radius(n, stack.device) / n) ** 2)
         flat = (self._filter(stack - mean, blur) * self.mask).flatten(1)
-        _, s, v = torch.svd_lowrank(flat, q=d + 6, niter=3)
+        _, s, v = torch.svd_lowrank(flat, q=min(d + 6, *flat.shape), niter=3)
+        s, v = F.pad(s, (0, max(0, d + 1 - len(s)))), F.pad(v, (0, max(0, d - len(s))))
         sd = s / math.sqrt(len(flat))
         sd = (sd[:d] ** 2 - sd[-1] ** 2).clamp_min(1e-6).sqrt()
+        # a first map to look at: uniform on ±1 has a standard deviation of 1 / √3
+        self._show(torch.cat(rows), (flat @ v[:, :d] / (math.sqrt(3) * sd)).clamp(-1, 1))
         components = v[:, :d].T.reshape(d, c, n, n) * sd[:, None, None, None]
-        z = self.node_z * math.sqrt(3)
-        nodes = mean * self.mask + torch.einsum("kd,dchw->kchw", z, components)
-        yield self._filter(nodes, 1 / whitener)
+        nodes = mean * self.mask + torch.einsum("kd,dchw->kchw", self.node_z * math.sqrt(3), components)
+        return self._filter(nodes, 1 / whitener)
 
     def _start_decoder(self, targets: Tensor) -> Iterator[Step]:
         targets = targets * self.decoder.disc
-        scale = (targets - targets.mean(0)).std().clamp_min(1e-6)
+        scale = (targets - targets.mean(0)).std().clamp_min(1e-3)
         with torch.no_grad():
             self.decoder.base.copy_(targets.mean(0))
         # a subset of a large map per step: the decoder is smooth
@@ -558,11 +573,14 @@ class ClassMap(ParticleModel):
             reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
             yield Step("gauge", (i + 1) / n_rounds)
         parts = torch.randperm(len(batches))[:2000].split(1000)
-        powers = []
+        powers, spreads = [], []
         for i, part in enumerate(parts):
-            powers.append(self._residual_power(batches.take(part)))
+            power, spread = self._residuals(batches.take(part))
+            powers.append(power)
+            spreads.append(spread)
             yield Step("noise", (i + 1) / len(parts))
         self._set_noise(torch.stack(powers).mean(0))
+        self.shift_sd.copy_(torch.stack(spreads).mean().sqrt().clamp(0.3 * self.shift_step, self.spread_px))
         self._choose_proposals(batches.take(parts[0][:500]).images)
         self._proposals = self._proposed_in = None
 
@@ -575,8 +593,8 @@ class ClassMap(ParticleModel):
         held = mass.cumsum(1).quantile(0.1, dim=0)
         self.n_encode_proposals.fill_(max(6, 1 + int((held < 0.998).sum())))
 
-    def _residual_power(self, batch: Batch) -> Tensor:
-        """`(n // 2 + 1)` radial power of images minus their reconstructions."""
+    def _residuals(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`(n // 2 + 1)` radial power of images minus their reconstructions, and mean square of a shift."""
         encoding = self.encode(batch)
         assert encoding.angle is not None and encoding.shift is not None
         drawn = self._inside(self.decode(encoding.z, encoding.angle, encoding.shift))
@@ -586,7 +604,9 @@ class ClassMap(ParticleModel):
         n_values = (2 * math.pi * shell).clamp_min(1) * self.data.n_channels
         grip = shell**2 * self._radial_power(drawn).mean(0) / power * n_values
         taken = (3 + self.latent_dim) * grip / grip.sum().clamp_min(1e-12)
-        return power * n_values / (n_values - taken).clamp_min(0.5 * n_values)
+        power = power * n_values / (n_values - taken).clamp_min(0.5 * n_values)
+        squares = encoding.shift.square().mean(1) + encoding.extras["shift_std"].square()
+        return power, squares.mean() / self.px_per_px**2
 
     # ---- encoding
 
@@ -691,7 +711,7 @@ class ClassMap(ParticleModel):
 
     def _fine_rows(self, nodes: Tensor, a: int) -> Tensor:
         """All nodes at the fine turns about angle `a`: `(3, k, c, q)`; kept until the weights change."""
-        key = tuple(value._version for value in (*self.parameters(), self.noise_power))
+        key = (str(nodes.device), *(value._version for value in (*self.parameters(), self.noise_power)))
         if self._fine_key != key:
             self._fine_key, self._fine = key, {}
         if a not in self._fine:
