@@ -21,7 +21,7 @@ from qtpy.QtWidgets import QApplication
 from particle_explorer import jobs, plugin
 from particle_explorer.io.reading import read
 from particle_explorer.session import Session
-from particle_explorer.widgets.data import ParticlesDock, free_folder
+from particle_explorer.widgets.data import ParticlesDock, free_folder, in_short
 
 SLOW = 20_000
 
@@ -194,6 +194,19 @@ def test_sets_are_listed_and_select(dock: ParticlesDock, tiny_session: Session, 
     tiny_session.save_selection("first seven", other)
     dock.state.sets_changed.emit()
     qtbot.waitUntil(lambda: dock.sets.count() == 2, timeout=SLOW)
+
+
+def test_the_summary_is_short() -> None:
+    lines = [
+        "9 particles",
+        "box 64 px",
+        "pixel size 2 Å",
+        "looks dark (t = 30.3 over 64 images)",
+        "/a/b/c.mrcs is old",
+    ]
+    first, second, third = in_short(lines)
+    assert first == "9 particles · box 64\u00a0px · pixel size 2\u00a0Å"
+    assert second == "looks dark" and third == "c.mrcs is old"
 
 
 def test_a_free_folder_is_found(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qtpy.QtWidgets import (
     QLineEdit,
     QPushButton,
     QScrollArea,
+    QSizePolicy,
     QVBoxLayout,
     QWidget,
 )
@@ -195,6 +196,7 @@ class ClassesDock(QWidget):
         self.export_bar.stopped.connect(self._update_buttons)
         self.export_words = QLabel()
         self.export_words.setWordWrap(True)
+        self.export_words.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
         self.export_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         row = QHBoxLayout(self.question)
         row.setContentsMargins(0, 0, 0, 0)

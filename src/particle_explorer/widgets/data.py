@@ -161,6 +161,7 @@ class ParticlesDock(QWidget):
         page = QWidget()
         self.summary = QLabel()
         self.summary.setWordWrap(True)
+        self.summary.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
         self.summary.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.existing_button = QPushButton("Open session")
         self.existing_button.clicked.connect(self._open_existing)
@@ -248,6 +249,7 @@ class ParticlesDock(QWidget):
         page = QWidget()
         self.session_words = QLabel()
         self.session_words.setWordWrap(True)
+        self.session_words.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
         self.session_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.sets_words = QLabel()
         self.sets_words.setWordWrap(True)
@@ -665,8 +667,9 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
 
 
 def in_short(lines: list[str]) -> list[str]:
-    """The first facts in one line, and no figures in brackets; hovering shows them all."""
+    """The first facts in one line, no figures in brackets, no folders; hovering shows them all."""
     bare = [re.sub(r" \([^()]{12,}\)", "", line) for line in lines]
+    bare = [re.sub(r"/(?:[^\s/]+/)+", "", line) for line in bare]
     bare = [re.sub(r"(\d) (Å|px|µm)", "\\1\u00a0\\2", line) for line in bare]  # a number keeps its unit
     return [" · ".join(bare[:3]), *bare[3:]]
 
