@@ -329,7 +329,8 @@ def describe_device(device: torch.device) -> str:
     """In the words of a user: the name of the GPU, or the number of CPU threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index or 0})"
-    return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return "Apple GPU" if device.type == "mps" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def has_bf16(device: torch.device) -> bool:
