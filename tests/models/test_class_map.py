@@ -316,3 +316,15 @@ def test_one_seed_gives_one_map() -> None:
     for a, b in zip(maps[0][0], maps[1][0], strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(maps[0][1], maps[1][1], atol=1e-4, rtol=0)
+
+
+def test_a_constant_added_to_an_image_changes_nothing(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]],
+) -> None:
+    """Background normalisation leaves the noise of its mean in every pixel of an image."""
+    model, images, _ = fitted
+    offset = torch.linspace(-2, 2, 50)[:, None, None, None]
+    plain, moved = (model.encode(batch_of(x)) for x in (images[:50], images[:50] + offset))
+    for a, b in ((plain.z, moved.z), (plain.angle, moved.angle), (plain.shift, moved.shift)):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0)

@@ -34,6 +34,7 @@ from particle_explorer.transforms import (
     fourier_resize,
     place,
     pose_gradients,
+    radius,
     real_rows,
     register,
     rotation_matrix,
@@ -169,6 +170,7 @@ class ClassMap(ParticleModel):
         constant("angles", torch.arange(n_angles) * self.angle_step)
         constant("shifts", shifts)
         constant("mask", soft_disc(n, self.disc_px + 1, _DISC_EDGE_PX))
+        constant("radius", radius(n))
         constant("shell", fourier_radius(n).round().long().clamp(max=n // 2))
         self.register_buffer("noise_power", torch.ones(n // 2 + 1))
         self.register_buffer("shift_sd", torch.tensor(spread / 2))
@@ -179,6 +181,7 @@ class ClassMap(ParticleModel):
         self.angles: Tensor
         self.shifts: Tensor
         self.mask: Tensor
+        self.radius: Tensor
         self.shell: Tensor
         self.register_buffer("n_encode_proposals", torch.tensor(24))
         self.n_encode_proposals: Tensor
@@ -233,8 +236,15 @@ class ClassMap(ParticleModel):
     # ---- whitening
 
     def _whitener(self) -> Tensor:
-        """`(n, n // 2 + 1)` filter that makes the noise white with variance 1."""
-        return self.noise_power.clamp_min(1e-8).rsqrt()[self.shell]
+        """`(n, n // 2 + 1)` filter that makes the noise white with variance 1.
+
+        It takes the mean of an image away: background normalisation leaves the noise of *its* mean in every
+        pixel, many times that of the next shell, and no conformation or pose is told by it.
+        """
+        return self.noise_power.clamp_min(1e-8).rsqrt()[self.shell] * (self.shell > 0)
+
+    def _unwhitener(self) -> Tensor:
+        return self.noise_power.clamp_min(1e-8).sqrt()[self.shell]
 
     def _filter(self, images: Tensor, factor: Tensor) -> Tensor:
         n = images.shape[-1]
@@ -258,12 +268,10 @@ class ClassMap(ParticleModel):
         return total / count
 
     def _set_noise(self, power: Tensor) -> None:
-        # shell 0 is one coefficient, which background normalisation has touched: it takes its neighbour's
         power = power.clamp_min(1e-6)
-        power[0] = power[1]
-        padded = F.pad(power.log()[None, None], (1, 1), mode="replicate")
-        smooth = F.conv1d(padded, torch.tensor([[[0.25, 0.5, 0.25]]], device=power.device))[0, 0]
-        self.noise_power.copy_(smooth.exp())
+        padded = F.pad(power[1:].log()[None, None], (1, 1), mode="replicate")
+        smooth = F.conv1d(padded, torch.tensor([[[0.25, 0.5, 0.25]]], device=power.device))[0, 0].exp()
+        self.noise_power.copy_(torch.cat([smooth[:1], smooth]))
 
     # ---- rows and templates
 
@@ -493,17 +501,19 @@ class ClassMap(ParticleModel):
             gamma = ((scores + prior[:, None]) * heat).flatten(1).softmax(1)
             total.addmm_(gamma.view(len(rows), -1).T, rows)
         coefficients = torch.view_as_complex(total.view(len(total), self.data.n_channels, -1, 2))
-        whitener = self._whitener().flatten()[band.index]
-        return unplace(band.images(coefficients / whitener), self.angles, mode="bicubic").sum(
-            0, keepdim=True
-        ) / len(images)
+        unwhitener = self._unwhitener().flatten()[band.index]
+        back = unplace(band.images(coefficients * unwhitener), self.angles, mode="bicubic")
+        average = back.sum(0, keepdim=True) / len(images)
+        # the mean is not in the band: what makes the surroundings of the particle 0
+        around = (1 - self.mask) * (self.radius < self.box / 2 - 1)
+        return average - (average * around).sum((2, 3), keepdim=True) / around.sum().clamp_min(1.0)
 
     @torch.no_grad()
     def _start_components(self, batches: Batches, template: Tensor) -> Generator[Step, None, Tensor]:
         """Node images `(k, c, n, n)` to start from: mean ± components of images aligned by a template."""
         n_fit = len(batches)
         n, c, d = self.box, self.data.n_channels, self.latent_dim
-        whitener = self._whitener()
+        with_mean = 1 / self._unwhitener()
         chosen = torch.randperm(n_fit)[: min(n_fit, 16384, _ALIGNED_BYTES // (4 * c * n * n))]
         templates = self._templates(template, self.coarse_band)
         aligned, rows = [], []
@@ -514,13 +524,14 @@ class ClassMap(ParticleModel):
             with _fast_products(self.precision):
                 pose = self._search(images, templates, 1)[:, 0]
             r = len(self.angles)
-            whitened = self._filter(images, whitener)
+            whitened = self._filter(images, with_mean)
             aligned.append(unplace(whitened, self.angles[pose % r], self.shifts[pose // r].float()))
             yield Step("aligning", min(1.0, (i + 1) * 1024 / len(chosen)))
         stack = torch.cat(aligned)
         aligned.clear()
         mean = stack.mean(0)
         blur = torch.exp(-2 * (math.pi * 1.0 * fourier_radius(n, stack.device) / n) ** 2)
+        blur[0, 0] = 0  # the noise of the background's mean would be the first component
         flat = (self._filter(stack - mean, blur) * self.mask).flatten(1)
         _, s, v = torch.svd_lowrank(flat, q=min(d + 6, *flat.shape), niter=3)
         s, v = F.pad(s, (0, max(0, d + 1 - len(s)))), F.pad(v, (0, max(0, d - len(s))))
@@ -530,7 +541,7 @@ class ClassMap(ParticleModel):
         self._show(torch.cat(rows), (flat @ v[:, :d] / (math.sqrt(3) * sd)).clamp(-1, 1))
         components = v[:, :d].T.reshape(d, c, n, n) * sd[:, None, None, None]
         nodes = mean * self.mask + torch.einsum("kd,dchw->kchw", self.node_z * math.sqrt(3), components)
-        return self._filter(nodes, 1 / whitener)
+        return self._filter(nodes, self._unwhitener())
 
     def _start_decoder(self, targets: Tensor) -> Iterator[Step]:
         targets = targets * self.decoder.disc
@@ -731,8 +742,8 @@ class ClassMap(ParticleModel):
         posterior and mean squared residual `(b,)`.
         """
         # an image brought back, times every node and its gradients, is one product
-        flat = nodes.flatten(1)
-        gradients = pose_gradients(nodes).flatten(2)
+        flat = (nodes * self.mask).flatten(1)
+        gradients = (pose_gradients(nodes) * self.mask).flatten(2)
         squares = flat.square().sum(1)
         normal = gradients @ gradients.transpose(1, 2)
         along = (gradients @ flat[..., None])[..., 0]
