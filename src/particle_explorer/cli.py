@@ -653,6 +653,9 @@ HIDDEN: dict[str, type[Command]] = {"decode-server": DecodeServer}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Threads that wait by spinning starve their partners when another program wants a core: a fit beside
+    # one busy program took twice as long. Sleeping costs nothing on a quiet machine. torch reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command = parse(words)
         if command is not None:
