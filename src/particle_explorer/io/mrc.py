@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from mrcfile.dtypes import HEADER_DTYPE
 from numpy.typing import NDArray
 
 from particle_explorer.files import UserError, replacing
 from particle_explorer.io.descriptors import DescriptorPool, read_images
 from particle_explorer.particles import Images, Rows
 
-HEADER_BYTES = 1024
+HEADER_BYTES = HEADER_DTYPE.itemsize
 DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 """MRC mode → numpy type."""
 LARGEST_BOX = 16_384
@@ -53,8 +53,9 @@ class MrcFile:
                 f'{self.path} lacks the "MAP" stamp of an MRC file; its sizes fit the file, so it is read'
             )
         order = self._byte_order(header, notes)
-        nx, ny, nz, mode = struct.unpack_from(order + "4i", header, 0)
-        (n_symbol_bytes,) = struct.unpack_from(order + "i", header, 92)
+        fields = _fields(header, order)
+        nx, ny, nz, mode = (int(fields[name]) for name in ("nx", "ny", "nz", "mode"))
+        n_symbol_bytes = int(fields["nsymbt"])
         if mode not in DTYPES:
             raise UserError(
                 f"{self.path} holds data of MRC mode {mode}, which is not a mode of real images; modes 0, 1, "
@@ -66,7 +67,7 @@ class MrcFile:
             raise UserError(
                 f"{self.path} is damaged or no MRC file: its header says {nz} images of {nx} × {ny} px"
             )
-        (ispg,) = struct.unpack_from(order + "i", header, 88)
+        ispg = int(fields["ispg"])
         if ispg > 400:
             raise UserError(f"{self.path} holds 3-D volumes (space group {ispg}), not particle images")
         self._dtype = np.dtype(order + DTYPES[mode])
@@ -86,7 +87,7 @@ class MrcFile:
             )
         self.n_images = nz
         self.shape = (1, nx, nx)
-        self.pixel_size_A = self._header_pixel_size(header, order, nx)
+        self.pixel_size_A = _pixel_size_A(fields)
         self.notes = tuple(notes)
 
     def read(self, indices: Rows) -> Images:
@@ -113,18 +114,24 @@ class MrcFile:
 
     @staticmethod
     def _plausible(header: bytes, order: str) -> bool:
-        nx, ny, nz, mode = struct.unpack_from(order + "4i", header, 0)
+        fields = _fields(header, order)
+        nx, ny, nz, mode = (int(fields[name]) for name in ("nx", "ny", "nz", "mode"))
         return 0 < nx <= 1 << 20 and 0 < ny <= 1 << 20 and 0 < nz <= 1 << 30 and 0 <= mode <= 101
 
-    @staticmethod
-    def _header_pixel_size(header: bytes, order: str, nx: int) -> float:
-        """Å, or NaN: 0 and 1.0 are what programs write that do not know."""
-        (mx,) = struct.unpack_from(order + "i", header, 28)
-        (cell,) = struct.unpack_from(order + "f", header, 40)
-        size = cell / (mx if mx > 0 else nx)
-        if not math.isfinite(size) or size <= 0 or abs(size - 1.0) < 1e-6 or size > 1e4:
-            return math.nan
-        return float(np.float32(size))
+
+def _fields(header: bytes, order: str) -> np.void:
+    """The header by the names of the standard."""
+    found: np.void = np.frombuffer(header, HEADER_DTYPE.newbyteorder(order))[0]
+    return found
+
+
+def _pixel_size_A(fields: np.void) -> float:
+    """Å, or NaN: 0 and 1.0 are what programs write that do not know."""
+    n = int(fields["mx"]) if fields["mx"] > 0 else int(fields["nx"])
+    size = float(fields["cella"]["x"]) / n
+    if not math.isfinite(size) or size <= 0 or abs(size - 1.0) < 1e-6 or size > 1e4:
+        return math.nan
+    return float(np.float32(size))
 
 
 class StackWriter:
@@ -168,21 +175,19 @@ class StackWriter:
         mean = self._sum / pixels
         deviation = math.sqrt(max(0.0, self._sum_of_squares / pixels - mean * mean))
         least, largest = (self._least, self._largest) if n else (0.0, -1.0)
-        header = bytearray(HEADER_BYTES)
-        struct.pack_into("<4i", header, 0, box, box, n, 2 if self._dtype.itemsize == 4 else 12)
-        struct.pack_into("<3i", header, 28, box, box, 1)
-        cell = box * self._pixel_size_A
-        struct.pack_into("<6f", header, 40, cell, cell, self._pixel_size_A, 90, 90, 90)
-        struct.pack_into("<3i", header, 64, 1, 2, 3)
-        struct.pack_into("<3f", header, 76, least, largest, mean)
-        struct.pack_into("<i", header, 108, 20140)
-        header[208:216] = b"MAP " + b"\x44\x44\x00\x00"
-        struct.pack_into("<f", header, 216, deviation)
-        struct.pack_into("<i", header, 220, 1)
-        label = b"napari-particle-explorer"
-        header[224 : 224 + len(label)] = label
+        header = np.zeros((), HEADER_DTYPE)
+        header["nx"] = header["ny"] = header["mx"] = header["my"] = box
+        header["nz"], header["mz"] = n, 1
+        header["mode"] = 2 if self._dtype.itemsize == 4 else 12
+        header["cella"] = (box * self._pixel_size_A, box * self._pixel_size_A, self._pixel_size_A)
+        header["cellb"] = (90, 90, 90)
+        header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
+        header["dmin"], header["dmax"], header["dmean"], header["rms"] = least, largest, mean, deviation
+        header["nversion"], header["map"], header["machst"] = 20140, b"MAP ", (0x44, 0x44, 0, 0)
+        header["nlabl"] = 1
+        header["label"][0] = b"napari-particle-explorer"
         self._file.seek(0)
-        self._file.write(header)
+        self._file.write(header.tobytes())
         self._file.flush()
 
 
