@@ -38,7 +38,7 @@ def test_from_a_stack_to_class_averages_by_hand(
     hand.choose_file(tmp_path / tiny_stack.name)
     hand.wait(lambda: particles.preview.n_images > 0, "the preview")
     assert "120" in particles.summary.text()
-    hand.write(particles.form.editor("diameter_A"), "200")
+    hand.write(particles.form.editor("diameter_A").native, "200")
     hand.rest()
     camera.take("1-open")
     hand.click(particles.prepare_button)
@@ -47,7 +47,7 @@ def test_from_a_stack_to_class_averages_by_hand(
 
     # train
     train = workspace.train
-    hand.write(train.train_form.editor("n_epochs"), "2")
+    hand.write(train.train_form.editor("n_epochs").native, "2")
     hand.click(train.train_button)
     hand.wait(lambda: train.watch.isVisible(), "the training", 60)
     hand.wait(lambda: "reconstruction" in viewer.layers, "the map", 400)

@@ -78,9 +78,9 @@ def test_a_stack_is_summed_up_and_previewed(
     assert "120" in dock.summary.text() and "32" in dock.summary.text()
     assert dock.preview.n_images == 18, "nine before and nine after"
     assert dock.form.value().diameter_A == pytest.approx(0.9 * 32 * 7, rel=0.01)
-    assert "Å" in dock.form.editor("diameter_A").text()  # type: ignore[attr-defined]
+    assert "Å" in dock.form.editor("diameter_A").native.text()
     assert "about" in dock.prepare_button.text()
-    assert dock.form.editor("ctf").isEnabled() == (suffix != ".mrcs")
+    assert dock.form.editor("ctf").enabled == (suffix != ".mrcs")
     assert Path(dock.folder.text()) == stack.with_name(f"{stack.stem}_explorer")
 
 
@@ -88,7 +88,7 @@ def test_settings_and_subset_reach_the_worker(
     dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
 ) -> None:
     _open(dock, stack, qtbot)
-    dock.form.editor("diameter_A").setValue(150)  # type: ignore[attr-defined]
+    dock.form.editor("diameter_A").value = 150
     dock.subset.setChecked(True)
     column = next(name for name, values in dock.found.columns.items() if len(values) == 0)  # type: ignore[union-attr]
     dock.column.setCurrentText("box_px")
@@ -106,11 +106,11 @@ def test_an_impossible_setting_is_said_at_once_and_not_started(
     dock: ParticlesDock, stack: Path, qtbot: QtBot
 ) -> None:
     _open(dock, stack, qtbot)
-    dock.form.editor("diameter_A").setValue(1000)  # type: ignore[attr-defined]
+    dock.form.editor("diameter_A").value = 1000
     qtbot.waitUntil(lambda: dock.complaint.isVisible(), timeout=SLOW)
     assert "larger than the box" in dock.complaint.sentence.text()
     assert not dock.prepare_button.isEnabled()
-    dock.form.editor("diameter_A").setValue(150)  # type: ignore[attr-defined]
+    dock.form.editor("diameter_A").value = 150
     qtbot.waitUntil(lambda: dock.prepare_button.isEnabled(), timeout=SLOW)
     assert not dock.complaint.isVisible()
 

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("qtpy")
 
+from magicgui.widgets import Container
+from magicgui.widgets.bases import ValueWidget
 from qtpy.QtCore import QPoint, QPointF, Qt
 from qtpy.QtGui import QWheelEvent
 from qtpy.QtWidgets import QApplication, QLabel
 
 from particle_explorer import configs
-from particle_explorer.widgets.form import ConfigForm, Number, command_line
+from particle_explorer.widgets.form import ConfigForm, command_line
+from particle_explorer.widgets.number_box import Number, WholeNumber
 
 FORMS = [
     configs.PreprocessConfig,
@@ -28,6 +31,11 @@ FORMS = [
     configs.AverageConfig,
     configs.SimulateConfig,
 ]
+
+
+def _type(box: Number, text: str) -> None:
+    box.native.lineEdit().setText(text)
+    box.native.interpretText()
 
 
 def _values(field: Any) -> st.SearchStrategy[Any]:
@@ -64,15 +72,42 @@ def test_every_setting_is_titled_and_explained(qapp: QApplication, config: type[
         if len(typing.get_args(field.annotation)) == 1:
             continue  # nothing to choose
         editor = form.editor(name)
-        assert field.title in texts | {getattr(editor, "text", str)()}
-        assert editor.toolTip()
+        assert field.title in texts | {getattr(editor, "text", "")}
+        assert editor.tooltip
+
+
+@pytest.mark.parametrize("config", FORMS, ids=lambda config: config.__name__)
+def test_every_control_is_a_magicgui_widget(qapp: QApplication, config: type[configs.Config]) -> None:
+    form = ConfigForm(config)
+    for name in config.model_fields:
+        if len(typing.get_args(config.model_fields[name].annotation)) != 1:
+            editor = form.editor(name)
+            assert isinstance(editor, ValueWidget)
+            assert form.isAncestorOf(editor.native)
+
+
+def test_a_number_box_is_one_of_magicguis(qapp: QApplication) -> None:
+    box, whole = Number(0, 1e5, "Å", "automatic"), WholeNumber(1, 2**31 - 1)
+    inside = Container(widgets=[box, whole], labels=False)
+    told: list[float] = []
+    box.changed.connect(told.append)
+    box.value = 1e-4
+    box.value = 1e-4
+    assert told == [1e-4]
+    assert (box.min, box.max, box.step) == (0, 1e5, None)
+    assert (whole.min, whole.max, whole.step) == (1, 2**31 - 1, 1)
+    assert box.parent is inside
+    assert box.render().shape[2] == 4
+    with pytest.raises(ValueError, match="outside"):
+        box.value = 2e5
+    inside.close()
 
 
 @given(number=st.floats(1e-12, 1e5))
 def test_a_number_is_kept_exactly(qapp: QApplication, number: float) -> None:
-    box = Number(0, 1e5, "", "")
-    box.set_number(number)
-    assert box.number() == number
+    box = Number(0, 1e5)
+    box.value = number
+    assert box.value == number
 
 
 @pytest.mark.parametrize(
@@ -80,31 +115,29 @@ def test_a_number_is_kept_exactly(qapp: QApplication, number: float) -> None:
 )
 def test_numbers_can_be_typed(qapp: QApplication, typed: str, value: float) -> None:
     box = Number(0, 1e5, "Å", "0.9 of the box")
-    box.lineEdit().setText(typed)
-    box.interpretText()
-    assert box.number() == value
+    _type(box, typed)
+    assert box.value == value
 
 
 def test_nothing_silly_can_be_typed(qapp: QApplication) -> None:
-    box = Number(0, 10, "", "")
-    box.set_number(3.0)
+    box = Number(0, 10)
+    box.value = 3.0
     for typed in ("nan", "inf", "many", "11"):
-        box.lineEdit().setText(typed)
-        box.interpretText()
-        assert box.number() == 3.0
+        _type(box, typed)
+        assert box.value == 3.0
 
 
 def test_a_step_follows_the_size_of_the_number(qapp: QApplication) -> None:
     box = Number(0, 1e5, "", "automatic")
     for start, expected in ((0.0003, 0.0004), (180.0, 190.0), (0.0, 1.0)):
-        box.set_number(start)
-        box.stepBy(1)
-        assert box.number() == pytest.approx(expected)
+        box.value = start
+        box.native.stepBy(1)
+        assert box.value == pytest.approx(expected)
 
 
 def test_zero_says_what_it_means(qapp: QApplication) -> None:
     form = ConfigForm(configs.PreprocessConfig)
-    assert form.editor("box_px").text() == "automatic"
+    assert form.editor("box_px").native.text() == "automatic"
 
 
 def test_told_once_when_set_and_not_when_equal(qapp: QApplication) -> None:
@@ -115,14 +148,15 @@ def test_told_once_when_set_and_not_when_equal(qapp: QApplication) -> None:
     assert not told
     form.setValue(configs.TrainConfig(n_epochs=5, seed=3))
     assert len(told) == 1
-    form.editor("n_epochs").setValue(6)
+    form.editor("n_epochs").value = 6
     assert len(told) == 2
 
 
-def test_scrolling_past_a_number_changes_nothing(qapp: QApplication) -> None:
+@pytest.mark.parametrize("name", ["n_epochs", "learning_rate", "precision"])
+def test_scrolling_past_a_control_changes_nothing(qapp: QApplication, name: str) -> None:
     form = ConfigForm(configs.TrainConfig)
     form.show()
-    editor = form.editor("n_epochs")
+    editor = form.editor(name).native
     editor.clearFocus()
     event = QWheelEvent(
         QPointF(5, 5),
@@ -142,10 +176,10 @@ def test_scrolling_past_a_number_changes_nothing(qapp: QApplication) -> None:
 def test_an_inapplicable_setting_is_off_and_says_why(qapp: QApplication) -> None:
     form = ConfigForm(configs.PreprocessConfig)
     form.set_applicable("ctf", False, "The file has no CTF parameters")
-    assert not form.editor("ctf").isEnabled()
-    assert "no CTF" in form.editor("ctf").toolTip()
+    assert not form.editor("ctf").enabled
+    assert "no CTF" in form.editor("ctf").tooltip
     form.set_applicable("ctf", True)
-    assert form.editor("ctf").isEnabled() and "flips" in form.editor("ctf").toolTip()
+    assert form.editor("ctf").enabled and "flips" in form.editor("ctf").tooltip
 
 
 def test_unbounded_numbers_are_refused(qapp: QApplication) -> None:

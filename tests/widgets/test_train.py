@@ -57,8 +57,8 @@ def test_the_class_map_comes_first_and_every_model_is_explained(
 
 def test_the_form_is_the_command_line(dock: TrainDock, tiny_session: Session) -> None:
     dock.state.open_session(tiny_session)
-    dock.forms["class-map"].editor("latent_dim").setValue(1)  # type: ignore[attr-defined]
-    dock.train_form.editor("n_epochs").setValue(3)  # type: ignore[attr-defined]
+    dock.forms["class-map"].editor("latent_dim").value = 1
+    dock.train_form.editor("n_epochs").value = 3
     expected = ["train", str(tiny_session.path), "--model.kind", "class-map", "--model.latent-dim", "1"]
     assert dock.arguments() == [*expected, "--train.n-epochs", "3", "--device", "auto"]
 

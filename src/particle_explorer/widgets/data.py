@@ -374,8 +374,7 @@ class ParticlesDock(QWidget):
         if found.existing is not None:
             self.existing_button.setText(f"Open the session that is there: {found.existing.name}")
             self.existing_button.setToolTip(str(found.existing))
-        diameter = self.form.editor("diameter_A")
-        diameter.setSuffix(f" {found.unit}")  # type: ignore[attr-defined]
+        self.form.editor("diameter_A").native.setSuffix(f" {found.unit}")
         self.form.setValue(PreprocessConfig(diameter_A=found.diameter))
         has_ctf = "defocus_u_A" in found.columns
         self.form.set_applicable("ctf", has_ctf, "The file has no CTF parameters")

@@ -1,132 +1,41 @@
 """A form built from a class of settings: `value()`, `setValue()`, `valueChanged`.
 
-Titles, units, bounds and help are the declaration's own. What comes out is what went in: numbers are kept
-exactly, not to the digits a spin box shows.
+One magicgui widget per field, chosen by its type. Titles, units, bounds and help are the declaration's own.
+What comes out is what went in: numbers are kept exactly, not to the digits a spin box shows.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import re
 import typing
 from typing import Any, Generic, Literal, TypeVar
 
+from magicgui.widgets import CheckBox, ComboBox
+from magicgui.widgets.bases import ValueWidget
 from pydantic.fields import FieldInfo
-from qtpy.QtCore import Qt, Signal
-from qtpy.QtGui import QWheelEvent
-from qtpy.QtWidgets import (
-    QCheckBox,
-    QComboBox,
-    QDoubleSpinBox,
-    QFormLayout,
-    QLabel,
-    QSizePolicy,
-    QSpinBox,
-    QToolButton,
-    QVBoxLayout,
-    QWidget,
-)
+from qtpy.QtCore import QEvent, QObject, Qt, Signal
+from qtpy.QtWidgets import QFormLayout, QLabel, QSizePolicy, QToolButton, QVBoxLayout, QWidget
 
 from particle_explorer.configs import Config
+from particle_explorer.widgets.number_box import Number, WholeNumber
 
 C = TypeVar("C", bound=Config)
 
 
-class WholeNumber(QSpinBox):
-    """A whole number; the wheel changes it only after a click, so that scrolling a dock is harmless."""
+class CalmWheel(QObject):
+    """The wheel changes a control only after a click into it, so that scrolling a dock is harmless."""
 
-    def __init__(self, low: int, high: int, unit: str, zero: str) -> None:
-        super().__init__()
-        self.setRange(low, high)
-        self.setSuffix(f" {unit}" if unit else "")
-        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-        if zero and low == 0:
-            self.setSpecialValueText(zero)
-
-    def wheelEvent(self, event: QWheelEvent | None) -> None:
-        if self.hasFocus():
-            super().wheelEvent(event)
-        elif event is not None:
-            event.ignore()
-
-
-class Number(QDoubleSpinBox):
-    """A number of any size, kept exactly: 1e-4 stays 1e-4, and 182.37 does not become 182.4."""
-
-    def __init__(self, low: float, high: float, unit: str, zero: str) -> None:
-        super().__init__()
-        self._exact: float | None = None
-        self.setDecimals(15)
-        self.setRange(low, high)
-        self.setSuffix(f" {unit}" if unit else "")
-        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-        if zero and low == 0:
-            self.setSpecialValueText(zero)
-        self.valueChanged.connect(self._forget)
-
-    def number(self) -> float:
-        return self.value() if self._exact is None else self._exact
-
-    def set_number(self, value: float) -> None:
-        self.setValue(value)
-        self._exact = value
-
-    def _forget(self, _: float) -> None:
-        self._exact = None
-
-    def textFromValue(self, value: float) -> str:
-        return f"{value:.6g}"
-
-    def valueFromText(self, text: str | None) -> float:
-        number = self._parsed(text or "")
-        return self.value() if number is None else number
-
-    def validate(self, text: str | None, position: int) -> tuple[Any, str, int]:
-        from qtpy.QtGui import QValidator
-
-        text = text or ""
-        number = self._parsed(text)
-        if number is None:
-            # on the way to a number: "1e", "-", ""
-            partial = re.fullmatch(r"\s*[-+]?[0-9]*\.?[0-9]*([eE][-+]?)?\s*", self._bare(text)) is not None
-            state = QValidator.State.Intermediate if partial else QValidator.State.Invalid
-        elif self.minimum() <= number <= self.maximum():
-            state = QValidator.State.Acceptable
-        else:
-            state = QValidator.State.Intermediate
-        return state, text, position
-
-    def _bare(self, text: str) -> str:
-        return text.removesuffix(self.suffix()).strip()
-
-    def _parsed(self, text: str) -> float | None:
-        bare = self._bare(text)
-        if self.specialValueText() and bare == self.specialValueText():
-            return self.minimum()
-        try:
-            number = float(bare)
-        except ValueError:
-            return None
-        return number if math.isfinite(number) else None
-
-    def stepBy(self, steps: int) -> None:
-        """About a tenth of the number's own size, so that one arrow serves 0.0003 and 3000."""
-        now = self.value()
-        if now == 0:
-            self.setValue(steps * min(1.0, self.maximum() / 1000))
-            return
-        step = 10.0 ** math.floor(math.log10(abs(now)))
-        size = abs(now)
-        if size < 2 * step:
-            step /= 10
-        self.setValue(round(now / step + steps) * step)
-
-    def wheelEvent(self, event: QWheelEvent | None) -> None:
-        if self.hasFocus():
-            super().wheelEvent(event)
-        elif event is not None:
-            event.ignore()
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
+        if (
+            event is not None
+            and event.type() == QEvent.Type.Wheel
+            and isinstance(watched, QWidget)
+            and not watched.hasFocus()
+        ):
+            event.ignore()  # for the scroll area around
+            return True
+        return False
 
 
 class Folded(QWidget):
@@ -165,7 +74,9 @@ class ConfigForm(QWidget, Generic[C]):
     ) -> None:
         super().__init__(parent)
         self._config = config
-        self._editors: dict[str, QWidget] = {}
+        self._editors: dict[str, ValueWidget[Any]] = {}
+        self._wheel = CalmWheel(self)
+        self._labels: dict[str, QLabel] = {}
         self._helps: dict[str, str] = {}
         self._constant: dict[str, Any] = {}
         front, folded = _rows(self), _rows()
@@ -190,52 +101,61 @@ class ConfigForm(QWidget, Generic[C]):
             self._constant[name] = field.get_default()
             return
         help_text = inspect.cleandoc(field.description or "")
-        title = QLabel(field.title or name)
-        for part in (title, editor):
-            part.setToolTip(_wrapped(help_text))
-        editor.setObjectName(name)
-        editor.setAccessibleName(field.title or name)
+        title = field.title or name
+        editor.name, editor.label, editor.tooltip = name, title, _wrapped(help_text)
+        native: QWidget = editor.native
+        native.setObjectName(name)
+        native.setAccessibleName(title)
+        native.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+        native.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        native.installEventFilter(self._wheel)
         self._editors[name], self._helps[name] = editor, help_text
         rows = folded if extra.get("advanced") else front
-        if isinstance(editor, QCheckBox):
-            editor.setText(field.title or name)
-            rows.addRow(editor)
+        if isinstance(editor, CheckBox):
+            editor.text = title
+            rows.addRow(native)
         else:
-            rows.addRow(title, editor)
-        if isinstance(editor, QCheckBox):
-            editor.toggled.connect(self._changed)
-        elif isinstance(editor, QComboBox):
-            editor.currentIndexChanged.connect(self._changed)
-        elif isinstance(editor, QSpinBox | QDoubleSpinBox):
-            editor.setKeyboardTracking(False)
-            editor.valueChanged.connect(self._changed)
+            label = QLabel(title)
+            label.setToolTip(editor.tooltip)
+            rows.addRow(label, native)
+            self._labels[name] = label
+        editor.changed.connect(self._changed)
 
     def _changed(self, *_: object) -> None:
         self.valueChanged.emit()
 
-    def editor(self, name: str) -> QWidget:
-        """The control of one setting."""
+    def editor(self, name: str) -> ValueWidget[Any]:
+        """The magicgui widget of one setting; its Qt control is `native`."""
         return self._editors[name]
 
+    def _values(self) -> dict[str, Any]:
+        return {name: editor.value for name, editor in self._editors.items()}
+
     def value(self) -> C:
-        values = {name: _read(editor) for name, editor in self._editors.items()}
-        return self._config(**values, **self._constant)
+        return self._config(**self._values(), **self._constant)
 
     def setValue(self, config: C) -> None:
         """Show these settings; tells `valueChanged` once if anything is different."""
-        before = None if not self._editors else {n: _read(e) for n, e in self._editors.items()}
+        before = self._values()
         for name, editor in self._editors.items():
-            blocked = editor.blockSignals(True)
-            _write(editor, getattr(config, name))
-            editor.blockSignals(blocked)
-        if {n: _read(e) for n, e in self._editors.items()} != before:
+            with editor.changed.blocked():
+                editor.value = getattr(config, name)
+        if self._values() != before:
             self.valueChanged.emit()
+
+    def show_row(self, name: str, shown: bool, title: str = "") -> None:
+        """Show or hide a setting, under its own title or another one."""
+        editor = self._editors[name]
+        label = self._labels[name]
+        label.setText(title or editor.label)
+        label.setVisible(shown)
+        editor.native.setVisible(shown)
 
     def set_applicable(self, name: str, applicable: bool, reason: str = "") -> None:
         """Switch a control off where it has no meaning; hovering says why."""
         editor = self._editors[name]
-        editor.setEnabled(applicable)
-        editor.setToolTip(_wrapped(self._helps[name] if applicable else reason))
+        editor.enabled = applicable
+        editor.tooltip = _wrapped(self._helps[name] if applicable else reason)
 
 
 def _rows(parent: QWidget | None = None) -> QFormLayout:
@@ -246,21 +166,16 @@ def _rows(parent: QWidget | None = None) -> QFormLayout:
     return rows
 
 
-def _editor(field: FieldInfo, unit: str, zero: str) -> QWidget | None:
-    """The control for one field, chosen by its type; None for a field with a single possible value."""
+def _editor(field: FieldInfo, unit: str, zero: str) -> ValueWidget[Any] | None:
+    """The widget for one field, chosen by its type; None for a field with a single possible value."""
     kind = field.annotation
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if len(choices) == 1:
             return None
-        combo = QComboBox()
-        for choice in choices:
-            combo.addItem(str(choice).replace("-", " "), choice)
-        combo.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-        combo.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
-        return combo
+        return ComboBox(choices=[(str(choice).replace("-", " "), choice) for choice in choices])
     if kind is bool:
-        return QCheckBox()
+        return CheckBox()
     low, high = _bounds(field)
     if kind is int:
         return WholeNumber(int(low), int(high), unit, zero)
@@ -281,32 +196,7 @@ def _bounds(field: FieldInfo) -> tuple[float, float]:
                 high = value if attribute == "le" else math.nextafter(value, -math.inf)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise TypeError(f"setting {field.title!r} has no bounds, which a form needs")
-    if field.annotation is float and low != 0 and abs(low) < 1e-15:
-        low = 1e-15  # "greater than zero" on the grid of what a spin box can hold
     return low, high
-
-
-def _read(editor: QWidget) -> Any:
-    if isinstance(editor, QCheckBox):
-        return editor.isChecked()
-    if isinstance(editor, QComboBox):
-        return editor.currentData()
-    if isinstance(editor, Number):
-        return editor.number()
-    assert isinstance(editor, QSpinBox)
-    return editor.value()
-
-
-def _write(editor: QWidget, value: Any) -> None:
-    if isinstance(editor, QCheckBox):
-        editor.setChecked(value)
-    elif isinstance(editor, QComboBox):
-        editor.setCurrentIndex(editor.findData(value))
-    elif isinstance(editor, Number):
-        editor.set_number(value)
-    else:
-        assert isinstance(editor, QSpinBox)
-        editor.setValue(value)
 
 
 def _wrapped(text: str) -> str:
