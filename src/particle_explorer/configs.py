@@ -86,6 +86,10 @@ class PreprocessConfig(Config):
     """Longest diameter of the particle. 0 takes 0.9 of the box. The mask, the background ring, the shift
     range and the box follow from it. For images without a pixel size, this number is in pixels."""
 
+    pixel_size_A: float = setting(0.0, "Pixel size", unit="Å", ge=0, le=1000, zero="as the file says")
+    """Å per pixel of the original images. 0 takes what the file says; another number is for files that do
+    not say it, and replaces what a file says wrongly."""
+
     box_px: int = setting(0, "Box", unit="px", ge=0, le=512, zero="automatic")
     """Side of the cached images; larger originals are cropped in Fourier space. 0 chooses: the original
     box, at most 64 px."""
@@ -284,7 +288,8 @@ class AccuracyConfig(Config):
     models: Literal["all", "class-map", "class-map-2d", "spatial-vae"] = setting("all", "Models")
     """`class-map` is the class map of one dimension, `class-map-2d` the default of two."""
     n_seeds: int = setting(3, "Seeds", ge=1, le=100)
-    """Runs of the one-dimensional class map per stack, with seeds 0, 1, …; the other models run once."""
+    """Runs with seeds 0, 1, … of the model asked for; with all models, of the one-dimensional class map, and
+    the others run once."""
     n_particles: int = setting(0, "Particles", ge=0, le=10_000_000)
     """Particles used of every stack, a fifth of them to score; 0 takes them all."""
     vae_epochs: int = setting(0, "Epochs of spatial-VAE", ge=0, le=10_000)

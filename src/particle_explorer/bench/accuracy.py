@@ -129,15 +129,14 @@ def _digits(name: str) -> int:
 
 def _models(config: AccuracyConfig) -> Iterator[tuple[ClassMapConfig | SpatialVAEConfig, TrainConfig, str]]:
     wanted = ("class-map", "class-map-2d", "spatial-vae") if config.models == "all" else (config.models,)
+    epochs = config.vae_epochs or (2 if config.quick else 0)
     for name in wanted:
-        if name == "class-map":
-            for seed in range(1 if config.quick else config.n_seeds):
-                yield ClassMapConfig(latent_dim=1), TrainConfig(seed=seed), name
-        elif name == "class-map-2d":
-            yield ClassMapConfig(latent_dim=2), TrainConfig(), name
-        else:
-            epochs = config.vae_epochs or (2 if config.quick else 0)
-            yield SpatialVAEConfig(latent_dim=1), TrainConfig(n_epochs=epochs), name
+        once = config.quick or (config.models == "all" and name != "class-map")
+        for seed in range(1 if once else config.n_seeds):
+            if name == "spatial-vae":
+                yield SpatialVAEConfig(latent_dim=1), TrainConfig(seed=seed, n_epochs=epochs), name
+            else:
+                yield ClassMapConfig(latent_dim=1 if name == "class-map" else 2), TrainConfig(seed=seed), name
 
 
 def _one(session: Session, model: ClassMapConfig | SpatialVAEConfig, train: TrainConfig) -> dict[str, Any]:
