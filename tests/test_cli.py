@@ -100,6 +100,37 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     )
 
 
+def test_a_given_pixel_size_gives_an_export_in_angstrom(tmp_path, say):
+    images = np.random.default_rng(0).normal(size=(8, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "bare.npy", images)
+    size = ("--preprocess.pixel-size-A", "2.5")
+    path = Path(say("import", tmp_path / "bare.npy", "--session", tmp_path / "s", *size)[-1])
+    say("train", path, *TINY)
+    say("export", path, "--out", tmp_path / "out.star")
+    text = (tmp_path / "out.star").read_text()
+    assert "_rlnImagePixelSize" in text and "_rlnOriginXAngst" in text
+    latents = Session.open(path).newest_finished_run().latents()
+    found = read(tmp_path / "out.star").table
+    assert found["pixel_size_A"].eq(2.5).all()
+    shift = found[["shift_y_px", "shift_x_px"]].to_numpy()
+    np.testing.assert_allclose(shift, latents.shift_yx_px, atol=1e-5)
+
+
+def test_an_edited_star_file_keeps_its_own_pixel_size(tiny_stack, tmp_path, say):
+    """Its optics table stays, so its origins in Å must fit that and not the number given."""
+    path = Path(
+        say("import", tiny_stack, "--session", tmp_path / "s", "--preprocess.pixel-size-A", "6.5")[-1]
+    )
+    session = Session.open(path)
+    assert session.plan.pixel_size_A == 6.5
+    say("train", path, *TINY)
+    say("export", path, "--out", tmp_path / "out.star")
+    found = read(tmp_path / "out.star", project_dir=tiny_stack.parent).table
+    latents = session.newest_finished_run().latents()
+    shift = found[["shift_y_px", "shift_x_px"]].to_numpy()
+    np.testing.assert_allclose(shift, latents.shift_yx_px, atol=1e-5)
+
+
 def test_a_session_without_runs_exports_its_particles(tiny_session, tiny_stack, tmp_path, say):
     say("export", tiny_session.path, "--out", tmp_path / "same.star", "--classes", "true_junk")
     table = read(tmp_path / "same.star", project_dir=tiny_stack.parent).table

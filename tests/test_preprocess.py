@@ -16,6 +16,7 @@ from particle_explorer.preprocess import (
     fourier_crop,
     normalise_background,
     plan,
+    with_pixel_size,
 )
 
 
@@ -83,12 +84,34 @@ def test_unknown_pixel_size_makes_the_diameter_one_in_pixels() -> None:
     assert np.isnan(made.cached_pixel_size_A)
 
 
+def test_a_given_pixel_size_makes_the_diameter_one_in_angstrom() -> None:
+    config = PreprocessConfig(diameter_A=60, box_px=50, pixel_size_A=1.5)
+    made = plan(rows(box=100, size=np.nan), config)
+    assert (made.pixel_size_A, made.cached_pixel_size_A) == (1.5, 3.0)
+    assert made.diameter_px == pytest.approx(60 / 1.5 / 2)
+    assert any(reason == "pixel size 1.5 Å, as given" for reason in made.reasons)
+    assert with_pixel_size(rows(size=np.nan), config)["pixel_size_A"].eq(1.5).all()
+    # with the pixel size, the CTF is known
+    assert plan(rows(size=np.nan, state="raw"), PreprocessConfig()).ctf == "none"
+    assert plan(rows(size=np.nan, state="raw"), PreprocessConfig(pixel_size_A=1.5)).ctf == "flip-raw"
+
+
+def test_a_given_pixel_size_replaces_another_one_and_says_so() -> None:
+    for said in (1.2, [1.2, 1.2, np.nan, 1.2]):
+        made = plan(rows(size=np.nan, pixel_size_A=said), PreprocessConfig(pixel_size_A=1.5))
+        assert made.pixel_size_A == 1.5
+        assert any("although the file says 1.2 Å" in reason for reason in made.reasons)
+    same = plan(rows(size=1.5), PreprocessConfig(pixel_size_A=1.5))
+    assert not any("although" in reason for reason in same.reasons)
+
+
 @pytest.mark.parametrize(
     ("table", "config", "said"),
     [
         (rows(box_px=[64, 64, 96, 96]), {}, "--where"),
         (rows(pixel_size_A=[1.0, 1.0, 2.0, 2.0]), {}, "--where"),
         (rows(pixel_size_A=[1.0, 1.0, np.nan, 2.0]), {}, "unknown"),
+        (rows(pixel_size_A=[1.0, 1.0, np.nan, 1.0]), {}, "--preprocess.pixel-size-A 1"),
         (rows(contrast_sign=[1, 1, -1, 1]), {}, "--where"),
         (rows(), {"diameter_A": 1000}, "larger than the box"),
         (rows(), {"box_px": 128}, "larger than the original"),

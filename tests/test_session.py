@@ -158,6 +158,14 @@ def test_unknown_pixel_size_survives(tmp_path):
     )
 
 
+def test_a_given_pixel_size_is_the_sessions(tmp_path):
+    images = np.random.default_rng(0).normal(size=(4, 16, 16)).astype(np.float32)
+    config = PreprocessConfig(diameter_A=24, pixel_size_A=2.0)
+    again = Session.open(Session.create(tmp_path / "s", read_array(images, "layer"), config).path)
+    assert again.table["pixel_size_A"].eq(2.0).all()
+    assert again.plan.cached_pixel_size_A == 2.0 and again.data_spec().diameter_px == 12
+
+
 def test_the_default_place_is_beside_the_data_if_it_can_be_written(tmp_path, monkeypatch):
     assert default_path(tmp_path / "a.star") == tmp_path / "a_explorer"
     monkeypatch.setattr("os.access", lambda *_: False)

@@ -60,7 +60,7 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
         raise UserError("there are no particles to prepare; the condition leaves none over")
     reasons: list[str] = []
     box = _one_box(table)
-    pixel_size = _one_pixel_size(table)
+    pixel_size = _pixel_size(table, config, reasons)
     known = math.isfinite(pixel_size)
 
     if config.diameter_A:
@@ -116,10 +116,35 @@ def _one_box(table: pd.DataFrame) -> int:
     return int(boxes[0])
 
 
+def with_pixel_size(table: pd.DataFrame, config: PreprocessConfig) -> pd.DataFrame:
+    """`table` with the pixel size that the settings give, if they do.
+
+    Shifts are in pixels and stay; they were read by what the file says, as its writer meant them.
+    """
+    return table.assign(pixel_size_A=config.pixel_size_A) if config.pixel_size_A else table
+
+
+def _pixel_size(table: pd.DataFrame, config: PreprocessConfig, reasons: list[str]) -> float:
+    if not config.pixel_size_A:
+        return _one_pixel_size(table)
+    said = np.unique(table["pixel_size_A"].dropna())
+    other = said[np.abs(said - config.pixel_size_A) > 1e-3 * config.pixel_size_A]
+    reasons.append(
+        f"pixel size {config.pixel_size_A:g} Å, as given"
+        + (f", although the file says {', '.join(f'{size:g}' for size in other[:3])} Å" if len(other) else "")
+    )
+    return config.pixel_size_A
+
+
 def _one_pixel_size(table: pd.DataFrame) -> float:
     sizes = np.unique(table["pixel_size_A"].to_numpy(np.float64))  # NaN last, once
     if len(sizes) == 1 or (np.isfinite(sizes).all() and sizes[-1] - sizes[0] <= 1e-3 * sizes[0]):
         return float(np.median(sizes))
+    if math.isnan(sizes[-1]) and np.ptp(sizes[:-1]) <= 1e-3 * sizes[0]:
+        raise UserError(
+            f"the pixel size of some images is {sizes[0]:g} Å and of others unknown; if all are alike, give "
+            f"--preprocess.pixel-size-A {sizes[0]:g}"
+        )
     shown = ", ".join("unknown" if math.isnan(size) else f"{size:g}" for size in sizes)
     raise UserError(
         f"the images have several pixel sizes ({shown} Å); choose one, for instance "

@@ -30,7 +30,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -238,6 +238,7 @@ class Session:
         _check_uids(particles)
         config = config or PreprocessConfig()
         plan = preprocess.plan(particles.table, config, guessed_sign(particles, config))
+        particles = replace(particles, table=preprocess.with_pixel_size(particles.table, config))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +264,13 @@ def test_unknown_pixel_size_and_a_file_in_angstrom(tmp_path: Path) -> None:
     (tmp_path / "a.star").write_text(
         "data_\nloop_\n_rlnImageName\n_rlnOriginXAngst\n_rlnOriginYAngst\n1@s.mrcs 0 0\n"
     )
+    found = read(tmp_path / "a.star")
     with pytest.raises(UserError, match="pixel size is not known"):
-        export(tmp_path / "b.star", read(tmp_path / "a.star"), shift_yx_px=[[1, 1]])
+        export(tmp_path / "b.star", found, shift_yx_px=[[1, 1]])
+    given = replace(found, table=found.table.assign(pixel_size_A=2.5))
+    notes = export(tmp_path / "b.star", given, shift_yx_px=[[1, 1]])
+    assert any("rlnImagePixelSize 2.5" in note for note in notes)
+    assert "-2.500000" in (tmp_path / "b.star").read_text()
 
 
 # ------------------------------------------------------------------ sources that are not star files

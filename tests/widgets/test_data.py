@@ -84,6 +84,30 @@ def test_a_stack_is_summed_up_and_previewed(
     assert Path(dock.folder.text()) == stack.with_name(f"{stack.stem}_explorer")
 
 
+def test_an_unknown_pixel_size_is_asked_for(
+    dock: ParticlesDock, tmp_path: Path, started: list[list[str]], qtbot: QtBot
+) -> None:
+    images = np.random.default_rng(0).normal(size=(12, 20, 20)).astype(np.float32)
+    np.save(tmp_path / "bare.npy", images)
+    _open(dock, tmp_path / "bare.npy", qtbot)
+    size, diameter = dock.form.editor("pixel_size_A"), dock.form.editor("diameter_A")
+    assert size.native.isVisible() and size.native.text() == "the file does not say it"
+    assert diameter.native.text() == "18 px"
+    size.value = 2.5
+    assert diameter.native.text() == "45 Å", "the same length"
+    size.value = 2.0
+    assert diameter.native.text() == "36 Å"
+    qtbot.waitUntil(lambda: "2 Å, as given" in dock.plan_words.text(), timeout=SLOW)
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    assert started[0][4:8] == ["--preprocess.diameter-A", "36.0", "--preprocess.pixel-size-A", "2.0"]
+
+
+def test_a_known_pixel_size_is_not_asked_for(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
+    _open(dock, stack, qtbot)
+    assert not dock.form.editor("pixel_size_A").native.isVisible()
+
+
 def test_settings_and_subset_reach_the_worker(
     dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
 ) -> None:

@@ -225,15 +225,7 @@ def _pixel_size(
 ) -> NDArray[np.float64]:
     """Å per pixel of the images: optics table, then detector pixel / magnification, then MRC header, then
     NaN."""
-    size = np.full(len(table), np.nan)
-    if "rlnImagePixelSize" in table:
-        size = numbers(table, "rlnImagePixelSize", star.path).copy()
-    if "rlnDetectorPixelSize" in table and "rlnMagnification" in table:
-        magnification = numbers(table, "rlnMagnification", star.path)
-        detector = numbers(table, "rlnDetectorPixelSize", star.path)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            size = np.where(size > 0, size, detector / magnification * 1e4)
-    size[~(np.isfinite(size) & (size > 0))] = np.nan
+    size = _own_pixel_size(star, table)
     both = np.isfinite(size) & np.isfinite(header)
     wrong = np.flatnonzero(both & (np.abs(header - size) > 0.01 * np.where(both, size, 1)))
     if len(wrong):
@@ -243,6 +235,20 @@ def _pixel_size(
             f"the star file counts"
         )
     return np.where(np.isfinite(size), size, header)
+
+
+def _own_pixel_size(star: StarFile, table: pd.DataFrame) -> NDArray[np.float64]:
+    """Å per pixel by the star file alone, NaN where it does not say; what its origins in Å are meant by."""
+    size = np.full(len(table), np.nan)
+    if "rlnImagePixelSize" in table:
+        size = numbers(table, "rlnImagePixelSize", star.path).copy()
+    if "rlnDetectorPixelSize" in table and "rlnMagnification" in table:
+        magnification = numbers(table, "rlnMagnification", star.path)
+        detector = numbers(table, "rlnDetectorPixelSize", star.path)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            size = np.where(size > 0, size, detector / magnification * 1e4)
+    size[~(np.isfinite(size) & (size > 0))] = np.nan
+    return size
 
 
 def _ctf_state(star: StarFile, table: pd.DataFrame, notes: list[str]) -> pd.Series:
@@ -358,7 +364,13 @@ def edited_star(
         edit.values["rlnClassNumber"] = [str(value) for value in class_id.tolist()]
     in_pixels = is_dialect_30(star, block)
     if angle_deg is not None or shift_yx_px is not None:
-        sizes = table["pixel_size_A"].to_numpy(np.float64)
+        own, sizes = _own_pixel_size(star, table), table["pixel_size_A"].to_numpy(np.float64)
+        if shift_yx_px is not None and not in_pixels and np.isnan(own).any() and np.isfinite(sizes).all():
+            notes.append(
+                "the star file does not say its pixel size, by which RELION reads origins in Å: write "
+                f"rlnImagePixelSize {sizes[0]:g} into its optics table"
+            )
+        sizes = np.where(np.isfinite(own), own, sizes)  # the file keeps its optics table, right or wrong
         edit.values |= pose_columns(angle_deg, shift_yx_px, sizes, in_pixels=in_pixels)
         edit.dropped = names_of(block.labels, PRIORS)
         if edit.dropped:

@@ -34,6 +34,7 @@ from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.number_box import Number
 from particle_explorer.widgets.painted import ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
@@ -74,6 +75,8 @@ class Found:
     """Columns of the table, with their values where there are few"""
     unit: str
     """Å where the pixel size is known, px otherwise"""
+    pixel_size_known: bool
+    """Of all particles"""
     diameter: float
     """0.9 of the box, in `unit`"""
     folder: Path
@@ -95,6 +98,7 @@ class ParticlesDock(QWidget):
         self.state = state_of(self.viewer)
         self.tasks = Tasks(self)
         self.found: Found | None = None
+        self._pixel_size = 0.0
         self._layer_source: Path | None = None
         self.setAcceptDrops(True)
 
@@ -167,6 +171,7 @@ class ParticlesDock(QWidget):
         self.existing_button.clicked.connect(self._open_existing)
 
         self.form = ConfigForm(PreprocessConfig)
+        self.form.valueChanged.connect(self._on_pixel_size)
         self.form.valueChanged.connect(self._preview_timer_start)
 
         self.subset = QCheckBox("Only particles where")
@@ -374,7 +379,9 @@ class ParticlesDock(QWidget):
         if found.existing is not None:
             self.existing_button.setText(f"Open the session that is there: {found.existing.name}")
             self.existing_button.setToolTip(str(found.existing))
+        self._pixel_size = 0.0
         self.form.editor("diameter_A").native.setSuffix(f" {found.unit}")
+        self.form.show_row("pixel_size_A", not found.pixel_size_known, zero="the file does not say it")
         self.form.setValue(PreprocessConfig(diameter_A=found.diameter))
         has_ctf = "defocus_u_A" in found.columns
         self.form.set_applicable("ctf", has_ctf, "The file has no CTF parameters")
@@ -391,6 +398,19 @@ class ParticlesDock(QWidget):
         self._set_busy(False)
         self._show(self.stack_page)
         self._preview_timer_start()
+
+    def _on_pixel_size(self) -> None:
+        """The diameter is in pixels until the pixel size is known; it stays the same length."""
+        value, before = self.form.value(), self._pixel_size
+        if value.pixel_size_A == before or self.found is None or self.found.unit == "Å":
+            return
+        self._pixel_size = value.pixel_size_A
+        editor = self.form.editor("diameter_A")
+        assert isinstance(editor, Number)
+        editor.native.setSuffix(" Å" if value.pixel_size_A else " px")
+        diameter = value.diameter_A * (value.pixel_size_A or 1.0) / (before or 1.0)
+        diameter = min(float(f"{diameter:.3g}"), editor.max)
+        self.form.setValue(value.model_copy(update={"diameter_A": diameter}))
 
     def _open_existing(self) -> None:
         if self.found is not None and self.found.existing is not None:
@@ -618,6 +638,7 @@ def _found(particles: Particles, path: Path) -> Found:
         lines=summary.lines(),
         columns={str(name): _choices(table[name]) for name in table.columns},
         unit="Å" if pixel_size else "px",
+        pixel_size_known=bool(table["pixel_size_A"].notna().all()),
         diameter=float(f"{0.9 * box * (pixel_size or 1.0):.3g}"),
         folder=free_folder(proposed),
         mixed_views=summary.n_classes > 1 or summary.is_3d,

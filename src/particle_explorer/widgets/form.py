@@ -143,13 +143,12 @@ class ConfigForm(QWidget, Generic[C]):
         if self._values() != before:
             self.valueChanged.emit()
 
-    def show_row(self, name: str, shown: bool, title: str = "") -> None:
-        """Show or hide a setting, under its own title or another one."""
+    def show_row(self, name: str, shown: bool, zero: str) -> None:
+        """Show or hide a number that is asked for only sometimes, and say what 0 means then."""
         editor = self._editors[name]
-        label = self._labels[name]
-        label.setText(title or editor.label)
-        label.setVisible(shown)
+        self._labels[name].setVisible(shown)
         editor.native.setVisible(shown)
+        editor.native.setSpecialValueText(zero)
 
     def set_applicable(self, name: str, applicable: bool, reason: str = "") -> None:
         """Switch a control off where it has no meaning; hovering says why."""
