@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from qtpy.QtCore import QEvent, QObject, Qt, QTimer
 from qtpy.QtGui import QHideEvent, QKeyEvent, QShowEvent
 from qtpy.QtWidgets import (
+    QApplication,
     QComboBox,
     QDockWidget,
     QFrame,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 DOCK_NAME = "Particle Explorer"
 COLUMN_PX = 392
+LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
 VIEW_MARGIN = 0.13
 
@@ -312,5 +314,20 @@ def run(session_path: str | os.PathLike[str] | None = None) -> None:
     import napari
 
     viewer = napari.Viewer(title="Particle Explorer")
+    _make_room(viewer)
     open_workspace(viewer, session_path)
     napari.run()
+
+
+def _make_room(viewer: napari.Viewer) -> None:
+    """Map, layers and tabs want a laptop's whole screen; napari comes back in the size it was left."""
+    screen = QApplication.primaryScreen()
+    if screen is None:
+        return
+    free = screen.availableGeometry()
+    x, y, width, height = viewer.window.geometry()
+    if width < LEAST_WINDOW[0] or height < LEAST_WINDOW[1]:
+        size = (min(LEAST_WINDOW[0], free.width()), min(LEAST_WINDOW[1], free.height()))
+        viewer.window.set_geometry(
+            min(x, free.right() + 1 - size[0]), min(y, free.bottom() + 1 - size[1]), *size
+        )
