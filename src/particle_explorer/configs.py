@@ -105,6 +105,11 @@ class PreprocessConfig(Config):
     """`auto` flips the phases unless the file says that they are flipped or premultiplied already."""
 
 
+CLASS_MAP_WARM_UP = 0.4
+"""Share of a fit in which the class map's posterior is still being sharpened; only afterwards is its
+likelihood that of the model, so that one epoch can be compared with another."""
+
+
 class ClassMapConfig(Config):
     """2D classification whose classes lie on a smooth map: exact search over angle and shift, no encoder
     to train. The one to start with: minutes on a laptop."""

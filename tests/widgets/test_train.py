@@ -21,7 +21,7 @@ from particle_explorer import jobs
 from particle_explorer.configs import ClassMapConfig, RunConfig
 from particle_explorer.session import Run, Session
 from particle_explorer.status import STOP, StatusWriter
-from particle_explorer.widgets.train import TrainDock, curves_of, model_classes
+from particle_explorer.widgets.train import TrainDock, drawn, model_classes, round_limits
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_training_is_followed_from_its_start(
     begun[0].epoch(2)
     qtbot.waitUntil(lambda: "7 s left" in dock.words.text(), timeout=10_000)
     assert "epoch 2 of 4" in dock.words.text() and "123 images/s" in dock.words.text()
-    assert dock.panel.n_images == 8 and [curve.name for curve in dock.curves.curves] == ["fit"]
+    assert dock.panel.n_images == 8 and dock.curves.title.startswith("Loss per particle: ")
     assert not dock.setup.isVisible()
 
     dock.stop_button.click()
@@ -156,11 +156,42 @@ def test_a_failed_training_says_why_in_place(
     assert dock.setup.isVisible()
 
 
-def test_curves_show_losses_and_no_counters() -> None:
-    metrics = pd.DataFrame({"epoch": [1, 2], "step": [5, 9], "learning_rate": [0.1, 0.1], "loss": [2.0, 1.0]})
-    [curve] = curves_of(metrics)
-    assert curve.name == "loss" and list(curve.y) == [2.0, 1.0]
-    assert curves_of(pd.DataFrame()) == []
+def _log(losses: list[float], name: str, n_epochs: int, steps_per_epoch: int = 2) -> pd.DataFrame:
+    step = np.arange(1, len(losses) + 1)
+    numbers = {"epoch": step // steps_per_epoch, "step": step, "seconds": step * 1.0, "loss": losses}
+    return pd.DataFrame({**numbers, name: losses})
+
+
+def test_the_curve_of_a_class_map_starts_where_it_can_be_compared() -> None:
+    name = "negative_log_likelihood"
+    annealed = [-83.0] * 8
+    early = drawn(_log(annealed, name, 10), 10)
+    assert early.curve is not None and list(early.curve.x) == [4], "heat is 1 from epoch 4 of 10 on"
+    early = drawn(_log(annealed[:6], name, 10), 10)
+    assert early.curve is None and "Warming up" in early.empty and "epoch 4" in early.empty
+    late = drawn(_log([*annealed, -70.0, -71.0, -72.0, -73.0], name, 10), 10)
+    assert late.curve is not None
+    assert list(late.curve.x) == [4, 5, 6] and list(late.curve.y) == [83, 70.5, 72.5]
+    assert late.title == "Log-likelihood per particle over noise: 72.5"
+    assert late.better == "higher"
+
+
+def test_the_curve_of_other_models_is_their_loss() -> None:
+    log = _log([20.0, 10.0], "reconstruction", 2).assign(kl_angle=1.0, learning_rate=0.1)
+    log["loss"] += 1
+    plot = drawn(log, 2)
+    assert plot.curve is not None and list(plot.curve.y) == [21, 11]
+    assert list(plot.curve.x) == [0.5, 1.0]
+    assert plot.title == "Loss per particle: 11" and plot.better == "lower" and "kl angle 1." in plot.tip
+
+
+def test_limits_have_few_digits() -> None:
+    assert round_limits(np.array([70.24, 75.13])) == (70, 76)
+    assert round_limits(np.array([3.0])) is not None and round_limits(np.array([np.nan])) is None
+
+
+def test_without_a_log_there_is_no_curve() -> None:
+    assert drawn(pd.DataFrame(), 3).curve is None
 
 
 def test_a_run_without_a_map_is_not_shown(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:

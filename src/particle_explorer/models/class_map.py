@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from particle_explorer.configs import ClassMapConfig, DataSpec
+from particle_explorer.configs import CLASS_MAP_WARM_UP, ClassMapConfig, DataSpec
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.models.layers import SmoothDecoder
 from particle_explorer.transforms import (
@@ -364,7 +364,7 @@ class ClassMap(ParticleModel):
     # ---- fitting
 
     def schedule(self, fraction: float, epoch: int) -> None:
-        self.heat = min(1.0, 0.3 + 0.7 * fraction / 0.4)
+        self.heat = min(1.0, 0.3 + 0.7 * fraction / CLASS_MAP_WARM_UP)
         if epoch != self._epoch and self._power is not None:
             self._set_noise(self._power)
         self._epoch = epoch

@@ -24,7 +24,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from particle_explorer.configs import Config, ModelConfig, TrainConfig
+from particle_explorer.configs import CLASS_MAP_WARM_UP, Config, ModelConfig, TrainConfig
 from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_stop
 from particle_explorer.widgets.ask import ask_path
@@ -51,6 +51,15 @@ STATES = {
 }
 MAX_POINTS = 2000
 """Points of a curve that are painted."""
+MANY_EPOCHS = 10
+"""From this many on a curve has one point per epoch."""
+COUNTERS = {"epoch", "step", "seconds", "images_per_second", "learning_rate"}
+"""Columns of a run's log that are no losses."""
+LIKELIHOOD_TIP = (
+    "How much better the map explains a particle than noise alone does, in natural logarithms. In the first "
+    "part of a fit particles are shared out softly among classes; numbers of that part cannot be compared "
+    "with later ones and are not drawn."
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,19 @@ class Seen:
     log: str = ""
     run_path: Path | None = None
     """The run that the job has made, when the folder is a job's"""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the plot of a training shows."""
+
+    title: str
+    empty: str
+    """Said instead while there is no curve"""
+    tip: str
+    curve: Curve | None = None
+    better: str = "higher"
+    """Which way is better"""
 
 
 @dataclass(frozen=True)
@@ -161,9 +183,7 @@ class TrainDock(QWidget):
         self.stop_button = QPushButton("Stop")
         self.stop_button.setToolTip("End after this step; what has been learned is kept and can be resumed")
         self.stop_button.clicked.connect(self.stop)
-        self.curves = CurveView(
-            x_label="epoch", title="Loss", empty="The curve starts after the first epoch", height=120
-        )
+        self.curves = CurveView(x_label="epoch", height=120)
         self.panel = ImageRows()
         row = QHBoxLayout()
         row.addWidget(self.bar, 1)
@@ -391,9 +411,16 @@ class TrainDock(QWidget):
             self.words.setText(progress_words(status) + (f" · on {status.device}" if status.device else ""))
         self.bar.setRange(0, 1000 if status.fraction > 0 else 0)
         self.bar.setValue(int(1000 * status.fraction))
-        self.curves.set_curves(curves_of(seen.metrics))
-        self.curves.setVisible(bool(self.curves.curves))
+        self._draw(drawn(seen.metrics, status.n_epochs))
         self._show_live(seen.live)
+
+    def _draw(self, plot: Drawn) -> None:
+        self.curves.title, self.curves.empty = plot.title, plot.empty
+        self.curves.x_label = f"epoch ({plot.better} is better)"
+        self.curves.setToolTip(f"<p>{plot.tip}</p>" if plot.tip else "")
+        curves = [] if plot.curve is None else [plot.curve]
+        self.curves.set_curves(curves, y_range=None if plot.curve is None else round_limits(plot.curve.y))
+        self.curves.setVisible(True)
 
     def _show_live(self, live: dict[str, NDArray[Any]]) -> None:
         if not live:
@@ -465,16 +492,55 @@ def read_live(path: Path) -> dict[str, NDArray[Any]]:
         return {}
 
 
-def curves_of(metrics: pd.DataFrame) -> list[Curve]:
-    """The losses of a run, one curve per term, over its epochs."""
+def drawn(metrics: pd.DataFrame, n_epochs: int) -> Drawn:
+    """The curve of a run, in words that say what it is, over the epochs whose values compare."""
     if metrics.empty or "epoch" not in metrics:
-        return []
-    x = metrics["epoch"].to_numpy(float)
-    counters = {"epoch", "step", "seconds", "images_per_second", "learning_rate"}
-    names = [name for name in metrics if name not in counters and metrics[name].dtype.kind == "f"]
-    if len(names) == 2 and "loss" in names:
-        names.remove("loss")  # the sum of one term is that term
-    return [Curve(str(name).replace("_", " "), x, metrics[name].to_numpy(float)) for name in names[:4]]
+        return Drawn("", "The curve starts after the first epoch", "")
+    at, values = _over_epochs(metrics, n_epochs)
+    if "negative_log_likelihood" in metrics:
+        warm = CLASS_MAP_WARM_UP * n_epochs
+        first, y = at >= warm, -values["negative_log_likelihood"]
+        if not first.any():
+            return Drawn("", f"Warming up; the curve starts after epoch {int(np.ceil(warm))}", LIKELIHOOD_TIP)
+        curve = Curve("log-likelihood", at[first], y[first])
+        title = f"Log-likelihood per particle over noise: {_in_short(y[-1])}"
+        return Drawn(title, "", LIKELIHOOD_TIP, curve)
+    terms = {name: y for name, y in values.items() if name != "loss"}
+    loss = values["loss"] if "loss" in values else sum(terms.values(), np.zeros(len(at)))
+    tip = ""
+    if len(terms) > 1:
+        parts = ", ".join(f"{name.replace('_', ' ')} {_in_short(y[-1])}" for name, y in terms.items())
+        tip = f"The sum of {parts}."
+    return Drawn(f"Loss per particle: {_in_short(loss[-1])}", "", tip, Curve("loss", at, loss), "lower")
+
+
+def _over_epochs(metrics: pd.DataFrame, n_epochs: int) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+    """Epochs (parts of one count) and the losses there; of a long run the means of whole epochs, because
+    every batch has images of its own."""
+    begun = metrics[metrics["epoch"] > 0]
+    steps = int((begun["step"] / begun["epoch"]).min()) if len(begun) else 0
+    at = metrics["step"].to_numpy(float) / steps if steps else metrics["epoch"].to_numpy(float)
+    names = [str(name) for name in metrics if name not in COUNTERS and metrics[name].dtype.kind == "f"]
+    table = metrics[names]
+    if steps and n_epochs >= MANY_EPOCHS:
+        table = table.groupby(np.ceil(at)).mean()
+        at = table.index.to_numpy(float)
+    return at, {name: table[name].to_numpy(float) for name in names}
+
+
+def _in_short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def round_limits(values: NDArray[Any]) -> tuple[float, float] | None:
+    """Limits of an axis in few digits; None where there is nothing to show."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return None
+    low, high = float(finite.min()), float(finite.max())
+    span = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
+    step = 10.0 ** np.floor(np.log10(span))
+    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
 
 
 def run_of(job: Path, status: Status) -> Path | None:
