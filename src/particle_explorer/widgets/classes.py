@@ -454,7 +454,7 @@ class ClassesDock(QWidget):
         x = np.arange(len(frc)) / (n * (size if known else 1.0))
         independent = bool(one["halves_independent"])
         self.quality.x_label = "Å" if known else "pixels"
-        self.quality.title = f"Agreement of two halves (FRC): {one['label']}"
+        self.quality.title = f"Agreement of two halves (FRC), class {one['label']}"
         self.quality.set_curves(
             [Curve("", x, frc)], y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True
         )
