@@ -100,6 +100,11 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     )
 
 
+def test_all_files_of_a_run_have_the_same_permissions(trained):
+    modes = {path.name: path.stat().st_mode for path in trained.path.iterdir() if path.is_file()}
+    assert "model.safetensors" in modes and len(set(modes.values())) == 1, modes
+
+
 def test_a_given_pixel_size_gives_an_export_in_angstrom(tmp_path, say):
     images = np.random.default_rng(0).normal(size=(8, 16, 16)).astype(np.float32)
     np.save(tmp_path / "bare.npy", images)

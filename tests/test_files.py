@@ -86,3 +86,17 @@ def test_new_files_follow_the_umask(tmp_path):
     write_text(path, "x")
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask")
+def test_new_files_follow_the_umask_also_when_a_writer_puts_its_own_in_place(tmp_path):
+    """As the writer of safetensors does, whose own file is for nobody else to read."""
+    old = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "a") as temporary:
+            own = tmp_path / "own"
+            own.touch(mode=0o600)
+            own.replace(temporary)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

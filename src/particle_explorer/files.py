@@ -44,8 +44,8 @@ def replacing(path: Path, *, overwrite: bool = True, sync: bool = True) -> Itera
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # last: some writers put a file of their own in the place
         if sync:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
