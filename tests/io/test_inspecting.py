@@ -52,7 +52,21 @@ def test_file_and_images_that_disagree_are_told_apart() -> None:
     particles = read_array(noisy(-1)[:, 0], "layer")
     table = particles.table.assign(contrast_sign=np.int8(1))
     said = Particles(particles.images, table, particles.source, "cs")
-    assert "DISAGREE" in "\n".join(summarise(said).lines())
+    assert "the particle is bright, but the images look dark" in "\n".join(summarise(said).lines())
+    dark = Particles(particles.images, table.assign(contrast_sign=np.int8(-1)), particles.source, "cs")
+    assert "the particle is dark: the file says so and the images agree" in "\n".join(summarise(dark).lines())
+    both = table.assign(contrast_sign=np.int8([1, -1] * (len(table) // 2)))
+    text = "\n".join(summarise(Particles(particles.images, both, particles.source, "cs")).lines())
+    assert "bright in some images and dark in others" in text
+
+
+def test_images_that_do_not_show_the_contrast_are_said_in_plain_words() -> None:
+    particles = read_array(noisy(0)[:, 0], "layer")
+    text = "\n".join(summarise(particles).lines())
+    assert "does not say the contrast, and the images do not show it clearly" in text
+    table = particles.table.assign(contrast_sign=np.int8(-1))
+    text = "\n".join(summarise(Particles(particles.images, table, particles.source, "cs")).lines())
+    assert "says that the particle is dark; the images do not show it clearly" in text
 
 
 def test_blank_images_are_counted_and_do_not_stop_it() -> None:

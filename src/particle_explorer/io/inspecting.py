@@ -79,7 +79,7 @@ class Summary:
         else:
             lines.append("no poses in the file")
         if self.n_classes > 1:
-            lines.append(f'{self.n_classes} classes; explore one with --where "class_id == 1"')
+            lines.append(f'{self.n_classes} classes; explore one at a time (--where "class_id == 1")')
         if self.n_micrographs:
             lines.append(_count(self.n_micrographs, "micrograph"))
         if self.n_optics_groups > 1:
@@ -98,7 +98,7 @@ class Summary:
         words = {
             "raw": "images not corrected",
             "phase-flipped": "phases flipped",
-            "premultiplied": "images multiplied",
+            "premultiplied": "images multiplied by it",
         }
         line = "CTF parameters present, " + _listed({words[state]: count for state, count in carried.items()})
         if self.defocus_range_A is not None:
@@ -111,22 +111,23 @@ class Summary:
         return line
 
     def _contrast_line(self) -> str:
-        said = {1: "bright", -1: "dark", 2: "bright in some, dark in others"}.get(self.contrast_sign)
-        look = self.contrast
-        if not look.n_images:
-            return f"particle {said} (the file says)" if said else "contrast unknown"
+        words = {1: "bright", -1: "dark", 2: "bright in some images and dark in others"}
+        said, look = words.get(self.contrast_sign), self.contrast
+        the_file = f"the file says that the particle is {said}"
+        if not look.n_images or self.contrast_sign == 2:
+            return the_file if said else "contrast unknown"
         evidence = (
             f"centre {'+' if look.difference >= 0 else '−'}{abs(look.difference):.3f} standard deviations "
             "from the "
             f"border, t = {look.t:.1f} over {_count(look.n_images, 'image')}"
         )
-        seen = {1: "bright", -1: "dark", 0: "undecided"}[look.sign]
+        seen = f"look {words[look.sign]}" if look.sign else "do not show it clearly"
         if said is None:
-            return f"the file does not say the contrast; the images look {seen} ({evidence})"
-        verdict = (
-            "are undecided" if not look.sign else "agree" if look.sign == self.contrast_sign else "DISAGREE"
-        )
-        return f"particle {said} (the file says); the images {verdict} ({evidence})"
+            joint = "; the images" if look.sign else ", and the images"
+            return f"the file does not say the contrast{joint} {seen} ({evidence})"
+        if look.sign == self.contrast_sign:
+            return f"the particle is {said}: the file says so and the images agree ({evidence})"
+        return f"{the_file}{', but' if look.sign else ';'} the images {seen} ({evidence})"
 
 
 def summarise(particles: Particles) -> Summary:
