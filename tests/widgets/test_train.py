@@ -21,7 +21,7 @@ from particle_explorer import jobs
 from particle_explorer.configs import ClassMapConfig, RunConfig
 from particle_explorer.session import Run, Session
 from particle_explorer.status import STOP, StatusWriter
-from particle_explorer.widgets.train import TrainDock, drawn, model_classes, round_limits
+from particle_explorer.widgets.train import TrainDock, drawn, model_classes, read_metrics, round_limits
 
 
 @pytest.fixture
@@ -183,6 +183,12 @@ def test_the_curve_of_other_models_is_their_loss() -> None:
     assert plot.curve is not None and list(plot.curve.y) == [21, 11]
     assert list(plot.curve.x) == [0.5, 1.0]
     assert plot.title == "Loss per particle: 11" and plot.better == "lower" and "kl angle 1." in plot.tip
+
+
+def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
+    log = pd.DataFrame({"epoch": [0, 1, 1, 0, 1], "step": [1, 2, 3, 1, 2], "loss": [9.0, 8, 7, 6, 5]})
+    log.to_csv(tmp_path / "metrics.csv", index=False)
+    assert read_metrics(tmp_path / "metrics.csv")["loss"].tolist() == [6, 5]
 
 
 def test_limits_have_few_digits() -> None:

@@ -480,6 +480,9 @@ def read_metrics(path: Path) -> pd.DataFrame:
         metrics = pd.read_csv(path)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
+    # what an interrupted process wrote beyond the checkpoint that was resumed from is passed over
+    least_later = metrics["step"][::-1].cummin()[::-1].shift(-1, fill_value=np.iinfo(np.int64).max)
+    metrics = metrics[metrics["step"] < least_later]
     return metrics.iloc[:: max(1, len(metrics) // MAX_POINTS)]
 
 
