@@ -83,10 +83,10 @@ class JobCommand(Command):
     @contextlib.contextmanager
     def job(self, what: str) -> Iterator[Job]:
         """Report this block as a job that does `what`."""
-        from particle_explorer.status import StatusWriter
+        from particle_explorer.status import StatusWriter, give_way
 
-        if self.status and hasattr(os, "nice"):
-            os.nice(10)
+        if self.status:
+            give_way()
         folders = [Path(self.status)] if self.status else []
         with StatusWriter(*folders) as writer, _interrupts_stop(writer.stop):
             job = Job(writer)

@@ -27,6 +27,7 @@ State = Literal["new", "running", "finished", "failed", "stopped", "interrupted"
 STATUS = "status.json"
 STOP = "stop"
 HEARTBEAT_S = 1.0
+NICE = 10
 STALE_S = 60.0
 """A job on another computer counts as interrupted when its heartbeat is older; covers slow file systems
 and clocks that differ."""
@@ -61,6 +62,20 @@ class Status:
     @property
     def is_over(self) -> bool:
         return self.state in ("finished", "failed", "stopped", "interrupted")
+
+
+def give_way() -> None:
+    """Claim little of the processor from now on, so that the window stays quick while a job runs.
+
+    Linux schedules each session of processes as a group ("autogroup") and heeds a nice value only within it.
+    A job started by the window leads a session of its own, so its group must be made to give way too.
+    """
+    if not hasattr(os, "nice"):
+        return
+    os.nice(NICE)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):  # a kernel without groups has no such file
+            Path("/proc/self/autogroup").write_text(str(NICE), encoding="ascii")
 
 
 def read_status(folder: Path) -> Status:
