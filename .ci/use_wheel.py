@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,19 +38,26 @@ def main() -> None:
     folder = installed_folder(module, filename)
     assert f"name: {NAME}" in (folder / filename).read_text(encoding="utf-8")
 
-    stacks = sorted([*folder.glob("sample_data/**/*.star"), *folder.glob("sample_data/**/*.cs")])
+    stacks = sorted([*folder.glob("sample_data/*.star"), *folder.glob("sample_data/*.cs")])
     assert stacks, f"no stack below {folder / 'sample_data'}"
+    from particle_explorer.session import Session
+
     with tempfile.TemporaryDirectory() as scratch:
         for stack in stacks:
             subprocess.run(["particle-explorer", "inspect", str(stack)], check=True)
             session = Path(scratch, stack.suffix.removeprefix("."))
             subprocess.run(["particle-explorer", "import", str(stack), "--session", str(session)], check=True)
 
-            from particle_explorer.session import Session
-
             opened = Session.open(session)
             assert opened.n_particles > 0 and len(opened.images) == opened.n_particles
             print(f"{stack.name}: {opened.n_particles} particles prepared by the installed package")
+
+        shutil.copytree(folder / "sample_data", Path(scratch, "sample"))
+        trained = Session.open(Path(scratch, "sample", "particles_explorer"))
+        trained.prepare_images()
+        run = trained.newest_finished_run()
+        assert run is not None and len(trained.images) == trained.n_particles
+        print(f"{run.name}: the trained session of the sample opens")
 
 
 if __name__ == "__main__":
