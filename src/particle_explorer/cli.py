@@ -83,10 +83,8 @@ class JobCommand(Command):
     @contextlib.contextmanager
     def job(self, what: str) -> Iterator[Job]:
         """Report this block as a job that does `what`."""
-        from particle_explorer.status import StatusWriter, give_way
+        from particle_explorer.status import StatusWriter
 
-        if self.status:
-            give_way()
         folders = [Path(self.status)] if self.status else []
         with StatusWriter(*folders) as writer, _interrupts_stop(writer.stop):
             job = Job(writer)
@@ -300,7 +298,7 @@ class Encode(JobCommand):
             run = _open_run(self.run, needs="weights")
             device = choose_device(self.device)
             if self.status:
-                stand_back(nice=False)
+                stand_back()
             model = load_model(run, device)
             precision = run.config.train.precision
             if not self.stack:
@@ -656,6 +654,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning starve their partners when another program wants a core: a fit beside
     # one busy program took twice as long. Sleeping costs nothing on a quiet machine. torch reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "--status" in words:  # a job stands back for the window from its first import on
+        from particle_explorer.status import give_way
+
+        give_way()
     try:
         command = parse(words)
         if command is not None:

@@ -38,7 +38,7 @@ from particle_explorer.models.build import build_model
 from particle_explorer.particles import Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.session import Run, Session, guessed_sign
-from particle_explorer.status import StatusWriter, give_way
+from particle_explorer.status import StatusWriter
 
 LOG_S = 0.25
 """Least time between two reports"""
@@ -350,10 +350,8 @@ def autocast(model: ParticleModel, device: torch.device, precision: str) -> Abst
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def stand_back(nice: bool = True) -> None:
-    """Leave the computer usable: a low claim on the processor, and one core left for others."""
-    if nice:
-        give_way()
+def stand_back() -> None:
+    """Leave one core for others."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, min(torch.get_num_threads(), n_cores - 1)))
 
