@@ -277,7 +277,7 @@ def test_the_window_side_needs_no_torch():
 def test_a_session_of_its_own_gives_way_as_a_group():
     code = (
         "from pathlib import Path; from particle_explorer.status import give_way; give_way();"
-        "import os; print(os.nice(0), Path('/proc/self/autogroup').read_text().split()[-1])"
+        "import os; print(os.nice(0), *Path('/proc/self/autogroup').read_text().split()[-1:])"
     )
     apart, within = (
         subprocess.run(
@@ -285,6 +285,7 @@ def test_a_session_of_its_own_gives_way_as_a_group():
         )
         for new in (True, False)
     )
-    before = Path("/proc/self/autogroup").read_text().split()[-1]
-    assert apart.stdout.split()[1] == str(status.NICE)
-    assert within.stdout.split()[1] == before  # the group of whoever started it is not ours to change
+    # the group of whoever started it is not ours to change; some processes of the system are in none
+    before = Path("/proc/self/autogroup").read_text().split()[-1:]
+    assert apart.stdout.split()[1:] == [str(status.NICE)]
+    assert within.stdout.split()[1:] == before
