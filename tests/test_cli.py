@@ -68,13 +68,19 @@ def test_from_a_stack_to_a_star_file(tiny_stack, tmp_path, say):
     assert say("cluster", path, "--n-clusters", 5) == [
         "cluster-kmeans-2"
     ]  # a session: its newest finished run
+    assert say("cluster", run.path, "--method", "ward", "--n-clusters", 3, "--on", "pca") == ["cluster-ward"]
+    assert say("regroup", run.path, "--by", "cluster-ward", "--merge", "1,2") == ["cluster-regrouped"]
+    assert say("regroup", run.path, "--by", "cluster-regrouped", "--names", "1=open") == ["cluster-named"]
+    merged, named = run.column("cluster-regrouped").iloc[:, 0], run.column("cluster-named").iloc[:, 0]
+    assert set(merged) == {1, 2} and set(named) == {"open", "group 2"}
+    assert ((named == "open") == (merged == 1)).all()
     averages = Path(say("average", run.path, "--by", "cluster-kmeans")[-1])
     assert averages == path / "classes" / "cluster-kmeans.mrcs" and MrcFile(averages).shape == (1, 32, 32)
     stored = session.classes("cluster-kmeans")
     assert [one["label"] for one in stored.classes] == ["1", "2", "3", "4"]
     assert sum(one["n"] for one in stored.classes) == 120 and stored.how["run"] == run.name
     out = tmp_path / "out.star"
-    say("export", path, "--out", out, "--averages", tmp_path / "out.mrcs")
+    say("export", path, "--out", out, "--averages", tmp_path / "out.mrcs", "--classes", "cluster-kmeans-2")
     exported = read(out, project_dir=tiny_stack.parent)
     latents = run.latents()
     assert exported.table["class_id"].tolist() == run.column("cluster-kmeans-2")["cluster-kmeans-2"].tolist()
@@ -256,7 +262,7 @@ def test_the_environment_is_not_read(monkeypatch):
             "train d --train.precision half",
             "--train.precision half: input should be 'auto', 'float32' or 'bf16'",
         ),
-        ("embed d --method tsne", "--method tsne: input should be 'umap' or 'pca'"),
+        ("embed d --method som", "--method som: input should be 'umap', 'tsne' or 'pca'"),
         ("hold-still d", "say what to hold still by one of"),
         ("hold-still d --auto --mask m.npy", "say what to hold still by one of"),
         ("train d", "is not a session"),
@@ -280,6 +286,9 @@ def test_wrong_requests_of_a_run_are_one_sentence(trained, refuse, tmp_path):
         (("average", run, "--by", "defocus_u_A"), "classes are whole numbers"),
         (("average", run, "--by", "stack_index", "--held"), "holds nothing still yet"),
         (("cluster", run, "--n-clusters", "500"), "cannot make 500 clusters"),
+        (("cluster", run, "--on", "umap"), "no embedding 'umap'"),
+        (("regroup", run, "--merge", "1,2"), "has no clustering"),
+        (("regroup", run), "say what to do by one of"),
         (
             ("export", session, "--out", tmp_path / "a.star", "--averages", tmp_path / "a.mrcs"),
             "needs classes",

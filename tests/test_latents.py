@@ -5,10 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
+from particle_explorer import latents as latents_module
 from particle_explorer.configs import ClusterConfig, EmbedConfig
-from particle_explorer.files import UserError
-from particle_explorer.latents import Latents, cluster, embed, latent_columns, pca
+from particle_explorer.files import Stopped, UserError
+from particle_explorer.latents import (
+    Latents,
+    angle_leak,
+    cluster,
+    embed,
+    latent_columns,
+    merged,
+    pca,
+    split,
+)
 
 
 def blobs(n: int = 60, k: int = 3, d: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -93,9 +104,95 @@ def test_umap_keeps_groups_apart_and_repeats():
     np.testing.assert_array_equal(xy, embed(z, config))
 
 
+def stretched(n: int = 600):
+    """Three long parallel clouds; and the cloud of every point."""
+    rng = np.random.default_rng(5)
+    group = rng.integers(0, 3, n)
+    z = np.stack([rng.normal(0, 1.5, n), group * 2 + rng.normal(0, 0.25, n)], 1)
+    return z.astype(np.float32), group
+
+
+@pytest.mark.parametrize("method", ["gmm", "hdbscan", "ward"])
+def test_methods_find_the_groups_there_are(method):
+    z, group = stretched() if method == "gmm" else blobs(n=100)
+    config = ClusterConfig(method=method, n_clusters={"gmm": 0, "hdbscan": 0, "ward": 3}[method], min_size=20)
+    found = {}
+    number = cluster(z, config, found=found)
+    assert adjusted_rand_score(number, group) > 0.9
+    assert set(number) - {0} == {1, 2, 3}
+    if method == "gmm":
+        assert min(found["bic"], key=found["bic"].get) == "3" and found["n_clusters"] == 3
+
+
+@pytest.mark.parametrize("method", ["hdbscan", "ward"])
+def test_particles_outside_the_fitted_part_join_their_neighbours(method, monkeypatch):
+    z, group = blobs(n=200)
+    for limit in ("PAIRS_LIMIT", "DENSITY_LIMIT"):
+        monkeypatch.setattr(latents_module, limit, 150)
+    number = cluster(z, ClusterConfig(method=method, n_clusters=3, min_size=40))
+    assert adjusted_rand_score(number, group) > 0.95
+
+
+def test_groups_merge_split_and_close_their_gaps():
+    z, _ = blobs(k=4)
+    label = cluster(z, ClusterConfig(n_clusters=4))
+    one = merged(label, [2, 3])
+    assert set(one) == {1, 2, 3}
+    np.testing.assert_array_equal(one == 2, (label == 2) | (label == 3))
+    two = split(one, 2, z)
+    assert adjusted_rand_score(two, label) == 1 and set(two) == {1, 2, 3, 4}
+    sparse = merged(np.array([0, 1, 2, 5], np.int32), [1, 2])
+    np.testing.assert_array_equal(sparse, [0, 1, 1, 2])
+
+
+def test_a_layout_of_a_part_places_the_others_among_their_own():
+    z, group = blobs(n=80)
+    told = []
+    xy = embed(z, EmbedConfig(method="tsne", perplexity=10, fit_at_most=120), told.append)
+    centres = np.stack([np.median(xy[group == i], axis=0) for i in range(3)])
+    nearest = np.linalg.norm(xy[:, None] - centres, axis=-1).argmin(1)
+    assert np.mean(nearest == group) > 0.98
+    assert told == sorted(told) and told[-1] == 1
+
+
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
+def test_umap_says_how_far_it_is_and_can_be_stopped():
+    z, _ = blobs(n=100)
+    told = []
+    embed(z, EmbedConfig(), told.append)
+    assert told == sorted(told) and len(told) >= 3 and told[-1] > 0.9
+
+    def stop(fraction):
+        if fraction > 0.5:
+            raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        embed(z, EmbedConfig(), stop)
+
+
+def test_leak_tells_content_that_knows_the_angle_from_content_that_does_not():
+    rng = np.random.default_rng(1)
+    angle = rng.uniform(-180, 180, 3000).astype(np.float32)
+    unit = np.stack([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))], 1)
+    noise = rng.normal(size=(3000, 2))
+    assert angle_leak(noise.astype(np.float32), angle) < 0.03
+    assert angle_leak((unit + 0.05 * noise).astype(np.float32), angle) > 0.95
+    assert 0.2 < angle_leak((unit + 0.7 * noise).astype(np.float32), angle) < 0.8
+    assert np.isnan(angle_leak(noise[:10].astype(np.float32), angle[:10]))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
+        (
+            lambda: cluster(np.zeros((30, 2), np.float32), ClusterConfig(method="ward", n_clusters=0)),
+            "only gmm finds the number",
+        ),
+        (
+            lambda: cluster(np.zeros((30, 2), np.float32), ClusterConfig(method="hdbscan", min_size=50)),
+            "smaller --min-size",
+        ),
+        (lambda: merged(np.array([1, 2]), [3]), "no group 3"),
         (
             lambda: cluster(np.zeros((3, 2), np.float32), ClusterConfig(n_clusters=4)),
             "3 particles cannot make 4",

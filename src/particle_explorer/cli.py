@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -143,6 +143,37 @@ class Job:
             result = found
         assert result is not None
         return result
+
+    def tell_share(self, what: str) -> Callable[[float], None]:
+        """A function that is told how much of `what` is done, and ends the job when it is to stop."""
+
+        def tell(fraction: float) -> None:
+            if self.stop.is_set():
+                raise Stopped("stopped; nothing was written")
+            self.tell(what, fraction)
+
+        return tell
+
+    def wait(self, work: Callable[[], T]) -> T:
+        """`work()` in a thread, so that a job also stops while a library computes and says nothing."""
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:  # raised again by the thread that waits
+                failed.append(error)
+
+        thread = threading.Thread(target=body, name="job", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            if self.stop.is_set():
+                raise Stopped("stopped; nothing was written")
+        if failed:
+            raise failed[0]
+        return done[0]
 
     def result(self, text: object) -> None:
         """What came out."""
@@ -335,7 +366,8 @@ class Embed(EmbedConfig, JobCommand):
         with self.job(f"{self.method} of the latent coordinates") as job:
             run = _open_run(self.run)
             latents = _latents(run)
-            xy = embed(latents.z, self)
+            tell = job.tell_share(f"{self.method} of the latent coordinates")
+            xy = job.wait(lambda: embed(latents.z, self, tell))
             index = pd.Index(latents.uid, name="uid")
             table = pd.DataFrame({f"{self.method}_{i}": xy[:, i] for i in range(2)}, index=index)
             job.result(run.write_column(self.method, table, _settings(self, EmbedConfig)))
@@ -357,9 +389,63 @@ class Cluster(ClusterConfig, JobCommand):
             run = _open_run(self.run)
             latents = _latents(run)
             name = f"cluster-{self.method}"
-            index = pd.Index(latents.uid, name="uid")
-            table = pd.DataFrame({name: cluster(latents.z, self)}, index=index)
-            job.result(run.write_column(name, table, _settings(self, ClusterConfig)))
+            found: dict[str, Any] = {}
+            z = _coordinates(run, self.on) if self.on else latents.z
+            tell = job.tell_share("clustering")
+            number = job.wait(lambda: cluster(z, self, tell, found))
+            table = pd.DataFrame({name: number}, index=pd.Index(latents.uid, name="uid"))
+            if "bic" in found:
+                job.note(f"least BIC with {found['n_clusters']} Gaussians")
+            job.result(run.write_column(name, table, {**_settings(self, ClusterConfig), **found}))
+
+
+class Regroup(JobCommand):
+    """Merge, split or name the groups of a clustering; the result is a clustering beside it."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    by: str = ""
+    """The clustering; by default the newest"""
+    merge: str = ""
+    """Numbers of groups to make one, as 1,2"""
+    split: int = Field(0, ge=0)
+    """Number of a group to split by k-means"""
+    n_parts: int = Field(2, ge=2, le=100)
+    """With --split: into how many"""
+    names: str = ""
+    """Names of groups, as "1=open, 2=closed"; the clustering is then one of names"""
+
+    def execute(self) -> None:
+        """Make the new clustering, and print its name."""
+        import numpy as np
+
+        from particle_explorer.latents import merged, split
+
+        if bool(self.merge) + bool(self.split) + bool(self.names) != 1:
+            raise UserError("say what to do by one of --merge 1,2, --split 3 and --names '1=open, 2=closed'")
+        with self.job("regrouping") as job:
+            run = _open_run(self.run)
+            latents = _latents(run)
+            by = self.by or run.newest_column("cluster") or ""
+            if by not in run.columns():
+                there = ", ".join(name for name in run.columns() if name.startswith("cluster"))
+                raise UserError(f"run {run.name} has no clustering {by!r}; there are: {there or 'none'}")
+            column = run.column(by).reindex(latents.uid).iloc[:, 0]
+            numbers, known = _grouped(column, by)
+            label = np.where(numbers < 0, 0, numbers + (known is not None))
+            names = {} if known is None else {i + 1: name for i, name in enumerate(known)}
+            if self.merge:
+                wanted = _whole_numbers(self.merge, "--merge")
+                label = merged(label, wanted)
+                names = {}
+            elif self.split:
+                label = split(label, self.split, latents.z, self.n_parts)
+                names = {}
+            else:
+                names |= _named(self.names, label)
+            table = _named_groups(label, names, latents.uid)
+            how = {"of": by, "merge": self.merge, "split": self.split, "names": self.names}
+            job.result(run.write_column("cluster-named" if names else "cluster-regrouped", table, how))
 
 
 class HoldStill(JobCommand):
@@ -630,6 +716,7 @@ COMMANDS: dict[str, type[Command]] = {
     "encode": Encode,
     "embed": Embed,
     "cluster": Cluster,
+    "regroup": Regroup,
     "hold-still": HoldStill,
     "average": Average,
     "export": Export,
@@ -897,6 +984,47 @@ def _latents(run: Run) -> Latents:
     if latents is None:
         raise UserError(f"run {run.name} has no latents yet; its state is {run.state!r}")
     return latents
+
+
+def _coordinates(run: Run, name: str) -> NDArray[np.float32]:
+    """`(N, 2)` of an embedding, in the order of the run's latents."""
+    import numpy as np
+
+    if name not in run.columns() or run.column(name).shape[1] < 2:
+        there = ", ".join(each for each in run.columns() if run.column(each).shape[1] == 2)
+        raise UserError(f"run {run.name} has no embedding {name!r}; there are: {there or 'none'}")
+    return run.column(name).reindex(_latents(run).uid).to_numpy(np.float32)[:, :2]
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: give whole numbers separated by commas, as 1,2") from None
+
+
+def _named(text: str, label: NDArray[np.integer]) -> dict[int, str]:
+    """ "1=open, 2=closed" as numbers and names."""
+    names: dict[int, str] = {}
+    for part in text.split(","):
+        number, equal, name = (each.strip() for each in part.partition("="))
+        if not equal or not number.isdigit() or not name:
+            raise UserError(f"--names {text}: give NUMBER=NAME separated by commas, as 1=open, 2=closed")
+        if int(number) not in label:
+            raise UserError(f"--names {text}: there is no group {number}")
+        names[int(number)] = name
+    return names
+
+
+def _named_groups(label: NDArray[np.integer], names: dict[int, str], uid: NDArray[np.uint64]) -> pd.DataFrame:
+    """Groups as numbers, or, where some have names, as texts."""
+    import pandas as pd
+
+    index = pd.Index(uid, name="uid")
+    if not names:
+        return pd.DataFrame({"cluster-regrouped": label.astype("int32")}, index=index)
+    words = [names.get(int(number), f"group {number}") for number in label]
+    return pd.DataFrame({"cluster-named": pd.Categorical(words)}, index=index)
 
 
 def _poses(run: Run, held: bool) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:

@@ -227,12 +227,17 @@ class RunConfig(Config):
 class EmbedConfig(Config):
     """A 2-D picture of the latent coordinates."""
 
-    method: Literal["umap", "pca"] = setting("umap", "Method")
-    """`umap` keeps neighbours together; `pca` is a plain rotation onto the widest directions."""
+    method: Literal["umap", "tsne", "pca"] = setting("umap", "Method")
+    """`umap` and `tsne` keep neighbours together; `pca` is a plain rotation onto the widest directions."""
     n_neighbours: int = setting(15, "Neighbours", ge=2, le=500)
     """UMAP: how many neighbours of each particle are kept close."""
+    perplexity: float = setting(30.0, "Perplexity", advanced=True, ge=2, le=500)
+    """t-SNE: about how many neighbours of each particle are kept close."""
     min_distance: float = setting(0.1, "Least distance", advanced=True, ge=0, le=1)
     """UMAP: how tightly points may be packed."""
+    fit_at_most: int = setting(0, "Particles fitted", advanced=True, ge=0, le=100_000_000, zero="automatic")
+    """Of more particles a random part is laid out and the others take their place between neighbours. 0 fits
+    200 000 with UMAP, 20 000 with t-SNE."""
     seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
     """Random seed."""
 
@@ -240,10 +245,17 @@ class EmbedConfig(Config):
 class ClusterConfig(Config):
     """Groups of particles by their latent coordinates."""
 
-    method: Literal["kmeans"] = setting("kmeans", "Method")
-    """k-means on the latent coordinates."""
-    n_clusters: int = setting(10, "Clusters", ge=2, le=1000)
-    """Number of clusters."""
+    method: Literal["kmeans", "gmm", "hdbscan", "ward"] = setting("kmeans", "Method")
+    """`kmeans` makes round groups, `gmm` Gaussian ones of any shape, `ward` joins neighbours step by step,
+    `hdbscan` finds dense groups of any shape and leaves sparse particles out."""
+    n_clusters: int = setting(10, "Clusters", ge=0, le=1000, zero="found by BIC")
+    """Number of clusters. With `gmm`, 0 takes the number of least BIC; `hdbscan` finds its own."""
+    most_clusters: int = setting(12, "Try up to", advanced=True, ge=1, le=100)
+    """`gmm`: the largest number that is tried when the number is sought."""
+    min_size: int = setting(50, "Least size", advanced=True, ge=2, le=10_000_000, unit="particles")
+    """`hdbscan`: the fewest particles that make a group."""
+    on: str = setting("", "On", advanced=True)
+    """The result whose coordinates are grouped, such as umap; empty groups the latent coordinates."""
     seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
     """Random seed."""
 

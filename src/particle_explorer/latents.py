@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from particle_explorer.configs import ClusterConfig, EmbedConfig
 from particle_explorer.files import UserError, replacing
 
 Array = NDArray[np.float32]
+Tell = Callable[[float], None]
+"""Told how much is done, 0 to 1; may raise to end the work"""
+
+AT_ONCE = 20_000
+"""Particles whose neighbours are sought between two words of progress."""
+PLACE_BY = 8
+"""Fitted neighbours that say where a particle outside the fitted part lies."""
+MANY, EPOCHS, EPOCHS_OF_MANY = 50_000, 200, 100
+"""UMAP: from that many particles on half the passes are enough, because it starts from the components."""
+PAIRS_LIMIT = 8_000
+"""Particles between which all distances are kept (Ward)."""
+DENSITY_LIMIT = 20_000
+"""Particles whose density tree is built (HDBSCAN: its time grows with the square)."""
+BIC_LIMIT = 20_000
+"""Particles that Gaussian mixtures are fitted to while their number is sought."""
 
 
 @dataclass(frozen=True)
@@ -107,39 +124,309 @@ def pca(z: Array) -> PCA:
     return PCA(*(part.astype(np.float32) for part in (scores, components, mean, share)))
 
 
-def embed(z: Array, config: EmbedConfig) -> Array:
-    """`(n, d)` latent coordinates → `(n, 2)` picture coordinates; the same seed gives the same picture."""
+def embed(z: Array, config: EmbedConfig, tell: Tell = lambda _: None) -> Array:
+    """`(n, d)` latent coordinates → `(n, 2)` picture coordinates; the same seed gives the same picture.
+
+    Of more than `config.fit_at_most` particles a random part is laid out, and each of the others takes its
+    place between the fitted ones nearest to it in latent space.
+    """
     _check_finite(z)
+    z = np.asarray(z, np.float32)
     if config.method == "pca":
-        scores = pca(z).scores[:, :2]
-        return np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
-    if len(z) <= config.n_neighbours:
+        return _plane(z)
+    least = config.n_neighbours if config.method == "umap" else 3 * config.perplexity
+    if len(z) <= least:
+        wish = "--n-neighbours" if config.method == "umap" else "--perplexity"
+        name = "UMAP" if config.method == "umap" else "t-SNE"
+        value = config.n_neighbours if config.method == "umap" else config.perplexity
         raise UserError(
-            f"{len(z)} particles are too few for UMAP with {config.n_neighbours} neighbours;"
-            f" choose --n-neighbours below {len(z)} or --method pca"
+            f"{len(z)} particles are too few for {name} with {value:g} neighbours;"
+            f" choose a smaller {wish} or --method pca"
         )
+    n_fit = fitted_particles(config, len(z))
+    rows = np.arange(len(z))
+    if len(z) > n_fit:
+        rows = np.sort(np.random.default_rng(config.seed).permutation(len(z))[:n_fit])
+    share = 1.0 if len(rows) == len(z) else 0.75
+    lay_out = _umap if config.method == "umap" else _tsne
+    xy = np.zeros((len(z), 2), np.float32)
+    xy[rows] = lay_out(z[rows], config, lambda done: tell(share * done))
+    if len(rows) < len(z):
+        others = np.setdiff1d(np.arange(len(z)), rows, assume_unique=True)
+        xy[others] = _between_neighbours(
+            z[rows], xy[rows], z[others], lambda done: tell(share + (1 - share) * done)
+        )
+    return xy
+
+
+def fitted_particles(config: EmbedConfig, n: int) -> int:
+    """How many of `n` particles an embedding is fitted to."""
+    automatic = {"umap": 200_000, "tsne": 20_000, "pca": n}[config.method]
+    return min(n, config.fit_at_most or automatic)
+
+
+def _plane(z: Array) -> Array:
+    scores = pca(z).scores[:, :2]
+    return np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
+
+
+def _start_of_layout(z: Array, seed: int, span: float) -> Array:
+    """The widest two directions, a little shaken: keeps what is far apart apart (Kobak & Linderman 2021)."""
+    plane = _plane(z)
+    scale = span / max(float(np.ptp(plane)), 1e-30)
+    shake = np.random.default_rng(seed).normal(0, 1e-3 * span, plane.shape)
+    return (scale * (plane - plane.mean(0)) + shake).astype(np.float32)
+
+
+def _umap(z: Array, config: EmbedConfig, tell: Tell) -> Array:
     from umap import UMAP
 
-    # one job: several threads would make the picture differ from one run to the next
+    to_neighbours = 0.4
+    near, distance = _neighbours(z, config.n_neighbours, lambda done: tell(to_neighbours * done))
     reducer = UMAP(
-        n_neighbors=config.n_neighbours, min_dist=config.min_distance, random_state=config.seed, n_jobs=1
+        n_neighbors=config.n_neighbours,
+        min_dist=config.min_distance,
+        n_epochs=EPOCHS if len(z) <= MANY else EPOCHS_OF_MANY,
+        init=_start_of_layout(z, config.seed, 10.0),
+        random_state=config.seed,
+        n_jobs=1,  # several threads would make the picture differ from one run to the next
+        precomputed_knn=(near, distance, None),
+        tqdm_kwds={
+            "disable": False,
+            "bar_format": "{percentage}",
+            "mininterval": 0.3,
+            "file": _Percentages(lambda done: tell(to_neighbours + (1 - to_neighbours) * done)),
+        },
     )
-    return np.asarray(reducer.fit_transform(np.asarray(z, np.float32)), np.float32)
+    with warnings.catch_warnings():  # that it cannot place more particles later: see `_between_neighbours`
+        warnings.filterwarnings("ignore", message="precomputed_knn")
+        return np.asarray(reducer.fit_transform(z), np.float32)
 
 
-def cluster(z: Array, config: ClusterConfig) -> NDArray[np.int32]:
-    """`(n, d)` → `(n,)` cluster numbers from 1, counted along the widest direction of the cluster centres."""
+class _Percentages:
+    """A file that a progress bar writes percentages to, and that tells them on."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+
+    def write(self, text: str) -> int:
+        words = text.strip("\r\n \x1b[A")
+        if words.replace(".", "", 1).isdigit():
+            self._tell(float(words) / 100)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def _tsne(z: Array, config: EmbedConfig, tell: Tell) -> Array:
+    from sklearn.manifold import TSNE
+
+    fitted = TSNE(
+        perplexity=config.perplexity,
+        init=_start_of_layout(z, config.seed, 1e-4 * 5),
+        random_state=config.seed,
+        n_jobs=-1,
+    )
+    xy = np.asarray(fitted.fit_transform(z), np.float32)
+    tell(1.0)
+    return xy
+
+
+def _neighbours(z: Array, k: int, tell: Tell) -> tuple[NDArray[np.int32], Array]:
+    """The `k` nearest of every particle, itself first: rows `(n, k)` and distances `(n, k)`."""
+    tree = cKDTree(z)
+    near, distance = np.empty((len(z), k), np.int32), np.empty((len(z), k), np.float32)
+    for start in range(0, len(z), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        distance[part], near[part] = tree.query(z[part], k, workers=-1)
+        tell(min(1.0, (start + AT_ONCE) / len(z)))
+    return near, distance
+
+
+def _between_neighbours(known: Array, value: Array, z: Array, tell: Tell) -> Array:
+    """`value (m, 2)` at `known (m, d)` carried over to `z (n, d)`: a mean over near neighbours."""
+    tree = cKDTree(known)
+    found = np.empty((len(z), value.shape[1]), np.float32)
+    k = min(PLACE_BY, len(known))
+    for start in range(0, len(z), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        distance, near = (np.asarray(each).reshape(-1, k) for each in tree.query(z[part], k, workers=-1))
+        # as in UMAP: from the nearest on, strength falls over the spread of the neighbours
+        away = distance - distance[:, :1]
+        weight = np.exp(-away / np.maximum(away.mean(1, keepdims=True), 1e-12))
+        found[part] = np.einsum("nk,nkd->nd", weight / weight.sum(1, keepdims=True), value[near])
+        tell(min(1.0, (start + AT_ONCE) / len(z)))
+    return found
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def cluster(
+    z: Array, config: ClusterConfig, tell: Tell = lambda _: None, found: dict[str, Any] | None = None
+) -> NDArray[np.int32]:
+    """`(n, d)` → `(n,)` cluster numbers from 1, counted along the widest direction of the cluster centres.
+
+    0 marks particles in no group (HDBSCAN alone leaves some out). What a method found besides goes into
+    `found`: the BIC of the numbers of Gaussians that were tried, how many particles were fitted.
+    """
     _check_finite(z)
-    if len(z) < config.n_clusters:
-        raise UserError(f"{len(z)} particles cannot make {config.n_clusters} clusters; ask for fewer")
+    z = np.asarray(z, np.float32)
+    wanted = config.n_clusters
+    if config.method != "hdbscan":
+        if wanted == 0 and config.method != "gmm":
+            raise UserError(f"--method {config.method} needs --n-clusters; only gmm finds the number itself")
+        if len(z) < max(wanted, 2):
+            raise UserError(f"{len(z)} particles cannot make {wanted or 2} clusters; ask for fewer")
+    elif len(z) < 2 * config.min_size:
+        raise UserError(
+            f"{len(z)} particles cannot make groups of {config.min_size}; choose a smaller --min-size"
+        )
+    found = {} if found is None else found
+    method = {"kmeans": _kmeans, "gmm": _gaussians, "hdbscan": _dense_groups, "ward": _ward}[config.method]
+    return in_order(method(z, config, tell, found), z)
+
+
+def in_order(label: NDArray[np.integer], z: Array) -> NDArray[np.int32]:
+    """Labels numbered from 1 along the widest direction of the groups' centres; negative ones become 0."""
+    values, inverse = np.unique(label, return_inverse=True)
+    centres = np.stack([z[inverse == i].mean(0) for i in range(len(values))])
+    groups = np.flatnonzero(values >= 0)
+    number = np.zeros(len(values), np.int32)
+    if len(groups):
+        order = np.argsort(pca(centres[groups]).scores[:, 0], kind="stable")
+        number[groups[order]] = np.arange(1, len(groups) + 1)
+    return np.asarray(number[inverse.reshape(-1)], np.int32)
+
+
+def _kmeans(z: Array, config: ClusterConfig, tell: Tell, found: dict[str, Any]) -> NDArray[np.integer]:
     from sklearn.cluster import KMeans
 
-    fitted = KMeans(config.n_clusters, n_init=4, random_state=config.seed).fit(np.asarray(z, np.float32))
-    centres = np.asarray(fitted.cluster_centers_, np.float32)
-    order = np.argsort(pca(centres).scores[:, 0], kind="stable")
-    number = np.empty(len(order), np.int32)
-    number[order] = np.arange(1, len(order) + 1)
-    return number[fitted.labels_]
+    fitted = KMeans(config.n_clusters, n_init=4, random_state=config.seed).fit(z)
+    return np.asarray(fitted.labels_)
+
+
+def _gaussians(z: Array, config: ClusterConfig, tell: Tell, found: dict[str, Any]) -> NDArray[np.integer]:
+    from sklearn.mixture import GaussianMixture
+
+    def mixture(k: int) -> Any:
+        return GaussianMixture(k, n_init=2, reg_covar=1e-6 * float(z.var()) + 1e-12, random_state=config.seed)
+
+    rng = np.random.default_rng(config.seed)
+    some = z if len(z) <= BIC_LIMIT else z[rng.permutation(len(z))[:BIC_LIMIT]]
+    k = config.n_clusters
+    if k == 0:
+        bic: dict[int, float] = {}
+        most = min(config.most_clusters, len(some) // 2)
+        for each in range(1, most + 1):
+            bic[each] = float(mixture(each).fit(some).bic(some))
+            tell(0.8 * each / most)
+        k = min(bic, key=lambda each: bic[each])
+        found["bic"] = {str(each): value for each, value in bic.items()}
+    fitted = mixture(k).fit(some)
+    found["n_clusters"] = k
+    return np.asarray(fitted.predict(z))
+
+
+def _dense_groups(z: Array, config: ClusterConfig, tell: Tell, found: dict[str, Any]) -> NDArray[np.integer]:
+    from sklearn.cluster import HDBSCAN
+
+    rows = _some(len(z), DENSITY_LIMIT, config.seed)
+    share = len(rows) / len(z)
+    least = max(2, round(config.min_size * share))
+    label = np.asarray(HDBSCAN(min_cluster_size=least, copy=True).fit(z[rows]).labels_)
+    found["fitted"] = len(rows)
+    return _as_the_nearest(z, rows, label, tell)
+
+
+def _ward(z: Array, config: ClusterConfig, tell: Tell, found: dict[str, Any]) -> NDArray[np.integer]:
+    from sklearn.cluster import AgglomerativeClustering
+
+    rows = _some(len(z), max(PAIRS_LIMIT, config.n_clusters), config.seed)
+    label = np.asarray(AgglomerativeClustering(config.n_clusters, linkage="ward").fit(z[rows]).labels_)
+    found["fitted"] = len(rows)
+    return _as_the_nearest(z, rows, label, tell)
+
+
+def _some(n: int, limit: int, seed: int) -> NDArray[np.intp]:
+    return np.arange(n) if n <= limit else np.sort(np.random.default_rng(seed).permutation(n)[:limit])
+
+
+def _as_the_nearest(
+    z: Array, rows: NDArray[np.intp], label: NDArray[np.integer], tell: Tell
+) -> NDArray[np.integer]:
+    """Labels of `rows` for all: every other particle belongs with the fitted one nearest to it."""
+    if len(rows) == len(z):
+        return label
+    tree = cKDTree(z[rows])
+    every = np.empty(len(z), label.dtype)
+    for start in range(0, len(z), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        every[part] = label[tree.query(z[part], workers=-1)[1]]
+        tell(min(1.0, (start + AT_ONCE) / len(z)))
+    every[rows] = label
+    return every
+
+
+def merged(label: NDArray[np.integer], numbers: list[int]) -> NDArray[np.int32]:
+    """The groups `numbers` made one, under the smallest of them; the others close the gap."""
+    _check_numbers(label, numbers)
+    label = np.where(np.isin(label, numbers), min(numbers), label)
+    return _without_gaps(label)
+
+
+def split(
+    label: NDArray[np.integer], number: int, z: Array, n_parts: int = 2, seed: int = 0
+) -> NDArray[np.int32]:
+    """The group `number` in `n_parts` by k-means; later ones move up."""
+    _check_numbers(label, [number])
+    inside = np.flatnonzero(label == number)
+    part = cluster(z[inside], ClusterConfig(n_clusters=n_parts, seed=seed))
+    moved = np.where(label > number, label + n_parts - 1, label).astype(np.int32)
+    moved[inside] = number + part - 1
+    return moved
+
+
+def _without_gaps(label: NDArray[np.integer]) -> NDArray[np.int32]:
+    values, inverse = np.unique(label, return_inverse=True)
+    first = 0 if len(values) and values[0] == 0 else 1
+    return (inverse.reshape(-1) + first).astype(np.int32)
+
+
+def _check_numbers(label: NDArray[np.integer], numbers: list[int]) -> None:
+    there = set(np.unique(label).tolist())
+    for number in numbers:
+        if number not in there:
+            known = ", ".join(str(value) for value in sorted(there))
+            raise UserError(f"there is no group {number}; there are {known}")
+
+
+# ---------------------------------------------------------------------- does pose show in the content?
+
+
+def angle_leak(z: Array, angle_deg: Array, k: int = 20, at_most: int = 4000, seed: int = 0) -> float:
+    """How well content predicts the angle, 0 (not at all) to 1: 1 - Σ|u - û|² / Σ|u - ū|² over particles.
+
+    u is the unit vector of an angle, û the mean over the `k` particles nearest in latent space, itself left
+    out, and ū the mean over all. Its value for content that knows nothing, -1/k, is taken for 0.
+    """
+    good = np.flatnonzero(np.isfinite(z).all(1) & np.isfinite(angle_deg))
+    if len(good) < 4 * k:
+        return float("nan")
+    tree_rows = good[_some(len(good), 50_000, seed)]
+    rows = tree_rows[_some(len(tree_rows), at_most, seed + 1)]
+    angle = np.deg2rad(angle_deg[tree_rows].astype(np.float64))
+    unit = np.stack([np.cos(angle), np.sin(angle)], 1)
+    near = cKDTree(z[tree_rows]).query(z[rows], k + 1)[1]
+    at = np.searchsorted(tree_rows, rows)
+    own = near == at[:, None]
+    own[~own.any(1), -1] = True  # among equal positions it may miss itself: one other is left out instead
+    predicted = unit[near[~own].reshape(-1, k)].mean(1)
+    wrong = ((unit[at] - predicted) ** 2).sum()
+    spread = ((unit[at] - unit.mean(0)) ** 2).sum()
+    found = 1 - float(wrong) / max(float(spread), 1e-12)
+    return float(np.clip((found + 1 / k) / (1 + 1 / k), 0.0, 1.0))
 
 
 def _check_finite(z: Array) -> None:

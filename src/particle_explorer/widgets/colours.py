@@ -177,6 +177,16 @@ TITLES = {
 }
 
 
+CLUSTERS = {
+    "kmeans": "k-means cluster",
+    "gmm": "Gaussian cluster",
+    "hdbscan": "HDBSCAN cluster",
+    "ward": "Ward cluster",
+    "named": "named group",
+    "regrouped": "regrouped cluster",
+}
+
+
 def title_of(column: str) -> str:
     """The name of a column in a microscopist's words; a column of the user's file keeps its own name."""
     if column in TITLES:
@@ -188,11 +198,11 @@ def title_of(column: str) -> str:
     ):
         if found := re.fullmatch(pattern, column):
             return words.format(int(found[1]) + 1)
-    if found := re.fullmatch(r"umap(?:-(\d+))?_(\d+)", column):
-        run = f" (run {found[1]})" if found[1] and found[1] != "1" else ""
-        return f"UMAP {int(found[2]) + 1}{run}"
-    if found := re.fullmatch(r"cluster-kmeans(?:-(\d+))?", column):
-        return "k-means cluster" + (f" (run {found[1]})" if found[1] else "")
+    if found := re.fullmatch(r"(umap|tsne)(?:-(\d+))?_(\d+)", column):
+        run = f" (run {found[2]})" if found[2] and found[2] != "1" else ""
+        return f"{'UMAP' if found[1] == 'umap' else 't-SNE'} {int(found[3]) + 1}{run}"
+    if found := re.fullmatch(r"cluster-(kmeans|gmm|hdbscan|ward|named|regrouped)(?:-(\d+))?", column):
+        return CLUSTERS[found[1]] + (f" (run {found[2]})" if found[2] else "")
     if found := re.fullmatch(r"pose-held(-\d+)? (.+)", column):
         return f"{title_of(found[2])}, held still"
     if re.match(r"(_?rln[A-Z]|.*/)", column):
