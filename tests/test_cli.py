@@ -256,7 +256,7 @@ def test_the_environment_is_not_read(monkeypatch):
         ("simulate --n 5", "required: --out"),
         ("train d --model.latent-dim 3", "--model.latent-dim 3: input should be less than or equal to 2"),
         ("train d --model.latent-dim two", "--model.latent-dim two: input should be a valid integer"),
-        ("train d --model.kind vae", "there is no such model; choose one of class-map, spatial-vae"),
+        ("train d --model.kind x", "there is no such model; choose one of class-map, spatial-vae"),
         ("train d --model.hidden 9", "unrecognized arguments: --model.hidden 9"),
         (
             "train d --train.precision half",

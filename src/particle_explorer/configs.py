@@ -131,6 +131,33 @@ class ClassMapConfig(Config):
     """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
 
 
+Likelihood = Literal["gaussian", "gaussian-learned", "bernoulli"]
+"""How a network's picture is compared with an image."""
+
+
+class VAEConfig(Config):
+    """Variational autoencoder, plain or β: the baseline. It knows no pose, so on particles that are not
+    aligned its map orders orientations, not conformations. Minutes on a laptop."""
+
+    kind: Literal["vae"] = "vae"
+
+    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=64)
+    """Number of coordinates per particle. The comparisons of the TARGET-VAE paper take 4."""
+
+    beta: float = setting(1.0, "β", ge=0, le=1000)
+    """Weight of the prior on the coordinates. 1 is the plain VAE; the β-VAE of the papers takes 4."""
+
+    hidden: int = setting(500, "Width of the networks", advanced=True, ge=8, le=5000)
+    """Units per hidden layer of encoder and decoder."""
+
+    layers: int = setting(2, "Hidden layers", advanced=True, ge=1, le=8)
+    """Hidden layers of encoder and decoder."""
+
+    likelihood: Likelihood = setting("gaussian", "Pixel noise", advanced=True)
+    """`gaussian` takes noise of variance 1, as prepared images have; `gaussian-learned` draws a variance for
+    every pixel too; `bernoulli` is for grey values from 0 to 1, prepared with Background "none"."""
+
+
 class SpatialVAEConfig(Config):
     """spatial-VAE (Bepler et al., NeurIPS 2019): a network infers angle, shift and content, another draws
     the image pixel by pixel. Ten minutes to an hour on a laptop."""
@@ -164,11 +191,15 @@ class SpatialVAEConfig(Config):
     non_negative: bool = setting(False, "Non-negative mean", advanced=True)
     """Softplus on the decoder's mean: keeps structure out of the background."""
 
+    likelihood: Likelihood = setting("gaussian", "Pixel noise", advanced=True)
+    """`gaussian` takes noise of variance 1, as prepared images have; `gaussian-learned` draws a variance for
+    every pixel too; `bernoulli` is for grey values from 0 to 1, prepared with Background "none"."""
+
     pixel_fraction: float = setting(0.1, "Share of pixels per step", advanced=True, gt=0.01, le=1)
     """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
 
 
-ModelConfig = Annotated[ClassMapConfig | SpatialVAEConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[ClassMapConfig | SpatialVAEConfig | VAEConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Config):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from particle_explorer.configs import ClassMapConfig, DataSpec, SpatialVAEConfig
+from particle_explorer.configs import ClassMapConfig, DataSpec, ModelConfig, VAEConfig
 from particle_explorer.models.base import ParticleModel
 
 
-def build_model(config: ClassMapConfig | SpatialVAEConfig, data: DataSpec) -> ParticleModel:
+def build_model(config: ModelConfig, data: DataSpec) -> ParticleModel:
     """An untrained model."""
     if isinstance(config, ClassMapConfig):
         from particle_explorer.models.class_map import ClassMap
 
         return ClassMap(config, data)
+    if isinstance(config, VAEConfig):
+        from particle_explorer.models.vae import VAE
+
+        return VAE(config, data)
     from particle_explorer.models.spatial_vae import SpatialVAE
 
     return SpatialVAE(config, data)

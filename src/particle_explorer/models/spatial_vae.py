@@ -2,8 +2,9 @@
 
 An encoder MLP infers angle, shift and content of an image as a diagonal Gaussian; a decoder MLP, shared by
 all pixels, draws the image at the coordinates that the pose gives each pixel. The objective is the paper's
-evidence bound with unit-variance Gaussian pixels (our images have noise of variance about 1), a mean-free
-prior on the angle, content held at zero for the first epochs, and a random turn of what the encoder sees.
+evidence bound with unit-variance Gaussian pixels (our images have noise of variance about 1; a variance
+drawn with the mean, and Bernoulli pixels, are options), a mean-free prior on the angle, content held at zero
+for the first epochs, and a random turn of what the encoder sees.
 
 Where we differ from the published code:
 
@@ -23,13 +24,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
-from particle_explorer.models.base import Batch, Encoding, ParticleModel
+from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
+from particle_explorer.models.layers import PixelNoise, disc_pixels, exact, gaussian_kl
 from particle_explorer.transforms import place, rotation_matrix
 
 TURNS = 8
@@ -43,16 +45,6 @@ EDGE_PX = 3.0
 """Width of the edges that the decoder's first layer draws before training."""
 _ROWS_AT_ONCE = 65_536
 """Pixels decoded at a time outside training; bounds the memory."""
-
-
-def exact(device: torch.device) -> torch.autocast:
-    """No half precision inside: it would move pixels and poses by a tenth of a pixel."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def gaussian_kl(mean: Tensor, log_sd: Tensor) -> Tensor:
-    """KL of N(mean, sd²) from N(0, 1), elementwise."""
-    return -log_sd + 0.5 * (torch.exp(2 * log_sd) + mean**2 - 1)
 
 
 def mean_free_kl(log_sd: Tensor, prior_sd: float) -> Tensor:
@@ -119,6 +111,7 @@ class SpatialVAE(ParticleModel):
         super().__init__(config, data)
         self.settings = config
         self.latent_dim = config.latent_dim
+        self.noise = PixelNoise(config.likelihood, data.n_channels, non_negative=config.non_negative)
         self.n_epochs = min(400, max(10, round(IMAGES_IN_A_FIT / data.n_particles)))
         n = data.box_px
         self.shift_sd_px = config.shift_sd_px or 0.05 * n
@@ -126,13 +119,12 @@ class SpatialVAE(ParticleModel):
         self.radius_px = min(n / 2, data.diameter_px / 2 + reach)
         line = torch.arange(n) - n // 2
         y, x = torch.meshgrid(line, line, indexing="ij")
-        disc = torch.nonzero((x**2 + y**2 <= self.radius_px**2).reshape(-1))[:, 0]
-        self.register_buffer("disc", disc, persistent=False)
+        self.register_buffer("disc", disc_pixels(n, self.radius_px), persistent=False)
         units = torch.stack([x, -y], -1).reshape(-1, 2) * (2 / (n - 1))
         self.register_buffer("pixels", units, persistent=False)
         scale = torch.tensor([-1.0, 1.0]) * (2 / (n - 1))
         self.register_buffer("_half_image_yx", scale, persistent=False)
-        widths = [len(disc) * data.n_channels] + [config.hidden] * config.layers
+        widths = [len(self.disc) * data.n_channels] + [config.hidden] * config.layers
         self.n_pose = 3 if config.infer_shift else 1
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(widths):
@@ -140,10 +132,13 @@ class SpatialVAE(ParticleModel):
         n_out = 2 * (self.n_pose + config.latent_dim)
         self.encoder = nn.Sequential(*layers, nn.Linear(widths[-1], n_out))
         self.decoder = CoordinateDecoder(
-            config.latent_dim, config.hidden, config.layers, data.n_channels, edge=EDGE_PX * 2 / (n - 1)
+            config.latent_dim, config.hidden, config.layers, self.noise.n_drawn, edge=EDGE_PX * 2 / (n - 1)
         )
         self.content_frozen = self.shift_frozen = False
         self.schedule(0.0, 0)
+
+    def start(self, batches: Batches) -> Iterator[Step]:
+        yield from self.noise.check(batches)
 
     def schedule(self, fraction: float, epoch: int) -> None:
         """Hold the content at zero in the first epochs, so that pose is learned first, angle before shift.
@@ -199,7 +194,7 @@ class SpatialVAE(ParticleModel):
         return move * (self.shift_sd_px * 2 / (self.data.box_px - 1))
 
     def _reconstruction(self, images: Tensor, angle: Tensor, move: Tensor, z: Tensor) -> Tensor:
-        """Half the squared error over the disc, estimated from a share of its pixels, per image."""
+        """Minus the log-likelihood over the disc, estimated from a share of its pixels, per image."""
         n_disc = len(self.disc)
         count = max(1, math.ceil(self.settings.pixel_fraction * n_disc))
         if count < n_disc:
@@ -210,13 +205,8 @@ class SpatialVAE(ParticleModel):
         else:
             chosen = self.disc.expand(len(images), -1)
         target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
-        predicted = self._mean(self.decoder(self.pixels[chosen], angle, move, z))
-        return 0.5 * (target - predicted).square().sum((1, 2)).mean() * (n_disc / count)
-
-    def _mean(self, channels: Tensor) -> Tensor:
-        """The decoder's output as the mean of the pixels."""
-        channels = channels.float()
-        return functional.softplus(channels) if self.settings.non_negative else channels
+        drawn = self.decoder(self.pixels[chosen], angle, move, z)
+        return self.noise(drawn, target).sum((1, 2)).mean() * (n_disc / count)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoding:
@@ -256,6 +246,6 @@ class SpatialVAE(ParticleModel):
         for first in range(0, b, per_block):
             part = slice(first, first + per_block)
             pixels = self.pixels[wanted].expand(len(z[part]), -1, -1)
-            mean = self._mean(self.decoder(pixels, angle[part], move[part], z[part]))
+            mean = self.noise.mean(self.decoder(pixels, angle[part], move[part], z[part]))
             images[part, wanted] = mean * window[part][:, wanted, None]
         return images.mT.reshape(b, self.data.n_channels, n, n)

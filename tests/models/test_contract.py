@@ -1,0 +1,137 @@
+"""What holds for every model: any box, any channels, every weight learns, saved and loaded is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from particle_explorer.configs import DataSpec, ModelConfig
+from particle_explorer.files import UserError
+from particle_explorer.models.base import Batch, ParticleModel
+from particle_explorer.models.build import build_model
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "vae": {"hidden": 32},
+    "spatial-vae": {"hidden": 32},
+}
+"""Small settings of a kind; the defaults where there are none."""
+CONFIGS = {config.model_fields["kind"].default: config for config in get_args(get_args(ModelConfig)[0])}
+KINDS = [kind for kind in CONFIGS if kind != "class-map"]  # that one fits by passes of its own
+
+
+def model_of(kind: str, box_px: int = 24, n_channels: int = 1, **settings: object) -> ParticleModel:
+    data = DataSpec(box_px=box_px, n_channels=n_channels, diameter_px=0.8 * box_px, n_particles=10)
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[kind].model_validate({**SETTINGS.get(kind, {}), **settings}), data)
+    model.schedule(1.0, 1000)
+    return model
+
+
+def batch_of(images: Tensor) -> Batch:
+    return Batch(images, None, torch.arange(len(images)))
+
+
+class InMemory:
+    """Images as `models.base.Batches`."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor) -> Batch:
+        return batch_of(self.images[index])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("box_px", [16, 40, 41, 64])
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_every_box_trains_encodes_and_decodes(kind: str, box_px: int, n_channels: int) -> None:
+    model = model_of(kind, box_px, n_channels, latent_dim=2)
+    images = torch.randn(4, n_channels, box_px, box_px)
+    assert list(model.start(InMemory(images))) is not None
+    got: set[str] = set()
+    for part in model.parts():
+        model.zero_grad(set_to_none=True)
+        losses = model(batch_of(images), part)
+        assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+        sum(losses.values()).backward()
+        got |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert got == {name for name, _ in model.named_parameters()}
+    model.eval()
+    encoding = model.encode(batch_of(images))
+    assert encoding.z.shape == (4, model.latent_dim)
+    assert encoding.z_std is None or encoding.z_std.shape == encoding.z.shape
+    assert encoding.angle is None or encoding.angle.shape == (4,)
+    assert encoding.shift is None or encoding.shift.shape == (4, 2)
+    assert all(value.shape == (4,) for value in encoding.extras.values())
+    for pose in ((None, None), (torch.ones(4), torch.ones(4, 2))):
+        view = model.decode(encoding.z, *pose)
+        assert view.shape == images.shape and view.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_encodes_the_same_in_batches_of_any_size(kind: str, tmp_path: Path) -> None:
+    model, images = model_of(kind).eval(), torch.randn(5, 1, 24, 24)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = model_of(kind, latent_dim=model.latent_dim)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    whole, again = model.encode(batch_of(images)), other.eval().encode(batch_of(images))
+    for a, b in zip(whole[:4], again[:4], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    for i in range(5):
+        one = model.encode(batch_of(images[i : i + 1]))
+        for a, b in zip(whole[:4], one[:4], strict=True):
+            if a is not None:
+                torch.testing.assert_close(a[i : i + 1], b, atol=1e-4, rtol=1e-3)
+
+
+LIKELIHOODS = [kind for kind in KINDS if "likelihood" in CONFIGS[kind].model_fields]
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", ["gaussian-learned", "bernoulli"])
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_likelihoods_train_every_weight(kind: str, likelihood: str, n_channels: int) -> None:
+    model = model_of(kind, 24, n_channels, likelihood=likelihood)
+    images = torch.rand(4, n_channels, 24, 24)
+    sum(model(batch_of(images)).values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    view = model.decode(torch.randn(4, model.latent_dim))
+    assert view.shape == images.shape
+    assert likelihood != "bernoulli" or (view.min() >= 0 and view.max() <= 1)
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_bernoulli_refuses_images_that_are_no_grey_values(kind: str) -> None:
+    model = model_of(kind, likelihood="bernoulli")
+    assert list(model.start(InMemory(torch.rand(8, 1, 24, 24))))[-1].fraction == 1
+    with pytest.raises(UserError, match=r"from 0 to 1, these images go from -\d.* to \d"):
+        list(model.start(InMemory(torch.randn(8, 1, 24, 24))))
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_the_likelihood_is_that_of_the_noise(n_channels: int) -> None:
+    from particle_explorer.models.layers import PixelNoise
+
+    rng = torch.Generator().manual_seed(0)
+    mean = torch.randn(6, 50, n_channels, generator=rng)
+    pixels, log_variance = torch.rand(mean.shape, generator=rng), torch.randn(mean.shape, generator=rng)
+    normal = torch.distributions.Normal(mean, torch.exp(log_variance / 2))
+    drawn = torch.cat([mean, log_variance], -1)
+    constant = 0.5 * np.log(2 * np.pi)
+    learned = PixelNoise("gaussian-learned", n_channels)
+    torch.testing.assert_close(learned(drawn, pixels), -normal.log_prob(pixels) - constant)
+    unit = PixelNoise("gaussian", n_channels)(mean, pixels)
+    torch.testing.assert_close(unit, -torch.distributions.Normal(mean, 1).log_prob(pixels) - constant)
+    binary = PixelNoise("bernoulli", n_channels)(mean, pixels.round())
+    torch.testing.assert_close(binary, -torch.distributions.Bernoulli(logits=mean).log_prob(pixels.round()))
