@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -67,8 +69,86 @@ def test_knn_regression_follows_a_folded_map(rng: np.random.Generator) -> None:
     assert metrics.knn_regression_r(truth, truth) > 0.999
 
 
+def test_wrapped_rms_is_the_least_over_all_offsets(rng: np.random.Generator) -> None:
+    truth = rng.uniform(-np.pi, np.pi, 300)
+    found = truth + 1 + 0.8 * rng.normal(size=300)
+    found[:30] += np.pi
+    offsets = np.linspace(-np.pi, np.pi, 20001)
+    errors = np.angle(np.exp(1j * (truth - found - offsets[:, None])))
+    least = np.rad2deg(np.sqrt(np.mean(errors**2, axis=1)).min())
+    assert metrics.wrapped_rms_deg(truth, found) == pytest.approx(least, abs=1e-3)
+    assert metrics.wrapped_rms_deg(truth, truth - 3) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("fold", [1, 2, 3])
+def test_wrapped_rms_knows_noise_symmetry_and_chance(rng: np.random.Generator, fold: int) -> None:
+    truth, other = rng.uniform(-np.pi, np.pi, (2, 20000))
+    sd = np.deg2rad(4)
+    turned = truth + sd * rng.normal(size=truth.size) + 2 * np.pi / fold * rng.integers(0, fold, truth.size)
+    assert metrics.wrapped_rms_deg(truth, turned, fold=fold) == pytest.approx(4, rel=0.05)
+    chance = 360 / np.sqrt(12) / fold
+    assert chance * 0.96 < metrics.wrapped_rms_deg(truth, other, fold=fold) <= chance
+
+
+def test_rotation_rmse_is_each_image_against_itself(rng: np.random.Generator) -> None:
+    applied = np.arange(160) * 2 * np.pi / 160
+    own_frame = rng.uniform(-9, 9, (7, 1))
+    assert metrics.rotation_rmse_deg(applied, own_frame + applied) == pytest.approx(np.zeros(7), abs=1e-5)
+    noise = np.deg2rad(5) * rng.normal(size=(400, 160))
+    # the noise of the unturned image is in every difference
+    found = metrics.rotation_rmse_deg(applied, applied + noise)
+    assert np.sqrt(np.mean(found**2)) == pytest.approx(5 * np.sqrt(2), rel=0.05)
+    guess = metrics.rotation_rmse_deg(applied, rng.uniform(-np.pi, np.pi, (400, 160)))
+    assert guess.mean() == pytest.approx(360 / np.sqrt(12), rel=0.02)
+    constant = metrics.rotation_rmse_deg(applied, np.zeros((1, 160)))
+    assert constant[0] == pytest.approx(360 / np.sqrt(12), rel=0.01)
+    with pytest.raises(ValueError, match="must be 0"):
+        metrics.rotation_rmse_deg(applied + 1, own_frame + applied)
+
+
+def test_matched_accuracy_is_blind_to_names_only(rng: np.random.Generator) -> None:
+    label = rng.integers(0, 10, 1000)
+    renamed = rng.permutation(10)[label] + 100
+    assert metrics.matched_accuracy(label, renamed) == 1
+    # one cluster may stand for one label only: ten labels in one cluster are the largest label
+    assert metrics.matched_accuracy(label, np.zeros(1000)) == np.bincount(label).max() / 1000
+    # two labels that share a cluster, while the other cluster is empty of labels, count once
+    assert metrics.matched_accuracy([0, 0, 1, 1], [5, 5, 5, 5]) == 0.5
+    assert metrics.matched_accuracy([0, 0, 0, 1], [5, 5, 6, 6]) == 0.75
+    with pytest.raises(ValueError, match="3 labels and 2 clusters"):
+        metrics.matched_accuracy([1, 2, 3], [1, 2])
+
+
+def test_ten_random_labels_are_at_eleven_per_cent(rng: np.random.Generator) -> None:
+    accuracy = metrics.matched_accuracy(rng.integers(0, 10, 10_000), rng.integers(0, 10, 10_000))
+    assert accuracy == pytest.approx(0.113, abs=0.006)
+
+
+@pytest.mark.parametrize("method", ["ward", "kmeans"])
+def test_clusters_that_are_apart_are_found(
+    rng: np.random.Generator, method: Literal["ward", "kmeans"]
+) -> None:
+    label = rng.integers(0, 5, 600)
+    centre = 10 * np.column_stack([np.cos(2 * np.arange(5)), np.sin(2 * np.arange(5))])
+    points = centre[label] + 0.3 * rng.normal(size=(600, 2))
+    assert metrics.clustering_accuracy(points, label, method=method, n_restarts=3) == 1
+    shuffled = metrics.clustering_accuracy(points, rng.permutation(label), method=method, n_restarts=3)
+    assert 0.2 < shuffled < 0.32
+
+
+def test_image_mse_is_per_image_and_per_pixel() -> None:
+    target = np.zeros((2, 1, 4, 4))
+    drawn = target.copy()
+    drawn[1, 0, 0, 0] = 2
+    assert metrics.image_mse(drawn, target) == pytest.approx([0, 4 / 16])
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.image_mse(drawn, target[:1])
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="3 and 4"):
         metrics.pearson(np.zeros(3), np.zeros(4))
     with pytest.raises(ValueError, match="3 latent coordinates and 4"):
         metrics.knn_regression_r(np.zeros((3, 2)), np.zeros(4))
+    with pytest.raises(ValueError, match="2 features and 3 labels"):
+        metrics.clustering_accuracy(np.zeros((2, 2)), [0, 1, 2])
