@@ -330,22 +330,29 @@ class SimulateConfig(Config):
 class AccuracyConfig(Config):
     """How well models find conformation and pose on stacks whose truth is known."""
 
-    stacks: Literal["all", "integrin-0.5", "integrin-0.1", "hinge"] = setting("all", "Stacks")
-    """`integrin-…` are the simulated integrin stacks of the folder of large data at that signal-to-noise
-    ratio; `hinge` is made by the package's own simulator, with CTF and junk."""
-    models: Literal["all", "class-map", "class-map-2d", "spatial-vae"] = setting("all", "Models")
-    """`class-map` is the class map of one dimension, `class-map-2d` the default of two."""
+    stacks: str = setting("all", "Stacks")
+    """`all`, or some with commas between: `integrin-0.5` and `integrin-0.1` (simulated integrin at that
+    signal-to-noise ratio), `hinge-0.1` and `hinge-0.03` (the package's own simulator, with CTF and junk),
+    `mnist-n`, `mnist-u` and `mnist-multi` (turned and shifted digits), `xyrcs` and `dsprites` (plain shapes).
+    Only `hinge-…` and `xyrcs` need no folder of large data."""
+    models: str = setting("all", "Models")
+    """`all`, or some kinds with commas between. `KIND-2d` and the like say the dimensions of the map;
+    without, it is one for stacks with one motion and two for those with labels."""
+    protocol: Literal["smoke", "quick", "full"] = setting("quick", "Protocol")
+    """`quick` takes under half an hour per model on two cores: 12 500 digits or 6 000 shapes, and as many
+    epochs as fit into 25 minutes. `full` takes all images and the epochs of the papers. `smoke` says in a
+    minute whether everything runs, not how well: 1 500 particles, two epochs, one seed."""
     n_seeds: int = setting(3, "Seeds", ge=1, le=100)
-    """Runs with seeds 0, 1, … of the model asked for; with all models, of the one-dimensional class map, and
-    the others run once."""
+    """Runs with seeds 0, 1, … of every model."""
     n_particles: int = setting(0, "Particles", ge=0, le=10_000_000)
-    """Particles used of every stack, a fifth of them to score; 0 takes them all."""
-    vae_epochs: int = setting(0, "Epochs of spatial-VAE", ge=0, le=10_000)
-    """Passes of spatial-VAE over the particles; 0 takes the model's own number."""
+    """Particles used of every stack, a fifth of them to score; 0 leaves it to the protocol."""
+    epochs: int = setting(0, "Epochs", ge=0, le=100_000)
+    """Passes over the particles; 0 leaves it to the protocol."""
+    settings: str = setting("", "Settings")
+    """Further settings of the models, as a JSON object: `{"angle_step_deg": 5}`."""
     data: str = setting("", "Folder of large data")
-    """Where `5hdb_sim` lies; empty takes the environment variable PARTICLE_EXPLORER_DATA."""
-    quick: bool = setting(False, "Quick")
-    """1500 particles, one seed, two epochs of spatial-VAE: whether everything runs, not how well."""
+    """Where `5hdb_sim`, `mnist` and `dsprites_regen` lie; empty takes the environment variable
+    PARTICLE_EXPLORER_DATA."""
 
 
 class SpeedConfig(Config):

@@ -8,24 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from particle_explorer.bench import accuracy
+from particle_explorer.bench import accuracy, stacks
 from particle_explorer.configs import AccuracyConfig, PreprocessConfig, SimulateConfig
 from particle_explorer.files import UserError
+from particle_explorer.latents import Latents
 from particle_explorer.pose import recentre
 from particle_explorer.session import Session
 
 
 @pytest.fixture
 def small_hinge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        accuracy, "HINGE", SimulateConfig(n=150, box_px=32, pixel_size_A=7.0, snr=1.0, seed=1)
-    )
-    monkeypatch.setattr(accuracy, "QUICK_N", 150)
-    monkeypatch.setattr(accuracy.simulate, "limit", lambda simulation, rows: {"limit_abs_r": 0.99})
+    monkeypatch.setattr(stacks, "HINGE", SimulateConfig(n=150, box_px=32, pixel_size_A=7.0, snr=1.0, seed=1))
+    monkeypatch.setattr(stacks, "SMOKE_N", 150)
+    monkeypatch.setattr(stacks.simulate, "limit", lambda simulation, rows: {"limit_abs_r": 0.99})
 
 
 def test_truth_scores_as_truth_whatever_the_frame(tmp_path: Path, small_hinge: None) -> None:
-    stack = accuracy.hinge(tmp_path / "hinge")
+    stack = stacks.hinge(tmp_path / "hinge", "1.0")
     session = Session.create(tmp_path / "session", stack.particles, PreprocessConfig())
     table = session.table
     assert set(table["split"]) == {0, 1} and table["split"].mean() == pytest.approx(0.2)
@@ -44,12 +43,13 @@ def test_truth_scores_as_truth_whatever_the_frame(tmp_path: Path, small_hinge: N
 
 def test_a_small_benchmark_runs_through(tmp_path: Path, small_hinge: None) -> None:
     said: list[str] = []
-    config = AccuracyConfig(stacks="hinge", models="spatial-vae", vae_epochs=1, quick=True)
+    config = AccuracyConfig(stacks="hinge-0.1", models="spatial-vae", epochs=1, protocol="smoke")
     report = accuracy.run(config, tmp_path / "accuracy.json", said.append)
     assert json.loads((tmp_path / "accuracy.json").read_text()) == report
     (result,) = report["results"]
-    assert {*accuracy.SHOWN, "stack", "model", "seed", "limit_abs_r"} <= set(result)
-    assert np.isfinite([result[name] for name in accuracy.SHOWN]).all()
+    motion = {"conformation_abs_r", "rotation_T", "rotation_T_held_still", "shift_rms_px", "seconds"}
+    assert {*motion, "stack", "model", "seed", "limit_abs_r"} <= set(result)
+    assert np.isfinite([result[name] for name in motion]).all()
     assert result["seconds"] > 0 and report["machine"]["cores"] >= 1
     assert any(line.strip().startswith("| stack | model |") for line in said)
 
@@ -64,14 +64,14 @@ def test_the_table_shows_the_spread_of_seeds() -> None:
 
 def test_without_the_data_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PARTICLE_EXPLORER_DATA", raising=False)
-    with pytest.raises(UserError, match="--stacks hinge"):
-        accuracy.data_folder("")
+    with pytest.raises(UserError, match="choose --stacks hinge"):
+        stacks.data_folder("")
     with pytest.raises(UserError, match="5hdb_sim"):
-        accuracy.integrin(accuracy.data_folder(str(tmp_path)), "0.5")
+        stacks.integrin(stacks.data_folder(str(tmp_path)), "0.5")
 
 
 def test_the_integrin_stack_is_read_with_its_truth(data_dir: Path) -> None:
-    stack = accuracy.integrin(data_dir, "0.5", 500)
+    stack = stacks.integrin(data_dir, "0.5", 500)
     table = stack.particles.table
     assert len(table) == 500 and (table["split"] == 1).sum() == 100
     images = stack.particles.images.read(np.arange(500))[:, 0]
@@ -83,3 +83,109 @@ def test_the_integrin_stack_is_read_with_its_truth(data_dir: Path) -> None:
     back = align(images[:, None], table["true_angle_deg"], shift)[:, 0]
     near = np.abs(table["true_conformation"] - truth["template_hinge_deg"][9]) < 8
     assert np.corrcoef(back[near].mean(0).ravel(), truth["templates"][9].ravel())[0, 1] > 0.95
+
+
+@pytest.fixture
+def few_digits(tmp_path: Path) -> Path:
+    """A folder of large data whose digits are two letters, each brighter or darker."""
+    letters = np.zeros((2, 28, 28), np.float32)
+    letters[0, 6:22, 9:13] = letters[0, 18:22, 9:20] = 255
+    letters[1, 6:22, 9:13] = letters[1, 6:10, 9:20] = letters[1, 12:16, 9:17] = 255
+    label = np.arange(260) % 2
+    grey = np.random.default_rng(0).uniform(0.7, 1, 260)
+    images = (letters[label] * grey[:, None, None]).astype(np.uint8)
+    (tmp_path / "mnist").mkdir()
+    np.savez(
+        tmp_path / "mnist" / "mnist.npz",
+        x_train=images[:200], y_train=label[:200], x_test=images[200:], y_test=label[200:],
+    )  # fmt: skip
+    return tmp_path
+
+
+def brought_back(stack: stacks.Stack) -> np.ndarray:
+    from particle_explorer.averaging import align
+
+    table = stack.particles.table
+    images = stack.particles.images.read(np.arange(len(table)))
+    shift = table[["true_shift_y_px", "true_shift_x_px"]].to_numpy()
+    return np.asarray(align(images, table["true_angle_deg"], shift)[:, 0])
+
+
+@pytest.mark.parametrize("name", ["mnist-n", "mnist-u", "mnist-multi"])
+def test_digits_are_where_the_truth_says(few_digits: Path, name: str) -> None:
+    config = AccuracyConfig(data=str(few_digits), n_particles=75)
+    stack = stacks.make(name, config, few_digits)
+    assert stack.upright is not None
+    table = stack.particles.table
+    test = np.flatnonzero(table["split"] == 1)
+    assert len(test) == 15 == len(stack.upright) and len(table) == 75
+    inside = np.hypot(*(np.indices((50, 50)) - 25)) < (14 if name == "mnist-multi" else 10)
+    away = table[["true_shift_y_px", "true_shift_x_px"]].abs().to_numpy().max(1)[test] < 8
+    back = brought_back(stack)[test]
+    r = [np.corrcoef(a[inside], b[inside])[0, 1] for a, b in zip(back, stack.upright, strict=True)]
+    # in a window a neighbour may cover a corner
+    assert np.median(np.asarray(r)[away]) > (0.9 if name == "mnist-multi" else 0.97)
+    spread = table["true_angle_deg"].std()
+    assert 35 < spread < 55 if name == "mnist-n" else 85 < spread < 125
+
+
+def test_shapes_are_where_the_truth_says() -> None:
+    stack = stacks.xyrcs(60)
+    table = stack.particles.table
+    back = brought_back(stack)
+    back /= back[:, 40:45, 40:45].mean((1, 2), keepdims=True)
+    for label, fold in enumerate(stacks.XYRCS_FOLDS):
+        of_kind = back[table["true_label"] == label]
+        assert np.corrcoef(of_kind.reshape(len(of_kind), -1)).min() > 0.95
+        assert of_kind.sum((1, 2)) == pytest.approx(np.pi * 144, rel=0.05)
+        assert set(table["true_fold"][table["true_label"] == label]) == {fold}
+
+
+def test_dsprites_are_where_the_truth_says(data_dir: Path) -> None:
+    stack = stacks.dsprites(data_dir, 400)
+    table = stack.particles.table
+    back = brought_back(stack)
+    for label in range(3):
+        of_kind = back[table["true_label"] == label]
+        large = of_kind[of_kind.sum((1, 2)) > np.quantile(of_kind.sum((1, 2)), 0.8)]
+        assert np.corrcoef(large.reshape(len(large), -1)).min() > 0.9
+
+
+def test_labels_score_as_they_should(few_digits: Path) -> None:
+    table = stacks.mnist(few_digits, "mnist-u", 150).particles.table
+    label = table["true_label"].to_numpy()
+    uid = np.arange(len(table), dtype=np.uint64)
+    z = np.column_stack([label, np.random.default_rng(0).normal(0, 0.01, len(label))]).astype(np.float32)
+    angle = (table["true_angle_deg"] + np.where(label == 1, 50, 20)).to_numpy(np.float32)
+    shift = table[["true_shift_y_px", "true_shift_x_px"]].to_numpy(np.float32) + 3
+    found = accuracy.scored_labels(table, Latents(uid, z, angle_deg=angle, shift_yx_px=shift))
+    assert found["clustering_ward"] == found["clustering_kmeans"] == 1
+    # each label has its own zero, which counts against the correlation but not against the residual
+    assert found["angle_residual_rms_deg"] < 1e-3 and 0.8 < found["rotation_T"] < 0.98
+    assert found["shift_r_y"] == pytest.approx(1) and found["shift_r_x"] == pytest.approx(1)
+    without = accuracy.scored_labels(table, Latents(uid, np.random.default_rng(0).permutation(z)))
+    assert without["clustering_ward"] < 0.75 and "rotation_T" not in without
+
+
+def test_a_small_benchmark_of_digits_runs_through(few_digits: Path) -> None:
+    config = AccuracyConfig(
+        stacks="mnist-u", models="class-map", protocol="smoke", n_particles=150, data=str(few_digits),
+        settings='{"nodes_per_dim": 4, "angle_step_deg": 30, "shift_range_px": 4}',
+    )  # fmt: skip
+    (result,) = accuracy.run(config, say=lambda text: None)["results"]
+    assert 0.5 <= result["clustering_ward"] <= 1 and 0 < result["mse_average"] <= result["mse_worst"] < 1
+    assert 0 < result["rotation_rmse_160_deg"] < 120 and -1 <= result["rotation_T_calibrated"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"stacks": "hinge-7"}, "integrin-0.5"),
+        ({"models": "no-such"}, "class-map"),
+        ({"models": "class-map", "stacks": "xyrcs", "settings": "{"}, "JSON"),
+        ({"models": "class-map", "stacks": "xyrcs", "settings": '{"angle_step_deg": 99}'}, "angle_step_deg"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(wrong: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        accuracy.run(AccuracyConfig(n_particles=50, **wrong), say=lambda text: None)
