@@ -23,8 +23,8 @@ RANKS: dict[str, int] = {
         [
             ["configs", "pose", "files", "transforms"],
             ["particles", "ctf", "status"],
-            ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "report"],
-            ["session", "gauge"],
+            ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
+            ["session", "gauge", "traversals"],
             ["training"],
             ["jobs", "state", "report"],
             ["demo", "cli", "plugin"],
@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "cryosparc": {"io"},
     "starfile": set(),
     "pydantic_settings": {"cli"},
+    "imageio_ffmpeg": {"movies"},
 }
 
 

@@ -91,6 +91,42 @@ def test_from_a_stack_to_a_star_file(tiny_stack, tmp_path, say):
     assert MrcFile(tmp_path / "out.mrcs").n_images == 5
 
 
+def test_ways_through_the_map_are_drawn_and_averaged(trained, tmp_path, say, refuse):
+    session, m = trained.session, trained.session.images.shape[-1]
+    drawn, beside = map(Path, say("traverse", trained.path, "--n-frames", 5, "--n-each", 4))
+    assert drawn.parent == session.path / "paths" and MrcFile(drawn).shape == (1, m, m)
+    assert MrcFile(drawn).n_images == MrcFile(beside).n_images == 5
+    record = json.loads(drawn.with_suffix(".json").read_text())
+    assert np.shape(record["positions"]) == (5, 2) and max(record["n_particles"]) <= 4
+    again = Path(say("traverse", trained.path, "--n-frames", 5, "--n-each", 0)[0])
+    assert again.stem == f"{drawn.stem}-2"
+    uid = trained.latents().uid
+    np.save(tmp_path / "curve.npy", trained.latents().z[[3, 60, 9]])
+    for words in (
+        ("--along", "particles", "--start", uid[3], "--end", uid[60]),
+        ("--along", "curve", "--positions", tmp_path / "curve.npy"),
+        ("--along", "grid"),
+        ("--along", "prior"),
+    ):
+        out = tmp_path / words[1]
+        files = say("traverse", trained.path, *words, "--out", out, "--n-frames", 4, "--formats", "gif,png")
+        assert files == [f"{out}.gif", f"{out}.png"] and all(
+            Path(file).stat().st_size > 200 for file in files
+        )
+    ends = np.array(json.loads((tmp_path / "particles.json").read_text())["positions"])[[0, -1]]
+    np.testing.assert_allclose(ends, trained.latents().z[[3, 60]], atol=1e-5)
+    for words, sentence in (
+        (("--along", "curve"), "needs --positions"),
+        (("--along", "straight", "--start", "3"), "needs both --start UID and --end UID"),
+        (("--along", "straight", "--start", "3", "--end", "x"), "has no particle of that uid"),
+        (("--along", "dimension", "--number", "3"), "there is no dimension 3"),
+        (("--formats", "avi"), "--formats avi: choose from gif"),
+        (("--along", "grid", "--out", tmp_path / "grid", "--formats", "gif"), "exists already"),
+        (("--held",), "holds nothing still yet"),
+    ):
+        assert sentence in refuse("traverse", trained.path, *words), words
+
+
 def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_path, say, refuse):
     session = trained.session
     mask = np.arange(120) % 7 == 0
@@ -176,6 +212,18 @@ def test_a_part_is_held_still(trained, tiny_stack, tmp_path, say, refuse):
     np.testing.assert_allclose((turn + 180) % 360 - 180, 0, atol=1e-3)
     say("average", trained.path, "--by", "true_junk", "--held")
     assert "mask" in refuse("hold-still", trained.path, "--mask", tiny_stack)
+    first = trained.gauge()
+    at = ",".join(map(str, trained.latents().z[0]))
+    say("hold-still", trained.path, "--mask", tmp_path / "mask.npy", f"--at={at}")
+    assert trained.gauge() != first
+    say("hold-still", trained.path, "--undo")
+    assert trained.gauge() == first
+    pd.testing.assert_frame_equal(trained.column("pose-held"), held)
+    say("hold-still", trained.path, "--undo")
+    assert trained.gauge()["region"] == {"disc_yxr_px": [16, 16, 8]}
+    assert say("hold-still", trained.path, "--undo") == ["nothing"]
+    assert trained.gauge() is None and trained.columns() == []
+    assert "no earlier state" in refuse("hold-still", trained.path, "--undo")
 
 
 def test_other_stacks_are_encoded_by_the_same_model(trained, tiny_stack, tmp_path, say, refuse):

@@ -78,6 +78,21 @@ def deviation(gauge: Gauge, z: NDArray[np.float64]) -> tuple[float, float]:
     return float(np.abs(left - np.median(left)).max()), float(np.ptp(place_now, axis=0).max())
 
 
+def test_a_region_is_held_where_it_was_drawn(latents: NDArray[np.float64]) -> None:
+    """At the end of the map the frame is turned: a tight mask of the body as it lies there holds the body."""
+    at = np.array([[1.0]])
+    turn, move = wander(at)
+    y, x = np.mgrid[:N, :N] - N // 2
+    centre = pose.rotation_matrix(turn[0]) @ [-7.0, 0.0]
+    mask = np.hypot(x - centre[0] - move[0, 1], y - centre[1] - move[0, 0]) < 7
+    gauge = fit_gauge(decode, latents, mask=mask, at=at[0])
+    turn_left, place_left = deviation(gauge, latents)
+    assert turn_left < 2.5 and place_left < 0.5
+    assert abs(gauge.at(at)[0][0] - gauge.at([[0.0]])[0][0] + 24) < 4
+    with pytest.raises(UserError, match="1 numbers"):
+        fit_gauge(decode, latents, mask=mask, at=[0.0, 1.0])
+
+
 @pytest.mark.parametrize("how", ["auto", "disc", "mask"])
 def test_the_wandering_is_taken_back(latents: NDArray[np.float64], how: str) -> None:
     region: dict[str, Any] = {}
@@ -177,6 +192,7 @@ def test_a_run_keeps_its_gauge_and_its_poses(tmp_path: Path) -> None:
         config=config,
         session=SimpleNamespace(table=pd.DataFrame({"box_px": 40}, index=pd.Index(uid, name="uid"))),
         latents=lambda: found,
+        gauge=lambda: saved.get("gauge"),
         save_gauge=lambda content: saved.update(gauge=content),
         write_column=lambda name, table, content, replace: saved.update({name: table}),
     )

@@ -291,6 +291,27 @@ class ClusterConfig(Config):
     """Random seed."""
 
 
+class TraverseConfig(Config):
+    """A way through the map, drawn by the model and averaged from real particles."""
+
+    along: Literal["dimension", "component", "straight", "particles", "curve", "grid", "prior"] = setting(
+        "component", "Along"
+    )
+    """`dimension` or `component`: one coordinate of the map or one principal component, through the middle;
+    `straight`: between two particles; `particles`: between two particles by way of particles between them;
+    `curve`: through given positions; `grid`: a square of the first two coordinates, evenly in probability;
+    `prior`: positions the model expects."""
+    number: int = setting(1, "Number", ge=1, le=64)
+    """Which dimension or component, from 1."""
+    n_frames: int = setting(24, "Pictures", ge=2, le=1000)
+    """Pictures along the way; of a grid, the nearest square."""
+    n_each: int = setting(200, "Particles averaged at each", ge=0, le=1_000_000, zero="none")
+    """At most so many particles, those nearest to the position and to no other, are averaged beside each
+    picture; 0 averages none."""
+    seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
+    """Random seed of `prior`."""
+
+
 class AverageConfig(Config):
     """Class averages of original images, aligned by inferred poses."""
 

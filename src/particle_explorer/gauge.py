@@ -9,6 +9,7 @@ The gauge lies on top of a fit: `gauge.json` of the run, and the poses in `colum
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from particle_explorer.configs import RunConfig
-from particle_explorer.files import UserError
+from particle_explorer.files import UserError, write_text
 from particle_explorer.latents import Latents
 from particle_explorer.models.build import build_model
 from particle_explorer.pose import recentre, rotation_matrix, wrap_deg
@@ -32,6 +33,8 @@ Float = NDArray[np.float64]
 Decode = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """`(b, d)` latent positions → `(b, c, n, n)` images"""
 
+PAST = "gauge-past"
+"""Folder of a run with the gauges that others have replaced"""
 DEGREE = 4
 MAX_TURN_DEG = 60.0
 POSITIONS_PER_DIM = {1: 24, 2: 8}
@@ -114,6 +117,7 @@ def fit_gauge(
     *,
     disc_yxr_px: tuple[float, float, float] | None = None,
     mask: ArrayLike | None = None,
+    at: ArrayLike | None = None,
 ) -> Gauge:
     """The gauge that holds one part still; without a region, the most rigid disc.
 
@@ -127,6 +131,8 @@ def fit_gauge(
         Centre (y, x) from the corner, and radius, in pixels of the decoded image at the middle of the map.
     mask
         `(n, n)`, the part is where it is not 0.
+    at
+        `(d,)` the latent position on whose picture the region was drawn; by default the middle of the map.
     """
     latents = np.asarray(z, np.float64)
     if latents.ndim != 2 or len(latents) == 0:
@@ -134,6 +140,13 @@ def fit_gauge(
     if not np.isfinite(latents).all():
         raise ValueError("latents hold values that are not finite")
     positions, counts, middle = _positions(latents)
+    if at is not None:
+        drawn_on = np.asarray(at, np.float64)
+        if drawn_on.shape != latents.shape[1:] or not np.isfinite(drawn_on).all():
+            raise UserError(f"a position of this map is {latents.shape[1]} numbers, not {drawn_on.shape}")
+        # the picture that the others are brought into register with; it stands for no particle
+        positions, counts = np.vstack([positions, drawn_on]), np.r_[counts, 1e-3 * counts.min()]
+        middle = len(positions) - 1
     images = torch.from_numpy(np.ascontiguousarray(decode(positions.astype(np.float32)), dtype=np.float32))
     n = images.shape[-1]
     if mask is not None:
@@ -285,6 +298,7 @@ class HeldRun(Protocol):
     def session(self) -> Any: ...
 
     def latents(self) -> Latents | None: ...
+    def gauge(self) -> dict[str, Any] | None: ...
     def save_gauge(self, gauge: Mapping[str, Any]) -> None: ...
     def write_column(
         self, name: str, table: pd.DataFrame, config: Mapping[str, Any], *, replace: bool = False
@@ -297,10 +311,12 @@ def hold_still(
     auto: bool = False,
     disc_yxr_px: tuple[float, float, float] | None = None,
     mask: ArrayLike | None = None,
+    at: ArrayLike | None = None,
 ) -> Gauge:
     """Fit the gauge of a finished run; writes its `gauge.json` and `columns/pose-held.parquet`.
 
-    Exactly one of `auto` (the most rigid disc), a disc and a mask says what to hold.
+    Exactly one of `auto` (the most rigid disc), a disc and a mask says what to hold; `at` is the position
+    on whose picture it was drawn. What was held before is kept for `undo`.
     """
     if auto + (disc_yxr_px is not None) + (mask is not None) != 1:
         raise ValueError("one of auto, a disc and a mask says what to hold still")
@@ -318,7 +334,39 @@ def hold_still(
         drawn: NDArray[np.float32] = model.decode(torch.from_numpy(z)).numpy()
         return drawn
 
-    gauge = fit_gauge(decode, latents.z, disc_yxr_px=disc_yxr_px, mask=mask)
+    gauge = fit_gauge(decode, latents.z, disc_yxr_px=disc_yxr_px, mask=mask, at=at)
+    before = run.gauge()
+    past = _past(run)
+    number = 1 + max((int(path.stem) for path in past), default=0)
+    write_text(run.path / PAST / f"{number:04d}.json", json.dumps(before) + "\n")
+    _put_to_use(run, gauge, latents)
+    return gauge
+
+
+def undo(run: HeldRun) -> Gauge | None:
+    """Hold what was held before the last `hold_still`; None when that was nothing."""
+    past = _past(run)
+    latents = run.latents()
+    if not past or latents is None:
+        raise UserError(f"run {run.path.name} has no earlier state to go back to")
+    before = json.loads(past[-1].read_text(encoding="utf-8"))
+    if before is None:
+        for name in ("gauge.json", "columns/pose-held.parquet", "columns/pose-held.json"):
+            (run.path / name).unlink(missing_ok=True)
+    else:
+        _put_to_use(run, Gauge.from_json(before), latents)
+    past[-1].unlink()
+    return None if before is None else Gauge.from_json(before)
+
+
+def _past(run: HeldRun) -> list[Path]:
+    """What was held before each time that something else was, oldest first."""
+    return sorted((run.path / PAST).glob("[0-9]*.json"))
+
+
+def _put_to_use(run: HeldRun, gauge: Gauge, latents: Latents) -> None:
+    """Write a gauge and the poses that follow from it."""
+    assert latents.angle_deg is not None and latents.shift_yx_px is not None
     box_px = run.session.table["box_px"].reindex(latents.uid).to_numpy(np.float64)
     angle, shift = gauge.held_pose(
         latents.z, latents.angle_deg, latents.shift_yx_px, box_px / run.config.data.box_px
@@ -329,4 +377,3 @@ def hold_still(
     ).astype(np.float32)
     run.save_gauge(gauge.to_json())
     run.write_column("pose-held", table, gauge.to_json(), replace=True)
-    return gauge

@@ -39,6 +39,15 @@ pre { padding: 12px; font-size: 12px; overflow-x: auto; }
 
 def png(image: ArrayLike, *, low: float | None = None, high: float | None = None, zoom: int = 1) -> str:
     """A grey picture `(h, w)` as a `data:` address; `low` is black and `high` white."""
+    return (
+        "data:image/png;base64," + base64.b64encode(png_file(image, low=low, high=high, zoom=zoom)).decode()
+    )
+
+
+def png_file(
+    image: ArrayLike, *, low: float | None = None, high: float | None = None, zoom: int = 1
+) -> bytes:
+    """A grey picture `(h, w)` as the content of a PNG file."""
     image = np.asarray(image, dtype=np.float64)
     low = float(image.min()) if low is None else low
     high = float(image.max()) if high is None else high
@@ -51,13 +60,12 @@ def png(image: ArrayLike, *, low: float | None = None, high: float | None = None
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    file = (
+    return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
         + chunk(b"IDAT", zlib.compress(lines, 9))
         + chunk(b"IEND", b"")
     )
-    return "data:image/png;base64," + base64.b64encode(file).decode()
 
 
 _VIRIDIS = np.array(
