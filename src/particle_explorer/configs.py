@@ -268,7 +268,7 @@ class EmbedConfig(Config):
     """UMAP: how tightly points may be packed."""
     fit_at_most: int = setting(0, "Particles fitted", advanced=True, ge=0, le=100_000_000, zero="automatic")
     """Of more particles a random part is laid out and the others take their place between neighbours. 0 fits
-    200 000 with UMAP, 20 000 with t-SNE."""
+    200 000 with UMAP, 10 000 with t-SNE."""
     seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
     """Random seed."""
 

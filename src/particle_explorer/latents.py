@@ -161,7 +161,7 @@ def embed(z: Array, config: EmbedConfig, tell: Tell = lambda _: None) -> Array:
 
 def fitted_particles(config: EmbedConfig, n: int) -> int:
     """How many of `n` particles an embedding is fitted to."""
-    automatic = {"umap": 200_000, "tsne": 20_000, "pca": n}[config.method]
+    automatic = {"umap": 200_000, "tsne": 10_000, "pca": n}[config.method]
     return min(n, config.fit_at_most or automatic)
 
 
