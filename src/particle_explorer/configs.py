@@ -199,7 +199,41 @@ class SpatialVAEConfig(Config):
     """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
 
 
-ModelConfig = Annotated[ClassMapConfig | SpatialVAEConfig | VAEConfig, Field(discriminator="kind")]
+class CODAEConfig(Config):
+    """CODAE (Cha et al., Nature Machine Intelligence 2025): networks infer shift, angle and content, another
+    draws the aligned particle, which is then turned and moved as a whole. The fastest of the networks; for
+    particles that stand out from the noise."""
+
+    kind: Literal["codae"] = "codae"
+
+    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=64)
+    """Number of content coordinates per particle, in turns around a circle each."""
+
+    group_order: Literal[4, 8, 16] = setting(8, "Turns of the kernels", advanced=True)
+    """Every kernel is used at this many equally spaced angles. More find angles better and take longer."""
+
+    width: int = setting(8, "Width of the network", advanced=True, ge=2, le=128)
+    """Kernels per angle in the first layers of the encoder; later layers have twice as many."""
+
+    moment_weight: float = setting(1.0, "Weight of the moments", advanced=True, ge=0, le=1000, zero="off")
+    """The pose is led by the centre of mass and the long axis of the bright pixels at first, with this
+    weight beside the reconstruction. 0 leaves it to the reconstruction alone."""
+
+    moment_share: float = setting(0.25, "Share of the training with moments", advanced=True, ge=0, le=1)
+    """The weight of the moments falls to nothing over this share of the training."""
+
+    euler_encoding: bool = setting(True, "Content on circles", advanced=True)
+    """Stretch every content coordinate over the batch and hand it to the decoder as a point on a circle,
+    with noise as large as the distance to the nearest other particle."""
+
+    importance: float = setting(1.0, "Importance of the next coordinate", advanced=True, ge=0.001, le=1)
+    """Below 1 each coordinate starts with this share of the span of the one before, so that the first ones
+    take up what varies most."""
+
+
+ModelConfig = Annotated[
+    ClassMapConfig | SpatialVAEConfig | VAEConfig | CODAEConfig, Field(discriminator="kind")
+]
 
 
 class TrainConfig(Config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from particle_explorer.configs import ClassMapConfig, DataSpec, ModelConfig, VAEConfig
+from particle_explorer.configs import ClassMapConfig, CODAEConfig, DataSpec, ModelConfig, VAEConfig
 from particle_explorer.models.base import ParticleModel
 
 
@@ -16,6 +16,10 @@ def build_model(config: ModelConfig, data: DataSpec) -> ParticleModel:
         from particle_explorer.models.vae import VAE
 
         return VAE(config, data)
+    if isinstance(config, CODAEConfig):
+        from particle_explorer.models.codae import CODAE
+
+        return CODAE(config, data)
     from particle_explorer.models.spatial_vae import SpatialVAE
 
     return SpatialVAE(config, data)
