@@ -29,6 +29,7 @@ from particle_explorer.bench.machine import describe
 from particle_explorer.configs import (
     AverageConfig,
     ClassMapConfig,
+    CODAEConfig,
     DataSpec,
     PreprocessConfig,
     SimulateConfig,
@@ -43,10 +44,11 @@ from particle_explorer.models.build import build_model
 from particle_explorer.session import Session
 from particle_explorer.simulate import simulate
 
-MODELS: dict[str, ClassMapConfig | SpatialVAEConfig] = {
+MODELS: dict[str, ClassMapConfig | SpatialVAEConfig | CODAEConfig] = {
     "class-map": ClassMapConfig(latent_dim=1),
     "class-map-2d": ClassMapConfig(latent_dim=2),
     "spatial-vae": SpatialVAEConfig(),
+    "codae": CODAEConfig(),
 }
 N_IMAGES = 3000
 """Particles that models are timed on; enough for the start of the class map."""

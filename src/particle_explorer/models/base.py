@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,6 +38,13 @@ class Encoding(NamedTuple):
     `pose_entropy` (nats), `junk_probability`."""
 
 
+class Share(NamedTuple):
+    """Which rows of a step's batch this process has; the others have the rest."""
+
+    first: int
+    total: int
+
+
 class Batches(Protocol):
     """The particles that are fitted, by position 0 … `len` - 1 in the fitted set."""
 
@@ -70,6 +77,8 @@ class ParticleModel(nn.Module, ABC):
     """The setting of this name, told by training: `float32` forbids products in lower precision."""
     uses_ctf: bool = False
     """Whether batches should carry the CTF; computing it takes time."""
+    share: Share | None = None
+    """Told by training before each step that several processes take together; None in a process alone."""
     autocast: bool = False
     """Whether steps and encoding may run under bf16 autocast; a model with products of its own says no."""
 
@@ -89,6 +98,33 @@ class ParticleModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         """Named scalar losses, averaged over the batch, whose sum is minimised."""
+
+    def drawn(
+        self, draw: Callable[..., Tensor], rows: int, *size: int, device: torch.device | None = None
+    ) -> Tensor:
+        """Random numbers `(rows, *size)` by `torch.randn` or its like, a row per particle of the batch.
+
+        Processes that share a step's batch draw for all of it and keep their rows: the numbers do not depend
+        on how many they are.
+        """
+        if self.share is None:
+            return draw(rows, *size, device=device)
+        return draw(self.share.total, *size, device=device)[self.share.first : self.share.first + rows]
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Values `(b, ...)` of this process's rows → those of the whole batch, with their gradient."""
+        if self.share is None:
+            return values
+        from torch.distributed.nn.functional import all_reduce
+
+        first, total = self.share
+        empty = values.new_zeros(total, *values.shape[1:])
+        whole: Tensor = all_reduce(torch.cat([empty[:first], values, empty[first + len(values) :]]))
+        return whole
+
+    def own(self, values: Tensor, rows: int) -> Tensor:
+        """The rows of this process, of values of the whole batch."""
+        return values if self.share is None else values[self.share.first : self.share.first + rows]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Groups of parameters that are optimised in turn; more than one for an adversarial model."""

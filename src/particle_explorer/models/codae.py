@@ -49,6 +49,8 @@ N_POWER = 512
 SPAN = 0.01
 """Part of a turn that a content coordinate spans at the start."""
 MOMENTUM = 0.99
+_LEAST_RANGE = 1e-2
+"""Least range of a content coordinate that is stretched: one particle has none."""
 _EPS = 1e-6
 
 
@@ -79,14 +81,14 @@ class EulerEncoding(nn.Module):
         raw = raw.float()
         if self.training:
             low = raw.amin(0)
-            span = (raw.amax(0) - low).clamp_min(_EPS)
+            span = (raw.amax(0) - low).clamp_min(_LEAST_RANGE)
             with torch.no_grad():
                 keep = MOMENTUM if self.seen else 0.0
                 self.low.lerp_(low, 1 - keep)
                 self.range.lerp_(span, 1 - keep)
                 self.seen += 1
         else:
-            low, span = self.low, self.range.clamp_min(_EPS)
+            low, span = self.low, self.range
         return ((raw - low) / span - 0.5) * self.span * self.importance
 
     @torch.no_grad()
@@ -95,10 +97,12 @@ class EulerEncoding(nn.Module):
         if len(turns) < 2:
             return torch.zeros_like(turns)
         ordered, order = turns.sort(0)
-        gap = ordered.diff(dim=0)
-        gap = torch.where(gap > 0, gap, torch.inf)
-        edge = torch.full_like(gap[:1], torch.inf)
-        nearest = torch.minimum(torch.cat([edge, gap]), torch.cat([gap, edge]))
+        other, edge = ordered.diff(dim=0) > 0, torch.full_like(ordered[:1], torch.inf)
+        # the next value that is another one, upwards and downwards
+        above = torch.cat([torch.where(other, ordered[1:], torch.inf), edge])
+        below = torch.cat([-edge, torch.where(other, ordered[:-1], -torch.inf)])
+        above, below = above.flip(0).cummin(0).values.flip(0), below.cummax(0).values
+        nearest = torch.minimum(above - ordered, ordered - below)
         nearest = torch.where(nearest.isfinite(), nearest, 0.0)
         return torch.empty_like(turns).scatter_(0, order, nearest) * torch.randn_like(turns)
 
@@ -144,7 +148,7 @@ class CODAE(ParticleModel):
         self.pose_plane = GroupConvolution(2 * w, 4 * w, side, r, padding=0)
         self.pose_pooled = GroupLinear(4 * w, 4 * w, r)
         self.pose = nn.Sequential(GroupLinear(4 * w, 4 * w, r), nn.SiLU(), GroupLinear(4 * w, 4, r))
-        self.content = nn.Sequential(nn.Linear(4 * w, 128), nn.SiLU(), nn.Linear(128, d))
+        self.content = nn.Sequential(nn.Linear(4 * w, 128), nn.SiLU(), nn.Linear(128, d, bias=False))
         self.euler = EulerEncoding(d, config.importance) if config.euler_encoding else None
         self.decoder = SmoothDecoder(2 * d if self.euler else d, data.n_channels, n, data.diameter_px / 2)
         self.register_buffer("unit", directions(r), persistent=False)
@@ -184,7 +188,7 @@ class CODAE(ParticleModel):
         return maps
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores `(b, r)`, angle for each of them `(b, r)` rad, shift `(b, 2)` px yx, raw content `(b, d)`."""
+        """Score and angle (rad) per sector `(b, r)`, shift `(b, 2)` px yx, raw content `(b, d)`."""
         maps = self.features(images)
         pooled = torch.cat([maps.amax((-2, -1)), maps.mean((-2, -1))], 1)
         hidden = functional.silu(self.pose_plane(maps)[..., 0, 0] + self.pose_pooled(pooled))
@@ -226,29 +230,35 @@ class CODAE(ParticleModel):
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         images = batch.images
         score, angle, shift, raw = self.infer(images)
-        z = self.coordinates(raw)
+        z = self.coordinates(self.gathered(raw))
         if self.euler:
             z = z + self.euler.noise(z)
-        image = self.aligned(z)
+        image = self.aligned(self.own(z, len(images)))
         log_p = score.log_softmax(1)
         with torch.no_grad():
             error = self._errors(images, image, angle, shift)
             posterior = (log_p - error).softmax(1)
-            chosen = torch.multinomial(posterior, 1)
+            dice = self.drawn(torch.rand, len(images), 1, device=images.device)
+            chosen = (posterior.cumsum(1) < dice).sum(1, keepdim=True).clamp_max(len(self.angles) - 1)
         view = place(image, angle.gather(1, chosen)[:, 0], shift)
         losses = {
             "reconstruction": 0.5 * (images - view).square().sum((1, 2, 3)).mean() / self.power,
             "turn": -(posterior * log_p).sum(1).mean(),
         }
         if self.settings.moment_weight and self.settings.moment_share:
-            centre, axis = self.moments(images)
-            double = torch.stack([(2 * angle).cos(), (2 * angle).sin()], -1)
-            size = axis.norm(dim=1)
-            away = (double * size[:, None, None] - axis[:, None]).square().sum(-1) / size.clamp_min(_EPS)[:, None]
-            unit = self.data.diameter_px / 4
-            moments = ((shift - centre) / unit).square().sum(1) + (log_p.exp() * away).sum(1)
-            losses["moments"] = self.moment_weight * moments.mean()
+            moments = (
+                self._moment_loss(images, log_p, angle, shift) if self.moment_weight else log_p.new_zeros(())
+            )
+            losses["moments"] = self.moment_weight * moments
         return losses
+
+    def _moment_loss(self, images: Tensor, log_p: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
+        centre, axis = self.moments(images)
+        size = axis.norm(dim=1)[:, None]
+        double = torch.stack([(2 * angle).cos(), (2 * angle).sin()], -1)
+        away = (double * size[..., None] - axis[:, None]).square().sum(-1) / size.clamp_min(_EPS)
+        off = ((shift - centre) / (self.data.diameter_px / 4)).square().sum(1)
+        return (off + (log_p.exp() * away).sum(1)).mean()
 
     def _errors(self, images: Tensor, aligned: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
         """Half the squared error of the aligned image placed at each angle `(b, r)` of the group."""

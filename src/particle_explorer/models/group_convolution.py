@@ -93,9 +93,7 @@ class GroupConvolution(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):
             kernels = self.kernels()
         bias = self.bias.repeat_interleave(self.order)
-        out = functional.conv2d(
-            maps.flatten(1, 2), kernels, bias, stride=self.stride, padding=self.padding
-        )
+        out = functional.conv2d(maps.flatten(1, 2), kernels, bias, stride=self.stride, padding=self.padding)
         return out.unflatten(1, (-1, self.order))
 
 

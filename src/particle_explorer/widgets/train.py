@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from particle_explorer.session import Run, Session
 
-NAMES = {"class-map": "Class map", "spatial-vae": "spatial-VAE", "vae": "VAE, β-VAE"}
+NAMES = {"class-map": "Class map", "spatial-vae": "spatial-VAE", "vae": "VAE, β-VAE", "codae": "CODAE"}
 STATES = {
     "new": "not started",
     "running": "running",
