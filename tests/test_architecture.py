@@ -21,7 +21,7 @@ RANKS: dict[str, int] = {
     name: rank
     for rank, names in enumerate(
         [
-            ["configs", "pose", "files", "transforms"],
+            ["configs", "pose", "files", "transforms", "shears"],
             ["particles", "ctf", "status"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["session", "gauge", "traversals"],
@@ -44,7 +44,8 @@ WINDOWED_TESTS = {"test_journey.py", "test_plugin.py", "test_interface.py"}
 
 # Packages that cost start-up time or a screen, and the only modules that may name them.
 ALLOWED: dict[str, set[str]] = {
-    "torch": {"transforms", "models", "training", "gauge", "demo", "bench"},
+    "numba": {"shears"},
+    "torch": {"averaging", "transforms", "models", "training", "gauge", "demo", "bench"},
     "qtpy": {"widgets", "bench"},
     "superqt": set(),
     "magicgui": {"widgets"},

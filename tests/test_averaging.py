@@ -425,3 +425,89 @@ def test_stopping_makes_nothing() -> None:
     stop.set()
     with pytest.raises(Stopped):
         class_average(Stack(phantom(32, np.zeros(3))), np.arange(3), np.zeros(3), np.zeros((3, 2)), stop=stop)
+
+
+@pytest.mark.parametrize("state", ["none", "raw", "phase-flipped", "premultiplied"])
+@pytest.mark.parametrize(("n", "m"), [(64, 0), (65, 48), (64, 49)])
+def test_three_shears_give_what_splines_give(n: int, m: int, state: str) -> None:
+    k = 60
+    rng = np.random.default_rng(1)
+    angle, shift = rng.uniform(-180, 180, k), rng.uniform(-4, 4, (k, 2))
+    table = microscope(k, n, state).assign(contrast_sign=rng.choice([1, -1], k).astype(np.int8))
+    images = phantom(n, angle, shift, width_px=1.8)
+    if state != "none":
+        images = with_ctf(images, table, 2 if state == "premultiplied" else 1)
+    images = images * table["contrast_sign"].to_numpy()[:, None, None] + rng.normal(0, 0.5, images.shape)
+    weights = rng.uniform(0.5, 2, k)
+    modes = ("none",) if state == "none" else ("none", "phase-flip", "wiener")
+    for mode in modes:
+        exact, fast = (
+            class_average(
+                Stack(images), np.arange(k), angle, shift, table=table, weights=weights,
+                config=AverageConfig(ctf=mode, box_px=m, interpolation=how),  # type: ignore[arg-type]
+            )
+            for how in ("spline", "shears")
+        )  # fmt: skip
+        assert fast.settings["interpolation"] == "shears" and fast.ctf == exact.ctf == mode
+        side = m or n
+        y, x = np.indices((side, side)) - side // 2
+        within = np.hypot(y, x) < side / 2 - 3  # at the edge of a turned box half a pixel makes a difference
+        for name in ("image", "half_a", "half_b"):
+            got, expected = getattr(fast, name) * within, getattr(exact, name) * within
+            assert 1 - correlation(got, expected) < (0.01 if mode == "none" else 0.05), (mode, name)
+        # turned before the CTF is applied or after it: what it spreads over the edge of the box differs
+        rings = slice(2, round((0.3 if mode == "none" else 0.2) * side))
+        assert np.all(frc(fast.image * within, exact.image * within)[rings] > 0.97), mode
+        reference = align(phantom(n, width_px=1.8)[:, None], [0.0], [(0.0, 0.0)], box_px=side)[0, 0]
+        closer = correlation(fast.image, reference) - correlation(exact.image, reference)
+        assert closer > -5e-3, mode
+        assert fast.image.std() == pytest.approx(exact.image.std(), rel=0.02)
+        np.testing.assert_allclose(fast.frc[rings], exact.frc[rings], atol=0.1)
+        clear = exact.ssnr[rings] > 3
+        ratio = fast.ssnr[rings][clear] / exact.ssnr[rings][clear]
+        assert np.abs(ratio - 1).max() < 0.2 and abs(ratio.mean() - 1) < 0.05, mode
+        np.testing.assert_array_equal(fast.uid, exact.uid)
+        assert fast.n_effective == pytest.approx(exact.n_effective)
+
+
+def test_sheared_classes_equal_each_alone_and_may_share_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 32, 40
+    angle, shift = poses(k)
+    rng = np.random.default_rng(0)
+    images = phantom(n, angle, shift) + rng.normal(size=(k, n, n))
+    session = Originals(images, make_table(k, n))
+    row = np.concatenate([np.arange(25), np.arange(10, 40), np.arange(5)])
+    which = np.repeat([0, 1, 2], [25, 30, 5])
+    members = averaging.Members(row, which, rng.uniform(0.2, 1, len(row)))
+    monkeypatch.setattr(averaging, "SHEAR_BLOCK_BYTES", 7 * 4 * n * n)
+    config = AverageConfig(interpolation="shears")
+    names = ["a", "b", "c"]
+    for sums in (2**30, 1):  # all together, and one class after the other
+        monkeypatch.setattr(averaging, "SUMS_BYTES", sums)
+        found = averaging.average_members(session, members, names, angle, shift, config)
+        for i, average in enumerate(found):
+            own = which == i
+            alone = class_average(
+                Stack(images), row[own], angle[row[own]], shift[row[own]], table=session.table.iloc[row[own]],
+                weights=members.weight[own], config=config,
+            )  # fmt: skip
+            for name in ("image", "half_a", "half_b", "frc", "ssnr"):
+                got, expected = getattr(average, name), getattr(alone, name)
+                np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-4, err_msg=name)
+            np.testing.assert_array_equal(average.uid, session.table.index[row[own]])
+            np.testing.assert_array_equal(average.weight, members.weight[own])
+            np.testing.assert_array_equal(average.angle_deg, angle[row[own]])
+
+
+def test_sheared_colours_and_bad_images() -> None:
+    n, k = 32, 5
+    angle, shift = poses(k)
+    images = phantom(n, angle, shift)[:, None] * np.array([1.0, 2.0, 3.0])[:, None, None]
+    config = AverageConfig(interpolation="shears")
+    average = class_average(Stack(images), np.arange(k), angle, shift, config=config)
+    np.testing.assert_allclose(average.image[2], 3 * average.image[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="not finite"):
+        broken = np.where(images > 1, np.nan, images)
+        class_average(Stack(broken), np.arange(k), angle, shift, config=config)
+    far = class_average(Stack(images), np.arange(k), angle, np.full((k, 2), 500.0), config=config)
+    assert np.abs(far.image).max() == 0

@@ -15,6 +15,7 @@ Memory holds one block of images and three images per class, never the stack.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, sparse
 
 from particle_explorer.configs import AverageConfig
-from particle_explorer.ctf import ctf_2d
+from particle_explorer.ctf import wavelength_A
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix
 
@@ -37,8 +38,20 @@ Float = NDArray[np.float32]
 Progress = Callable[[float], None]
 
 OVERSAMPLING = 1.5
+SPLINE_PIXELS = 2e8
+"""Pixels of all members up to which every image is moved back by a spline: some seconds on two cores."""
+TORCH_PIXELS = 2e8
+SUMS_BYTES = 384 * 2**20
+"""Sums of averages held at once where images are sheared."""
+POWER_MEMBERS = 256
+"""At least as many members of either half say how much power an image has, where images are sheared."""
+TRANSFORMS = 16
+"""Images transformed in one go."""
 BLOCK_BYTES = 16 * 2**20
 """Original images read at once; with transforms and two threads about ten times this much is in memory."""
+
+SHEAR_BLOCK_BYTES = 4 * 2**20
+"""The same for sheared images: what fits into the cache."""
 
 CTF_COLUMNS = ("defocus_u_A", "defocus_v_A", "voltage_kV", "spherical_aberration_mm")
 CTF_DEFAULTS = {"defocus_angle_deg": 0.0, "amplitude_contrast": 0.1, "phase_shift_deg": 0.0}
@@ -94,6 +107,12 @@ class ClassAverage:
     """Average of the members 1, 3, 5, …"""
     uid: NDArray[np.uint64]
     """`(m,)` members."""
+    weight: NDArray[np.float64]
+    """`(m,)` how much each counts."""
+    angle_deg: NDArray[np.float64]
+    """`(m,)` the poses they were moved back by (`pose`)."""
+    shift_yx_px: NDArray[np.float64]
+    """`(m, 2)`, pixels of the originals."""
     pixel_size_A: float
     """Of the average; NaN where unknown."""
     frc: NDArray[np.float64]
@@ -257,6 +276,17 @@ class _Grid:
         return np.asarray(inside.all(-1).mean(-1))
 
 
+class Members(NamedTuple):
+    """Which particle weighs how much in which average; a particle may be in several."""
+
+    row: NDArray[np.int64]
+    """`(M,)` rows of the session"""
+    average: NDArray[np.int64]
+    """`(M,)` 0 …"""
+    weight: NDArray[np.float64]
+    """`(M,)` above 0"""
+
+
 class _Part(NamedTuple):
     """What one block of images contributes."""
 
@@ -274,7 +304,7 @@ class _Part(NamedTuple):
 
 
 class _Sums:
-    """Running sums of one class; halves first."""
+    """Running sums of one average; halves first."""
 
     def __init__(self, channels: int, m: int, with_ctf: bool) -> None:
         half = (2, m, m // 2 + 1)
@@ -285,11 +315,8 @@ class _Sums:
         """Σ w, Σ w² and Σ w² · covered of each half."""
         self.power = np.zeros(m // 2 + 1)
         self.power_gain = np.zeros((2, m // 2 + 1))
-        self.rows: list[int] = []
 
-    def add(self, row: int, weight: float, part: _Part, i: int) -> None:
-        half = len(self.rows) % 2
-        self.rows.append(row)
+    def add(self, half: int, weight: float, part: _Part, i: int) -> None:
         if weight == 1.0:
             self.images[half] += part.images[i]
         else:
@@ -301,6 +328,59 @@ class _Sums:
         self.weight[half] += weight, weight**2, weight**2 * part.covered[i]
         self.power += part.power[i]
         self.power_gain += part.power_gain[i]
+
+    def spectra(self) -> NDArray[np.complex128]:
+        """`(2, c, m, m // 2 + 1)`"""
+        return np.asarray(scipy.fft.rfft2(self.images.astype(np.float64)))
+
+
+class _ShearSums(_Sums):
+    """Running sums of one average of sheared images of n px.
+
+    Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; with it their transforms.
+    """
+
+    def __init__(self, channels: int, n: int, m: int, mode: str) -> None:
+        self.n, self.m = n, m
+        self.turned = np.zeros((2, 4, channels, n, n) if mode == "none" else 0, dtype=np.float32)
+        half = (2, m, m // 2 + 1)
+        self.transforms = np.zeros((2, channels, *half[1:]) if mode != "none" else 0, dtype=np.complex64)
+        self.gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
+        self.noise_gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
+        self.weight = np.zeros((2, 3))
+        self.power = np.zeros((2, m // 2 + 1))
+        self.power_gain = np.zeros((2, 2, m // 2 + 1))
+
+    def merge_halves(self) -> None:
+        """The powers of both halves, which were added up by two threads, in one."""
+        self.power, self.power_gain = self.power.sum(0), self.power_gain.sum(0)
+
+    def spectra(self) -> NDArray[np.complex128]:
+        from particle_explorer.shears import quarter_turned, transfer
+
+        if self.turned.size:
+            pictures = sum(quarter_turned(self.turned[:, q].astype(np.float64), q) for q in range(4))
+            found = _cropped(scipy.fft.rfft2(pictures), self.n, self.m)
+        else:
+            found = self.transforms.astype(np.complex128)
+        ky, kx = np.meshgrid(np.fft.fftfreq(self.m, 1 / self.m), np.arange(self.m // 2 + 1), indexing="ij")
+        radius = np.hypot(ky, kx)
+        left = np.interp(radius / self.n, np.linspace(0, math.sqrt(0.5), self.n + 1), transfer(self.n))
+        return np.asarray(found * ((radius < self.m / 2) / left))
+
+
+def _cropped(spectra: NDArray[Any], n: int, m: int) -> NDArray[Any]:
+    """`(..., n, n // 2 + 1)` → `(..., m, m // 2 + 1)`, about the centres n // 2 and m // 2."""
+    if m == n:
+        return spectra
+    ky = np.fft.fftfreq(m, 1 / m).astype(int)
+    kept = spectra[..., ky % n, : m // 2 + 1] * np.float32((m / n) ** 2)
+    offset = m // 2 - (n // 2) * m / n
+    if offset:
+        ramp = np.exp(-2j * np.pi * offset * np.fft.fftfreq(m)).astype(kept.dtype)
+        half_ramp = np.exp(-2j * np.pi * offset * np.fft.rfftfreq(m)).astype(kept.dtype)
+        kept = kept * (ramp[:, None] * half_ramp)
+    return kept
 
 
 class _CTF:
@@ -319,26 +399,34 @@ class _CTF:
     def at(
         self, rows: NDArray[np.int64], pixel_size_A: NDArray[np.float64], m: int, turn_deg: ArrayLike
     ) -> Float:
-        """`(b, m, m // 2 + 1)`, as the image carries it, the astigmatism turned by `turn_deg`."""
+        """`(b, m, m // 2 + 1)`, as the image carries it, the astigmatism turned by `turn_deg`.
+
+        `ctf.ctf_2d` in single precision: its phase is a product of four coefficients and four pictures.
+        """
         v = {name: values[rows] for name, values in self.values.items()}
-        round_ = v["defocus_u_A"] == v["defocus_v_A"]
-        angle = np.where(round_, 0.0, v["defocus_angle_deg"] + turn_deg)
-        parameters = np.stack(
-            [
-                pixel_size_A,
-                v["defocus_u_A"],
-                v["defocus_v_A"],
-                angle,
-                v["voltage_kV"],
-                v["spherical_aberration_mm"],
-                v["amplitude_contrast"],
-                v["phase_shift_deg"],
-            ]
+        angle = 2 * np.deg2rad(v["defocus_angle_deg"] + turn_deg)
+        wave = wavelength_A(v["voltage_kV"])
+        mean = 0.5 * (v["defocus_u_A"] + v["defocus_v_A"])
+        half = 0.5 * (v["defocus_u_A"] - v["defocus_v_A"])
+        scale = np.pi * wave / pixel_size_A**2
+        quartic = -0.5 * np.pi * v["spherical_aberration_mm"] * 1e7 * wave**3 / pixel_size_A**4
+        factors = np.stack(
+            [scale * mean, scale * half * np.cos(angle), scale * half * np.sin(angle), quartic], 1
         )
-        # particles of one micrograph often share their CTF
-        different, which = np.unique(parameters, axis=1, return_inverse=True)
-        ctf = np.asarray(ctf_2d(m, *different), dtype=np.float32)[which.reshape(-1)]
-        return np.where(self.flipped[rows, None, None], np.abs(ctf), ctf)
+        phase = (factors.astype(np.float32) @ _phase_pictures(m)).reshape(len(rows), m, m // 2 + 1)
+        added = np.deg2rad(v["phase_shift_deg"]) + np.arcsin(v["amplitude_contrast"])
+        phase += added.astype(np.float32)[:, None, None]
+        ctf = np.sin(phase, out=phase)
+        ctf[self.flipped[rows]] = np.abs(ctf[self.flipped[rows]])
+        return ctf
+
+
+@functools.lru_cache(maxsize=4)
+def _phase_pictures(m: int) -> Float:
+    """`(4, m * (m // 2 + 1))`: q², q² cos 2θ, q² sin 2θ and q⁴ on the frequencies of `rfft2`, q per pixel."""
+    fy, fx = np.meshgrid(np.fft.fftfreq(m), np.fft.rfftfreq(m), indexing="ij")
+    q2 = fx**2 + fy**2
+    return np.stack([q2, fx**2 - fy**2, 2 * fx * fy, q2**2]).reshape(4, -1).astype(np.float32)
 
 
 def ctf_mode(table: pd.DataFrame | None, wanted: str) -> str:
@@ -391,15 +479,15 @@ def class_average(
     shift = np.asarray(shift_yx_px, dtype=np.float64).reshape(len(rows), 2)
     if len(rows) == 0:
         raise UserError("there are no particles to average")
+    weight = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
     (average,) = _average(
         stack,
         rows,
-        np.zeros(len(rows), dtype=np.int64),
+        Members(np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64), weight),
         np.asarray(angle_deg, dtype=np.float64),
         shift,
         table=table,
         config=config or AverageConfig(),
-        weights=np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64),
         labels=[label],
         signs=_signs(table, sign, len(rows)),
         progress=progress,
@@ -433,22 +521,47 @@ def average_classes(
 
     Contrast and state of the CTF are taken as for the cached images (`session.plan`).
     """
-    table, plan = session.table, session.plan
     label = np.nan_to_num(np.asarray(labels, dtype=np.float64), nan=-1.0).astype(np.int64)
-    angle = np.zeros(len(table)) if angle_deg is None else np.asarray(angle_deg, dtype=np.float64)
-    shift = np.zeros((len(table), 2)) if shift_yx_px is None else np.asarray(shift_yx_px, dtype=np.float64)
-    if not len(label) == len(angle) == len(shift) == len(table):
-        raise ValueError(
-            f"{len(label)} labels, {len(angle)} angles and {len(shift)} shifts for {len(table)} particles"
-        )
-    rows = np.flatnonzero((label >= 0) & np.isfinite(angle) & np.isfinite(shift).all(1))
-    if len(rows) == 0:
-        raise UserError("no particle is in any class; cluster or select some first")
-    wanted = np.unique(label[label >= 0])
+    if len(label) != len(session.table):
+        raise ValueError(f"{len(label)} labels for {len(session.table)} particles")
+    wanted, which = np.unique(label[label >= 0], return_inverse=True)
     captions = [str(c) for c in wanted] if names is None else list(names)
     if len(captions) != len(wanted):
         raise ValueError(f"{len(captions)} names for {len(wanted)} classes")
-    classes, which = np.unique(label[rows], return_inverse=True)
+    rows = np.flatnonzero(label >= 0)
+    members = Members(rows, which.reshape(-1), np.ones(len(rows)))
+    return average_members(
+        session, members, captions, angle_deg, shift_yx_px, config, progress=progress, stop=stop
+    )
+
+
+def average_members(
+    session: Originals,
+    members: Members,
+    names: Sequence[str],
+    angle_deg: ArrayLike | None = None,
+    shift_yx_px: ArrayLike | None = None,
+    config: AverageConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    stop: Event | None = None,
+) -> list[ClassAverage]:
+    """Averages of weighted members that may belong to several, in one pass over the disk.
+
+    Members without a pose are left out, and so is an average of which nothing remains. For the rest see
+    `average_classes`; `names` are the captions of the averages 0, 1, …
+    """
+    table, plan = session.table, session.plan
+    angle = np.zeros(len(table)) if angle_deg is None else np.asarray(angle_deg, dtype=np.float64)
+    shift = np.zeros((len(table), 2)) if shift_yx_px is None else np.asarray(shift_yx_px, dtype=np.float64)
+    if not len(angle) == len(shift) == len(table):
+        raise ValueError(f"{len(angle)} angles and {len(shift)} shifts for {len(table)} particles")
+    posed = np.isfinite(angle) & np.isfinite(shift).all(1)
+    kept = posed[members.row] & (members.weight > 0)
+    if not kept.any():
+        raise UserError("no particle is in any class; cluster or select some first")
+    rows, at = np.unique(members.row[kept], return_inverse=True)
+    present, which = np.unique(members.average[kept], return_inverse=True)
     config = config or AverageConfig()
     if plan.ctf == "none" and config.ctf == "auto":
         config = config.model_copy(update={"ctf": "none"})
@@ -457,13 +570,12 @@ def average_classes(
     return _average(
         session.originals(),
         rows,
-        which.reshape(-1),
+        Members(at.reshape(-1), which.reshape(-1), members.weight[kept]),
         angle[rows],
         shift[rows],
         table=table.iloc[rows],
         config=config,
-        weights=np.ones(len(rows)),
-        labels=[captions[i] for i in np.searchsorted(wanted, classes)],
+        labels=[names[i] for i in present],
         signs=np.full(len(rows), plan.sign, dtype=np.float32),
         progress=progress,
         stop=stop,
@@ -473,50 +585,319 @@ def average_classes(
 def _average(
     stack: Images,
     rows: NDArray[np.int64],
-    which: NDArray[np.int64],
+    members: Members,
     angle_deg: NDArray[np.float64],
     shift_yx_px: NDArray[np.float64],
     *,
     table: pd.DataFrame | None,
     config: AverageConfig,
-    weights: NDArray[np.float64],
     labels: list[str],
     signs: NDArray[np.float32],
     progress: Progress | None,
     stop: Event | None,
 ) -> list[ClassAverage]:
+    """`members.row` counts in `rows`, `angle_deg`, `shift_yx_px`, `table` and `signs`."""
     boxes = np.asarray(stack.box_px)[rows].astype(np.int64)
     pixel_sizes = np.full(len(rows), np.nan) if table is None else table["pixel_size_A"].to_numpy(np.float64)
     m = config.box_px or int(boxes.min())
+    if m > boxes.min():
+        raise UserError(f"box {m} px is larger than the {boxes.min()} px of the images; choose less")
     result_pixel_sizes = pixel_sizes * boxes / m
     _check_one_scale(boxes, result_pixel_sizes)
     mode = ctf_mode(table, config.ctf)
     ctf = _CTF(table, mode) if mode != "none" and table is not None else None
-    rings = _rings(m)
+    order = np.lexsort((rows[members.row], members.average))
+    members = Members(*(column[order] for column in members))
+    starts = np.searchsorted(members.average, np.arange(len(labels) + 1))
+    rank = np.arange(len(order)) - starts[members.average]
+    work = _Work(
+        stack,
+        rows,
+        boxes,
+        members,
+        rank,
+        np.diff(starts),
+        angle_deg,
+        shift_yx_px,
+        signs,
+        ctf,
+        result_pixel_sizes,
+        m,
+        mode,
+        _rings(m),
+        stop,
+    )
+    shears = config.interpolation == "shears"
+    if config.interpolation == "auto":
+        shears = len(order) * float(boxes.max()) ** 2 > SPLINE_PIXELS
+    shears &= bool((boxes == boxes[0]).all())
+    sums = _shear_sums(work, progress) if shears else _spline_sums(work, progress)
+    uid = rows.astype(np.uint64) if table is None else table.index.to_numpy(np.uint64)
+    settings = {**config.model_dump(), "box_px": m, "interpolation": "shears" if shears else "spline"}
+    pixel_size = float(np.median(result_pixel_sizes))
+    averages = []
+    for i, label in enumerate(labels):
+        own = slice(starts[i], starts[i + 1])
+        at = members.row[own]
+        averages.append(
+            _finish(
+                sums[i],
+                Placed(uid[at], members.weight[own], angle_deg[at], shift_yx_px[at]),
+                pixel_size,
+                label,
+                mode,
+                settings,
+                work.rings,
+            )
+        )
+    return averages
 
-    def work(block: NDArray[np.int64], images: Float) -> _Part:
-        pixel = result_pixel_sizes[block]
-        return _part(images, block, angle_deg, shift_yx_px, signs, ctf, pixel, m, rings)
 
+class Placed(NamedTuple):
+    """The members of one average and how they were moved back."""
+
+    uid: NDArray[np.uint64]
+    weight: NDArray[np.float64]
+    angle_deg: NDArray[np.float64]
+    shift_yx_px: NDArray[np.float64]
+
+
+class _Work(NamedTuple):
+    """What is to be summed; arrays of `rows`, and members sorted by average and row."""
+
+    stack: Images
+    rows: NDArray[np.int64]
+    boxes: NDArray[np.int64]
+    members: Members
+    rank: NDArray[np.int64]
+    """`(M,)` place of a member in its average: even in half a, odd in half b"""
+    count: NDArray[np.int64]
+    """`(k,)` members of every average"""
+    angle_deg: NDArray[np.float64]
+    shift_yx_px: NDArray[np.float64]
+    signs: NDArray[np.float32]
+    ctf: _CTF | None
+    pixel_size_A: NDArray[np.float64]
+    m: int
+    mode: str
+    rings: sparse.csr_matrix
+    stop: Event | None
+
+
+def _spline_sums(work: _Work, progress: Progress | None) -> list[_Sums]:
+    """Every image moved back exactly, in two threads; sums taken in order, whatever the timing."""
+
+    def part(block: NDArray[np.int64], images: Float) -> _Part:
+        return _part(images, block, work)
+
+    order = np.argsort(work.members.row, kind="stable")
+    starts = np.searchsorted(work.members.row[order], np.arange(len(work.rows) + 1))
     sums: list[_Sums] | None = None
     done = 0
     # rows in rising order: one pass over the disk, whatever the classes are
-    for block, part in _in_two_threads(work, stack, rows, boxes, stop):
+    for block, found in _in_two_threads(part, work):
         if sums is None:
-            sums = [_Sums(part.images.shape[1], m, mode == "wiener") for _ in labels]
+            channels = found.images.shape[1]
+            sums = [_Sums(channels, work.m, work.mode == "wiener") for _ in work.count]
         for i, at in enumerate(block):
-            sums[which[at]].add(int(at), float(weights[at]), part, i)
+            for member in order[starts[at] : starts[at + 1]]:
+                one = sums[work.members.average[member]]
+                one.add(int(work.rank[member] % 2), float(work.members.weight[member]), found, i)
         done += len(block)
         if progress is not None:
-            progress(done / len(rows))
+            progress(done / len(work.rows))
     assert sums is not None
-    uid = rows.astype(np.uint64) if table is None else table.index.to_numpy(np.uint64)
-    settings = {**config.model_dump(), "box_px": m}
-    pixel_size = float(np.median(result_pixel_sizes))
-    return [
-        _finish(one, uid, pixel_size, label, mode, settings, rings)
-        for one, label in zip(sums, labels, strict=True)
-    ]
+    return sums
+
+
+def _shear_sums(work: _Work, progress: Progress | None) -> list[_Sums]:
+    """Images moved back by three shears: one thread for either half, which it alone adds to.
+
+    Averages are taken in groups whose sums fit into `SUMS_BYTES`, each in one pass over its images.
+    """
+    n, m = int(work.boxes[0]), work.m
+    channels = int(work.stack.read(work.rows[:1]).shape[1])
+    each = 2 * channels * (16 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
+    per_group = max(1, SUMS_BYTES // each)
+    done, total = 0, len(work.members.row)
+    sums: list[_Sums] = []
+    for first in range(0, len(work.count), per_group):
+        last = min(first + per_group, len(work.count))
+        group = [_ShearSums(channels, n, m, work.mode) for _ in range(first, last)]
+        for added in _add_group(work, group, first):
+            done += added
+            if progress is not None:
+                progress(done / total)
+        sums += group
+    return sums
+
+
+def _add_group(work: _Work, sums: list[_ShearSums], first: int) -> Iterator[int]:
+    from particle_explorer import shears
+
+    n, size = int(work.boxes[0]), max(1, SHEAR_BLOCK_BYTES // int(4 * work.boxes[0] ** 2))
+    average = work.members.average
+    own = np.flatnonzero((average >= first) & (average < first + len(sums)))
+    own = own[np.argsort(work.rows[work.members.row[own]], kind="stable")]
+    at = work.members.row[own]
+    wanted, where = np.unique(at, return_inverse=True)  # in the order of the rows: `rows` rises
+    wanted = wanted[np.argsort(work.rows[wanted], kind="stable")]
+    where = np.searchsorted(work.rows[wanted], work.rows[at])
+    spans = shears.corners(n)
+    halves = [_HalfAdder(work, sums, first, half, n) for half in range(2)]
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(wanted), size):
+            if work.stop is not None and work.stop.is_set():
+                raise Stopped("stopped before all images were averaged; nothing was kept")
+            stop = min(start + size, len(wanted))
+            images = np.ascontiguousarray(work.stack.read(work.rows[wanted[start:stop]]), dtype=np.float32)
+            background = shears.backgrounds(images, spans)
+            if not np.isfinite(background).all():
+                raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
+            low, high = np.searchsorted(where, [start, stop])
+            for future in pending:
+                future.result()
+            pending = [
+                pool.submit(half.add, images, background, own[low:high], where[low:high] - start)
+                for half in halves
+            ]
+            yield int(high - low)
+        for future in pending:
+            future.result()
+    for one in sums:
+        one.merge_halves()
+
+
+class _HalfAdder:
+    """Adds the members of one half; no other thread touches its part of the sums."""
+
+    def __init__(self, work: _Work, sums: list[_ShearSums], first: int, half: int, n: int) -> None:
+        from particle_explorer import shears
+
+        self.work, self.sums, self.first, self.half, self.n = work, sums, first, half, n
+        self.turner = shears.Turner(n)
+        self.grid = _Grid(n, work.m)
+        self.stride = np.maximum(1, work.count // POWER_MEMBERS)
+        self.transform = _fast_transform(0.0 if work.mode == "none" else len(work.rows) * float(n) ** 2)
+
+    def add(
+        self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> None:
+        """The members `chosen` `(k,)`, which show the images `at` `(k,)` of this block."""
+        from particle_explorer.shears import split_angle
+
+        work = self.work
+        mine = work.rank[chosen] % 2 == self.half
+        chosen, at = chosen[mine], at[mine]
+        if not len(chosen):
+            return
+        row, average = work.members.row[chosen], work.members.average[chosen]
+        weight = work.members.weight[chosen]
+        covered = self.grid.covered(work.angle_deg[row], work.shift_yx_px[row])
+        for i, w, share in zip(average, weight, covered, strict=True):
+            self.sums[i - self.first].weight[self.half] += w, w**2, w**2 * share
+        quarter, angle = split_angle(work.angle_deg[row])
+        shift = np.ascontiguousarray(work.shift_yx_px[row])
+        if work.mode == "none":
+            signed = (weight * work.signs[row]).astype(np.float32)
+            for i in np.unique(average):
+                own = np.flatnonzero(average == i)
+                out = self.sums[i - self.first].turned[self.half]
+                self.turner.add(
+                    images, background, at[own], angle[own], shift[own], signed[own], quarter[own], out
+                )
+        else:
+            for start in range(0, len(chosen), TRANSFORMS):
+                some = slice(start, start + TRANSFORMS)
+                self._add_transforms(
+                    images, background, chosen[some], at[some], angle[some], quarter[some], covered[some]
+                )
+        self._add_powers(images, background, chosen, at)
+
+    def _add_transforms(
+        self,
+        images: Float,
+        background: Float,
+        chosen: NDArray[np.int64],
+        at: NDArray[np.int64],
+        angle: NDArray[np.float64],
+        quarter: NDArray[np.int64],
+        covered: NDArray[np.float64],
+    ) -> None:
+        from particle_explorer.shears import quarter_turned
+
+        work, half = self.work, self.half
+        row, n, m = work.members.row[chosen], self.n, work.m
+        turned = np.zeros((len(chosen), *images.shape[1:]), dtype=np.float32)
+        signed = work.signs[row].astype(np.float32)
+        every = np.arange(len(chosen))
+        shift = np.ascontiguousarray(work.shift_yx_px[row])
+        self.turner.add(images, background, at, angle, shift, signed, every, turned)
+        for i, q in enumerate(quarter):
+            if q:
+                turned[i] = quarter_turned(turned[i], int(q))
+        spectra = _cropped(self.transform(turned), n, m)
+        assert work.ctf is not None
+        # the frame turns by R(-angle) with the image, and so does its astigmatism
+        ctf = work.ctf.at(row, work.pixel_size_A[row], m, -work.angle_deg[row])
+        untouched = work.ctf.premultiplied[row]
+        weight = work.members.weight[chosen].astype(np.float32)
+        factor = np.sign(ctf) if work.mode == "phase-flip" else ctf
+        for i, average in enumerate(work.members.average[chosen]):
+            one = self.sums[average - self.first]
+            by = weight[i] if untouched[i] else weight[i] * factor[i]
+            one.transforms[half] += spectra[i] * by
+            if one.gain is not None and one.noise_gain is not None:
+                squared = ctf[i] ** 2
+                one.gain[half] += weight[i] * squared
+                one.noise_gain[half] += np.float32(weight[i] ** 2 * covered[i]) * squared
+
+    def _add_powers(
+        self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> None:
+        """Power of some of the members, evenly spread: their mean is known well from a few hundred."""
+        work = self.work
+        some = np.flatnonzero(work.rank[chosen] // 2 % self.stride[work.members.average[chosen]] == 0)
+        for start in range(0, len(some), TRANSFORMS):
+            part = some[start : start + TRANSFORMS]
+            row, which = work.members.row[chosen[part]], at[part]
+            plain = images[which] - background[which][..., None, None]
+            spectra = _cropped(self.transform(plain), self.n, work.m) * self.grid.disc
+            powers, gains = _powers(spectra, row, work, None)
+            for average, power, gain in zip(work.members.average[chosen[part]], powers, gains, strict=True):
+                self.sums[average - self.first].power[self.half] += power
+                self.sums[average - self.first].power_gain[self.half] += gain
+
+
+def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
+    """`rfft2` of many images; torch's is three times as fast, and worth its import for large stacks."""
+    if pixels < TORCH_PIXELS:
+        return lambda images: np.asarray(scipy.fft.rfft2(images))
+    import torch
+
+    return lambda images: np.asarray(torch.fft.rfft2(torch.from_numpy(images)).numpy())
+
+
+def _powers(
+    spectra: NDArray[np.complex64], rows: NDArray[np.int64], work: _Work, squared: Float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(b, k)` power of images ring by ring, and `(b, 2, k)` how much signal and noise it holds.
+
+    `squared` `(b, m, m // 2 + 1)` are their CTFs squared, where they were computed already.
+    """
+    flat = (len(rows), spectra.shape[-2] * spectra.shape[-1])
+    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64).reshape(flat)
+    power_rings = np.asarray((work.rings @ power.T).T)
+    if work.mode != "wiener" or work.ctf is None:
+        counts = np.asarray(work.rings.sum(1)).ravel() * spectra.shape[1]
+        return power_rings, np.broadcast_to(counts, (len(rows), 2, len(counts)))
+    if squared is None:
+        squared = work.ctf.at(rows, work.pixel_size_A[rows], work.m, 0.0) ** 2
+    untouched = work.ctf.premultiplied[rows, None, None]
+    held = [np.where(untouched, squared**2, squared), np.where(untouched, squared, np.float32(1))]
+    gain = np.stack([np.asarray((work.rings @ x.reshape(flat).T).T) for x in held], 1)
+    return power_rings, gain * spectra.shape[1]
 
 
 def _check_one_scale(boxes: NDArray[np.int64], result_pixel_sizes: NDArray[np.float64]) -> None:
@@ -538,21 +919,17 @@ def _signs(table: pd.DataFrame | None, sign: int, n: int) -> NDArray[np.float32]
 
 
 def _in_two_threads(
-    work: Callable[[NDArray[np.int64], Float], _Part],
-    stack: Images,
-    rows: NDArray[np.int64],
-    boxes: NDArray[np.int64],
-    stop: Event | None,
+    part: Callable[[NDArray[np.int64], Float], _Part], work: _Work
 ) -> Iterator[tuple[NDArray[np.int64], _Part]]:
     """Read blocks here, work on them in two threads, hand them out in order, whatever the timing."""
     waiting: deque[tuple[NDArray[np.int64], Future[_Part]]] = deque()
     with ThreadPoolExecutor(2) as pool:
         try:
-            for block in _blocks(rows, boxes):
-                if stop is not None and stop.is_set():
+            for block in _blocks(work.rows, work.boxes):
+                if work.stop is not None and work.stop.is_set():
                     raise Stopped("stopped before all images were averaged; nothing was kept")
-                images = np.asarray(stack.read(rows[block]), dtype=np.float32)
-                waiting.append((block, pool.submit(work, block, images)))
+                images = np.asarray(work.stack.read(work.rows[block]), dtype=np.float32)
+                waiting.append((block, pool.submit(part, block, images)))
                 if len(waiting) == 3:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -572,57 +949,40 @@ def _blocks(rows: NDArray[np.int64], boxes: NDArray[np.int64]) -> Iterator[NDArr
             yield same[start : start + size]
 
 
-def _part(
-    images: Float,
-    block: NDArray[np.int64],
-    angle_deg: NDArray[np.float64],
-    shift_yx_px: NDArray[np.float64],
-    signs: NDArray[np.float32],
-    ctf: _CTF | None,
-    pixel_size_A: NDArray[np.float64],
-    m: int,
-    rings: sparse.csr_matrix,
-) -> _Part:
+def _part(images: Float, block: NDArray[np.int64], work: _Work) -> _Part:
+    m, ctf, angle, shift = work.m, work.ctf, work.angle_deg[block], work.shift_yx_px[block]
     grid = _Grid(images.shape[-1], m)
     background = images[..., outside_circle(images.shape[-1])].mean(-1)[..., None, None]
     if not np.isfinite(images.sum((1, 2, 3), dtype=np.float64)).all():
         raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
-    spectra = grid.transform((images - background) * signs[block, None, None, None])
-    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64)
-    counts = np.asarray(rings.sum(1)).ravel() * spectra.shape[1]
-    flat = (len(block), m * (m // 2 + 1))
-    power_rings = np.asarray((rings @ power.reshape(flat).T).T)
+    spectra = grid.transform((images - background) * work.signs[block, None, None, None])
     transfer = gain = None
-    power_gain = np.broadcast_to(counts, (len(block), 2, len(counts)))
     if ctf is not None:
-        in_image = ctf.at(block, pixel_size_A, m, 0.0)
+        pixel = work.pixel_size_A[block]
+        in_image = ctf.at(block, pixel, m, 0.0)
         untouched = ctf.premultiplied[block, None, None]
-        if ctf.mode == "phase-flip":
+        if work.mode == "phase-flip":
             transfer = np.where(untouched, np.float32(1), np.sign(in_image))
         else:
             # the frame turns by R(-angle) with the image, and so does its astigmatism
-            squared = ctf.at(block, pixel_size_A, m, -angle_deg[block]) ** 2
+            gain = ctf.at(block, pixel, m, -angle) ** 2
             transfer = np.where(untouched, np.float32(1), in_image)
-            gain = squared
-            held = [np.where(untouched, squared**2, squared), np.where(untouched, squared, np.float32(1))]
-            power_gain = np.stack([np.asarray((rings @ x.reshape(flat).T).T) for x in held], 1)
-            power_gain *= spectra.shape[1]
-    aligned = grid.sample(spectra, angle_deg[block], shift_yx_px[block], transfer)
-    covered = grid.covered(angle_deg[block], shift_yx_px[block])
-    return _Part(aligned, gain, covered, power_rings, power_gain)
+    power, power_gain = _powers(spectra, block, work, gain)
+    aligned = grid.sample(spectra, angle, shift, transfer)
+    return _Part(aligned, gain, grid.covered(angle, shift), power, power_gain)
 
 
 def _finish(
     sums: _Sums,
-    uid: NDArray[np.uint64],
+    placed: Placed,
     pixel_size_A: float,
     label: str,
     mode: str,
     settings: dict[str, Any],
     rings: sparse.csr_matrix,
 ) -> ClassAverage:
-    channels, m = sums.images.shape[1:3]
-    spectra = scipy.fft.rfft2(sums.images.astype(np.float64))
+    spectra = sums.spectra()
+    channels, m = spectra.shape[1:3]
     shape = (2, m, m // 2 + 1)
     gain: NDArray[Any] | None = sums.gain
     noise_gain: NDArray[Any] | None = sums.noise_gain
@@ -645,7 +1005,10 @@ def _finish(
         image=image(spectra.sum(0), gain.sum(0), noise_gain.sum(0)),
         half_a=half_a,
         half_b=half_b,
-        uid=uid[np.sort(sums.rows)],
+        uid=placed.uid,
+        weight=placed.weight,
+        angle_deg=placed.angle_deg,
+        shift_yx_px=placed.shift_yx_px,
         pixel_size_A=pixel_size_A,
         frc=frc(half_a, half_b),
         ssnr=balance.ssnr,

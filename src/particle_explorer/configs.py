@@ -353,6 +353,9 @@ class AverageConfig(Config):
     """`auto` takes `wiener` where the CTF is known and the images are not corrected yet, else `none`."""
     box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=2048, zero="as the original")
     """Side of the averages; 0 keeps the original box."""
+    interpolation: Literal["auto", "spline", "shears"] = setting("auto", "Interpolation", advanced=True)
+    """How images are moved back: `spline` is exact up to the last ring, `shears` forty times as fast and
+    exact up to 0.3 of the sampling. `auto` takes splines for what they do in seconds, else shears."""
 
 
 class SimulateConfig(Config):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import scipy.fft
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from particle_explorer import averaging, training
@@ -41,6 +43,7 @@ from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
+from particle_explorer.particles import ImageStack
 from particle_explorer.session import Session
 from particle_explorer.simulate import simulate
 
@@ -98,12 +101,17 @@ def _alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
 
 def _with_memory(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     result = measure(*args)
-    if sys.platform != "win32":
-        import resource
+    return {"peak_memory_MB": peak_memory_MB()} | result
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result["peak_memory_MB"] = round(peak / (1e6 if sys.platform == "darwin" else 1e3))
-    return result
+
+def peak_memory_MB() -> int:
+    """The most memory this process has held; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
 def _rate(step: Callable[[], int], seconds: float) -> float:
@@ -266,46 +274,85 @@ def _stack(folder: Path, config: SpeedConfig) -> Path:
 
 
 def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
-    """Averages of ten classes from the full-size images, beside reading the file and summing it."""
+    """One average of all full-size images, beside reading the file and summing it, once from the disk and once
+    from memory."""
     particles = read(star)
-    n = len(particles)
+    n, box = len(particles), config.stack_box_px
+    path = star.with_name("stack.mrcs")
     rng = np.random.default_rng(0)
     angle, shift = rng.uniform(-180, 180, n), rng.normal(0, 2, (n, 2))
 
     def summed() -> int:
-        path = star.with_name("stack.mrcs")
-        data = np.memmap(
-            path, dtype=np.float32, mode="r", offset=1024, shape=(n, config.stack_box_px, config.stack_box_px)
-        )
+        data = np.memmap(path, dtype=np.float32, mode="r", offset=1024, shape=(n, box, box))
         total = np.zeros(data.shape[1:], dtype=np.float64)
         for start in range(0, n, 64):
             total += data[start : start + 64].sum(0)
         return n
 
-    def averaged(ctf: str) -> Callable[[], int]:
+    def averaged(ctf: str, k: int = n) -> Callable[[], int]:
         def step() -> int:
             averaging.class_average(
                 particles.images,
-                np.arange(n),
-                angle,
-                shift,
-                table=particles.table,
-                config=AverageConfig(ctf=ctf),  # type: ignore[arg-type]
+                np.arange(k),
+                angle[:k],
+                shift[:k],
+                table=particles.table[:k],
+                config=AverageConfig(ctf=ctf, interpolation="shears"),  # type: ignore[arg-type]
             )
-            return n
+            return k
 
         return step
 
-    yardstick = _rate(summed, config.seconds)
-    rates = {ctf: _rate(averaged(ctf), config.seconds) for ctf in ("none", "wiener")}
-    return {
-        "what": f"averaging, {config.stack_box_px} px",
-        "images_per_s": round(rates["none"], 1),
-        "with_wiener_per_s": round(rates["wiener"], 1),
-        "yardstick": "reading the file and summing it",
-        "yardstick_per_s": round(yardstick, 1),
-        "ratio": round(rates["none"] / yardstick, 3),
-    }
+    for ctf in ("none", "wiener"):
+        averaged(ctf, min(n, 32))()  # compiled, libraries loaded
+    names = {"none": "images_per_s", "wiener": "with_wiener_per_s"}
+    result: dict[str, Any] = {"what": f"averaging, {box} px", "n": n, "yardstick": "reading and summing"}
+    for ctf, name in names.items():
+        result[name] = round(_rate(averaged(ctf), config.seconds), 1)
+    result["peak_memory_MB"] = peak_memory_MB()  # now: the yardstick maps the file into memory
+    result["yardstick_per_s"] = round(_rate(summed, config.seconds), 1)
+    result["ratio"] = round(result["images_per_s"] / result["yardstick_per_s"], 3)
+    if _forget(path):
+        times = []
+        for step in (summed, averaged("none")):
+            _forget(path)
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        result |= {
+            "from_disk_yardstick_per_s": round(n / times[0], 1),
+            "from_disk_per_s": round(n / times[1], 1),
+            "from_disk_ratio": round(times[0] / times[1], 3),
+        }
+    result["alignment_1_minus_r"] = _alignment_error(particles.images, angle, shift, min(n, 200))
+    return result
+
+
+def _forget(path: Path) -> bool:
+    """Have the system drop a file from its memory, where it can."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _alignment_error(images: ImageStack, angle: NDArray[Any], shift: NDArray[Any], k: int) -> float:
+    """1 - r between one average by splines and by shears, low-passed at 0.3 of the sampling."""
+    pictures = []
+    for how in ("spline", "shears"):
+        average = averaging.class_average(
+            images, np.arange(k), angle[:k], shift[:k], config=AverageConfig(ctf="none", interpolation=how)  # type: ignore[arg-type]
+        )
+        n = average.image.shape[-1]
+        y, x = np.meshgrid(np.fft.fftfreq(n), np.fft.rfftfreq(n), indexing="ij")
+        low = np.fft.irfft2(np.fft.rfft2(average.image) * (np.hypot(y, x) < 0.3), s=(n, n))
+        pictures.append(low[~averaging.outside_circle(n)])
+    return float(f"{1 - np.corrcoef(*pictures)[0, 1]:.2g}")
 
 
 def time_preprocessing(star: Path, config: SpeedConfig) -> dict[str, Any]:
