@@ -465,7 +465,7 @@ def test_three_shears_give_what_splines_give(n: int, m: int, state: str) -> None
         np.testing.assert_allclose(fast.frc[rings], exact.frc[rings], atol=0.1)
         clear = exact.ssnr[rings] > 3
         ratio = fast.ssnr[rings][clear] / exact.ssnr[rings][clear]
-        assert np.abs(ratio - 1).max() < 0.2 and abs(ratio.mean() - 1) < 0.05, mode
+        assert np.abs(ratio - 1).max() < 0.25 and abs(ratio.mean() - 1) < 0.05, mode
         np.testing.assert_array_equal(fast.uid, exact.uid)
         assert fast.n_effective == pytest.approx(exact.n_effective)
 

@@ -134,6 +134,19 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     say("average", trained.path, "--selection", "good", "--average.ctf", "none")
     stored = session.classes("good")
     assert [one["n"] for one in stored.classes] == [mask.sum()] and stored.how["selection"] == "good"
+    members = stored.members.loc[session.uid[mask]]
+    assert (members["weight"] == 1).all() and members[["angle_deg", "shift_y_px"]].notna().all(axis=None)
+    say("average", trained.path, "--by", "grid", "--cells", 3, "--weights", "posterior")
+    grid = session.classes("grid")
+    assert len(grid.how["positions"]) == len(grid.classes) and (grid.members["weight"] > 0).all()
+    say("traverse", trained.path, "--n-frames", 4, "--out", tmp_path / "way")
+    way = ("--by", "near", "--positions", tmp_path / "way.json", "--n-near", 9, "--weights", "distance")
+    say("average", trained.path, *way)
+    assert [one["n"] for one in session.classes("near").classes] == [9] * 4
+    assert "needs --positions" in refuse("average", trained.path, "--by", "near")
+    assert "cannot be read" in refuse(
+        "average", trained.path, "--by", "near", "--positions", tmp_path / "no.json"
+    )
     say("export", session.path, "--out", tmp_path / "good.star", "--selection", "good", "--run", 1)
     exported = read(tmp_path / "good.star", project_dir=tiny_stack.parent)
     assert exported.table["rlnImageName"].tolist() == session.table["rlnImageName"][mask].tolist()

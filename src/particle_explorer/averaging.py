@@ -231,8 +231,7 @@ class _Grid:
         self.padded = scipy.fft.next_fast_len(math.ceil(OVERSAMPLING * m), real=True)
         self.ky = np.fft.fftfreq(m, 1 / m).astype(int)
         kx = np.arange(m // 2 + 1)
-        # content beyond Nyquist's circle would be turned out of the grid and come back as aliases
-        self.disc = (self.ky[:, None] ** 2 + kx**2 < (m / 2) ** 2).astype(np.float32)
+        self.disc = _disc(m)
         spline_y = (2 + np.cos(2 * np.pi * self.ky / self.padded)) / 3
         spline_x = (2 + np.cos(2 * np.pi * kx / self.padded)) / 3
         scale = (self.padded / m) ** 2
@@ -337,7 +336,7 @@ class _Sums:
 class _ShearSums(_Sums):
     """Running sums of one average of sheared images of n px.
 
-    Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; with it their transforms.
+    Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; else their transforms.
     """
 
     def __init__(self, channels: int, n: int, m: int, mode: str) -> None:
@@ -607,7 +606,7 @@ def _average(
     mode = ctf_mode(table, config.ctf)
     ctf = _CTF(table, mode) if mode != "none" and table is not None else None
     order = np.lexsort((rows[members.row], members.average))
-    members = Members(*(column[order] for column in members))
+    members = Members(members.row[order], members.average[order], members.weight[order])
     starts = np.searchsorted(members.average, np.arange(len(labels) + 1))
     rank = np.arange(len(order)) - starts[members.average]
     work = _Work(
@@ -671,7 +670,7 @@ class _Work(NamedTuple):
     members: Members
     rank: NDArray[np.int64]
     """`(M,)` place of a member in its average: even in half a, odd in half b"""
-    count: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     """`(k,)` members of every average"""
     angle_deg: NDArray[np.float64]
     shift_yx_px: NDArray[np.float64]
@@ -698,7 +697,7 @@ def _spline_sums(work: _Work, progress: Progress | None) -> list[_Sums]:
     for block, found in _in_two_threads(part, work):
         if sums is None:
             channels = found.images.shape[1]
-            sums = [_Sums(channels, work.m, work.mode == "wiener") for _ in work.count]
+            sums = [_Sums(channels, work.m, work.mode == "wiener") for _ in work.sizes]
         for i, at in enumerate(block):
             for member in order[starts[at] : starts[at + 1]]:
                 one = sums[work.members.average[member]]
@@ -721,8 +720,8 @@ def _shear_sums(work: _Work, progress: Progress | None) -> list[_Sums]:
     per_group = max(1, SUMS_BYTES // each)
     done, total = 0, len(work.members.row)
     sums: list[_Sums] = []
-    for first in range(0, len(work.count), per_group):
-        last = min(first + per_group, len(work.count))
+    for first in range(0, len(work.sizes), per_group):
+        last = min(first + per_group, len(work.sizes))
         group = [_ShearSums(channels, n, m, work.mode) for _ in range(first, last)]
         for added in _add_group(work, group, first):
             done += added
@@ -754,7 +753,9 @@ def _add_group(work: _Work, sums: list[_ShearSums], first: int) -> Iterator[int]
             images = np.ascontiguousarray(work.stack.read(work.rows[wanted[start:stop]]), dtype=np.float32)
             background = shears.backgrounds(images, spans)
             if not np.isfinite(background).all():
-                raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
+                raise UserError(
+                    "an image holds numbers that are not finite; leave it out or repair the stack"
+                )
             low, high = np.searchsorted(where, [start, stop])
             for future in pending:
                 future.result()
@@ -778,12 +779,10 @@ class _HalfAdder:
         self.work, self.sums, self.first, self.half, self.n = work, sums, first, half, n
         self.turner = shears.Turner(n)
         self.grid = _Grid(n, work.m)
-        self.stride = np.maximum(1, work.count // POWER_MEMBERS)
+        self.stride = np.maximum(1, work.sizes // POWER_MEMBERS)
         self.transform = _fast_transform(0.0 if work.mode == "none" else len(work.rows) * float(n) ** 2)
 
-    def add(
-        self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
-    ) -> None:
+    def add(self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]) -> None:
         """The members `chosen` `(k,)`, which show the images `at` `(k,)` of this block."""
         from particle_explorer.shears import split_angle
 
@@ -863,7 +862,7 @@ class _HalfAdder:
             part = some[start : start + TRANSFORMS]
             row, which = work.members.row[chosen[part]], at[part]
             plain = images[which] - background[which][..., None, None]
-            spectra = _cropped(self.transform(plain), self.n, work.m) * self.grid.disc
+            spectra = _cropped(self.transform(plain), self.n, work.m)
             powers, gains = _powers(spectra, row, work, None)
             for average, power, gain in zip(work.members.average[chosen[part]], powers, gains, strict=True):
                 self.sums[average - self.first].power[self.half] += power
@@ -879,6 +878,13 @@ def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
     return lambda images: np.asarray(torch.fft.rfft2(torch.from_numpy(images)).numpy())
 
 
+@functools.lru_cache(maxsize=4)
+def _disc(m: int) -> Float:
+    """1 inside Nyquist's circle: what lies beyond would be turned out of the grid and come back as aliases."""
+    ky, kx = np.meshgrid(np.fft.fftfreq(m, 1 / m), np.arange(m // 2 + 1), indexing="ij")
+    return (np.hypot(ky, kx) < m / 2).astype(np.float32)
+
+
 def _powers(
     spectra: NDArray[np.complex64], rows: NDArray[np.int64], work: _Work, squared: Float | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -887,7 +893,7 @@ def _powers(
     `squared` `(b, m, m // 2 + 1)` are their CTFs squared, where they were computed already.
     """
     flat = (len(rows), spectra.shape[-2] * spectra.shape[-1])
-    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64).reshape(flat)
+    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64).reshape(flat) * _disc(work.m).ravel()
     power_rings = np.asarray((work.rings @ power.T).T)
     if work.mode != "wiener" or work.ctf is None:
         counts = np.asarray(work.rings.sum(1)).ravel() * spectra.shape[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from particle_explorer.averaging import Members
     from particle_explorer.latents import Latents
     from particle_explorer.session import Run, Session
     from particle_explorer.status import StatusWriter
@@ -582,10 +584,20 @@ class Average(JobCommand):
     run: CliPositionalArg[Path]
     """Folder of the run, or of a session for its newest finished run"""
     by: str = ""
-    """Column that gives the classes (a result such as cluster-kmeans, or a column of the file); by default
-    the newest clustering"""
+    """Column that gives the classes (a result such as cluster-kmeans, or a column of the file), `grid` for
+    the cells of a grid over the map, or `near` for the particles nearest to --positions; by default the
+    newest clustering"""
     selection: str = ""
     """Average only the particles of this named selection; without --by as one class"""
+    cells: int = Field(6, ge=1, le=100)
+    """With --by grid: cells along each of the first two dimensions of the map"""
+    positions: str = ""
+    """With --by near: a .npy file of positions (k, d), or the .json that `traverse` writes"""
+    n_near: int = Field(50, ge=1, le=1_000_000)
+    """With --by near: particles averaged at each position"""
+    weights: Literal["hard", "distance", "posterior"] = "hard"
+    """`hard` counts every member once; `distance` less the farther it lies from the middle of its average;
+    `posterior` shares a particle between averages by the spread of its own position"""
     held: bool = False
     """Take the poses that hold a part still (hold-still) instead of the run's own"""
     average: AverageConfig = AverageConfig()
@@ -595,13 +607,17 @@ class Average(JobCommand):
         with self.job("averaging") as job:
             run = _open_run(self.run)
             session = run.session
-            labels, names, name = _labels(run, self.by, self.selection)
-            averages = _average(run, labels, names, self.held, self.average, job)
+            members, names, name, positions = _members(self, run)
+            averages = _average(run, members, names, self.held, self.average, job)
+            if positions is not None:  # a cell whose particles all count elsewhere has no average
+                positions = positions[[names.index(average.label) for average in averages]]
             how = {
                 "run": run.name,
                 "by": name if not self.selection or self.by else "",
                 "selection": self.selection,
                 "held": self.held,
+                "weights": self.weights,
+                "positions": None if positions is None else positions.round(6).tolist(),
                 "config": self.average.model_dump(),
             }
             used = session.save_classes(name, averages, [average.label for average in averages], how)
@@ -634,6 +650,7 @@ class Export(JobCommand):
         import numpy as np
 
         from particle_explorer.io.writing import export_averages, export_particles
+        from particle_explorer.membership import by_class
         from particle_explorer.session import Session
 
         with self.job("exporting") as job:
@@ -652,7 +669,8 @@ class Export(JobCommand):
             if self.averages:  # first, because they take long and can be stopped
                 if number is None or run is None:
                     raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
-                averages = _average(run, np.where(mask, number, -1), None, self.held, self.average, job)
+                members, classes = by_class(np.where(mask, number, -1))
+                averages = _average(run, members, [str(c) for c in classes], self.held, self.average, job)
             job.tell("writing")
             notes = export_particles(
                 out,
@@ -1209,26 +1227,69 @@ def _class_numbers(session: Session, run: Run | None, classes: str) -> NDArray[n
     return numbers + 1 if names is not None or numbers.min() == 0 else numbers
 
 
+def _members(command: Average, run: Run) -> tuple[Members, list[str], str, NDArray[np.float64] | None]:
+    """Members, captions, name of the set and positions on the map (where there are any)."""
+    import numpy as np
+
+    from particle_explorer import membership
+
+    session = run.session
+    mask = session.selection(command.selection) if command.selection else np.ones(session.n_particles, bool)
+    if not mask.any():
+        raise UserError(f"selection {command.selection!r} is empty; there is nothing to average")
+    table = _latents(run).table.reindex(session.table.index)
+    z_names = [str(name) for name in table if re.fullmatch(r"z_\d+", str(name))]
+    z = np.where(mask[:, None], table[z_names].to_numpy(float), np.nan)
+    std_names = [name.replace("z_", "z_std_") for name in z_names]
+    z_std = table[std_names].to_numpy(float) if all(name in table for name in std_names) else None
+    if command.by == "grid":
+        members, names, middles = membership.cells(z, command.cells, z_std, command.weights)
+        return members, names, "grid", middles
+    if command.by == "near":
+        positions = _read_positions(command.positions, len(z_names))
+        if command.weights == "posterior":
+            raise UserError("--by near knows the weights hard and distance")
+        members = membership.near(z, positions, command.n_near, command.weights)
+        return members, [f"position {i + 1}" for i in range(len(positions))], "near", positions
+    labels, given, name = _labels(run, command.by, command.selection)
+    members, classes = membership.by_class(labels, z, z_std, command.weights)
+    return members, given or [str(c) for c in classes], name, None
+
+
+def _read_positions(path: str, d: int) -> NDArray[np.float64]:
+    import json
+
+    import numpy as np
+
+    if not path:
+        raise UserError("--by near needs --positions FILE: a .npy file, or the .json that `traverse` writes")
+    try:
+        if path.endswith(".json"):
+            found = np.asarray(json.loads(Path(path).read_text(encoding="utf-8"))["positions"], float)
+        else:
+            found = np.asarray(np.load(path, allow_pickle=False), float)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as positions on a map: {error}") from error
+    if found.ndim != 2 or found.shape[1] != d or not np.isfinite(found).all():
+        raise UserError(f"{path} holds {found.shape}; positions of this run are (k, {d}) finite numbers")
+    return found
+
+
 def _average(
-    run: Run,
-    labels: NDArray[np.int64],
-    names: list[str] | None,
-    held: bool,
-    config: AverageConfig,
-    job: Job,
+    run: Run, members: Members, names: list[str], held: bool, config: AverageConfig, job: Job
 ) -> list[Any]:
     from particle_explorer.averaging import Stopped as AveragingStopped
-    from particle_explorer.averaging import average_classes
+    from particle_explorer.averaging import average_members
 
     angle, shift = _poses(run, held)
     try:
-        return average_classes(
+        return average_members(
             run.session,
-            labels,
+            members,
+            names,
             angle,
             shift,
             config,
-            names=names,
             progress=lambda done: job.tell("averaging", done),
             stop=job.stop,
         )

@@ -103,7 +103,8 @@ class StoredClasses(NamedTuple):
     classes: list[dict[str, Any]]
     """per average: label, n, n_effective, frc, frc_label, ssnr, ssnr_radius_A, ctf, halves_independent"""
     members: pd.DataFrame
-    """uid → index of the average, column `average`"""
+    """uid → index of the average, column `average`; a particle may be in several. `weight`, and the pose
+    it was moved back by: `angle_deg`, `shift_y_px`, `shift_x_px` (px of the original)"""
     how: dict[str, Any]
 
 
@@ -484,8 +485,15 @@ class Session:
         """
         folder = self.path / "classes"
         images = np.stack([average.image for average in averages]).astype(np.float32)
+        shift = np.concatenate([average.shift_yx_px for average in averages])
         members = pd.DataFrame(
-            {"average": np.repeat(np.arange(len(averages)), [average.n for average in averages])},
+            {
+                "average": np.repeat(np.arange(len(averages)), [average.n for average in averages]),
+                "weight": np.concatenate([average.weight for average in averages]),
+                "angle_deg": np.concatenate([average.angle_deg for average in averages]),
+                "shift_y_px": shift[:, 0],
+                "shift_x_px": shift[:, 1],
+            },
             index=pd.Index(
                 np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"
             ),

@@ -2,10 +2,10 @@
 
     R(a) = X(-tan a/2) · Y(sin a) · X(-tan a/2)        (Paeth 1986; Unser, Thévenaz & Yaroslavsky 1995)
 
-A shear moves every row (or column) by a constant, so it is a filter of eight taps along contiguous memory
-and needs no gathering. Angles beyond 45° are quarter turns of the sum, which cost nothing per image. Poses
-are those of `pose`: an image is moved back, x_ref = R(-angle) (x_img - shift) about n // 2, in one go from the
-original; what lies outside an image counts as its background, 0.
+A shear moves every row (or column) by a constant, so it is a filter of eight taps along contiguous
+memory and needs no gathering. Angles beyond 45° are quarter turns of the sum, which cost nothing per image.
+Poses are those of `pose`: an image is moved back, x_ref = R(-angle) (x_img - shift) about n // 2, in one go
+from the original; what lies outside an image counts as its background, 0.
 
 Numba compiles these functions at their first use on a computer (about ten seconds) and keeps the result.
 """
@@ -119,8 +119,8 @@ def _sums(images: NDArray[np.float32], spans: NDArray[np.int64], out: NDArray[np
                     a += row[x]
                 for x in range(first, last):
                     b += row[x]
-                outside += a
-                inside += b
+                outside += float(a)
+                inside += float(b)
             out[i, k, 0] = outside
             out[i, k, 1] = inside + outside
 
@@ -176,7 +176,7 @@ def _turn(image, background, angle, shift_y, shift_x, weight, filters, line, til
             for j in range(n):
                 line[line_pad + j] = row[j] - background
             at = line_pad + centre - middle + shear_x * (i - centre - shift_y) + shift_x
-            whole = int(math.floor(at))
+            whole = math.floor(at)
             q = int((at - whole) * STEPS + 0.5)
             if whole < 3 or whole + width + 5 > len(line):  # moved out of the box altogether
                 tile[r, :width] = 0
@@ -186,7 +186,7 @@ def _turn(image, background, angle, shift_y, shift_x, weight, filters, line, til
     for j0 in range(0, width, LANES):
         for r in range(LANES):
             at = first_pad + shear_y * (j0 + r - middle) + shift_y
-            whole = int(math.floor(at))
+            whole = math.floor(at)
             q = int((at - whole) * STEPS + 0.5)
             if whole < 3 or whole + n + 5 > first.shape[1]:
                 tile[r, :n] = 0
@@ -195,7 +195,7 @@ def _turn(image, background, angle, shift_y, shift_x, weight, filters, line, til
         _stand_up(tile, n, second, second_pad + j0, LANES)
     for i in range(n):
         at = second_pad + middle - centre + shear_x * (i - centre)
-        whole = int(math.floor(at))
+        whole = math.floor(at)
         q = int((at - whole) * STEPS + 0.5)
         _add_filtered(second[i, whole - 3 : whole + n + 5], filters[q], weight, out[i])
 
@@ -204,7 +204,7 @@ def _turn(image, background, angle, shift_y, shift_x, weight, filters, line, til
 def add_turned(  # type: ignore[no-untyped-def]
     images, background, chosen, angle, shift_yx, weight, place, filters, line, tile, first, second, out
 ):
-    """Add the images `chosen` `(k,)` of `(b, c, n, n)`, moved back, to the pictures `out[place]` `(…, c, n, n)`.
+    """Add the images `chosen` `(k,)` of `(b, c, n, n)`, moved back, to the `(c, n, n)` of `out[place]`.
 
     `angle` in radians within ±45°; `background` `(b, c)`; `angle`, `shift_yx`, `weight` and `place` have `k`
     rows.

@@ -274,8 +274,8 @@ def _stack(folder: Path, config: SpeedConfig) -> Path:
 
 
 def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
-    """One average of all full-size images, beside reading the file and summing it, once from the disk and once
-    from memory."""
+    """One average of all full-size images, beside reading the file and summing it: from memory, and from the
+    disk."""
     particles = read(star)
     n, box = len(particles), config.stack_box_px
     path = star.with_name("stack.mrcs")
@@ -346,13 +346,17 @@ def _alignment_error(images: ImageStack, angle: NDArray[Any], shift: NDArray[Any
     pictures = []
     for how in ("spline", "shears"):
         average = averaging.class_average(
-            images, np.arange(k), angle[:k], shift[:k], config=AverageConfig(ctf="none", interpolation=how)  # type: ignore[arg-type]
+            images,
+            np.arange(k),
+            angle[:k],
+            shift[:k],
+            config=AverageConfig(ctf="none", interpolation=how),  # type: ignore[arg-type]
         )
         n = average.image.shape[-1]
         y, x = np.meshgrid(np.fft.fftfreq(n), np.fft.rfftfreq(n), indexing="ij")
         low = np.fft.irfft2(np.fft.rfft2(average.image) * (np.hypot(y, x) < 0.3), s=(n, n))
         pictures.append(low[~averaging.outside_circle(n)])
-    return float(f"{1 - np.corrcoef(*pictures)[0, 1]:.2g}")
+    return float(f"{1 - np.corrcoef(pictures[0], pictures[1])[0, 1]:.2g}")
 
 
 def time_preprocessing(star: Path, config: SpeedConfig) -> dict[str, Any]:
