@@ -880,7 +880,7 @@ def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
 
 @functools.lru_cache(maxsize=4)
 def _disc(m: int) -> Float:
-    """1 inside Nyquist's circle: what lies beyond would be turned out of the grid and come back as aliases."""
+    """1 inside Nyquist's circle: what lies beyond would be turned out and come back as aliases."""
     ky, kx = np.meshgrid(np.fft.fftfreq(m, 1 / m), np.arange(m // 2 + 1), indexing="ij")
     return (np.hypot(ky, kx) < m / 2).astype(np.float32)
 
