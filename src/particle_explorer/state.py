@@ -122,6 +122,8 @@ class AppState:
     """`features` has other columns or values"""
     handle_changed = Signal(np.ndarray)
     """`(d,)` latent position under the handle"""
+    handle_drawn = Signal()
+    """the picture of a position of the handle has just been shown"""
     pose_changed = Signal(float, np.ndarray)
     """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
     held_changed = Signal(bool)

@@ -21,6 +21,9 @@ from particle_explorer.files import UserError
 
 log = logging.getLogger(__name__)
 
+TURN_MS = 1
+"""An answer waits so long for its turn among the timers of the window."""
+
 
 class Failure(Exception):
     """What went wrong in the background: one sentence, and the details behind it."""
@@ -146,6 +149,13 @@ class Mailbox:
         self._request: tuple[Any, ...] | None = None
         self._answer: tuple[Callable[[Any], None], Any] | None = None
         self._stopped = False
+        # Queued signals are handed over before timers and paints of the same turn, so answers that come while
+        # a frame is painted would hold up everything else for a second frame: they wait for a timer's turn.
+        self._turn = QTimer(owner)
+        self._turn.setSingleShot(True)
+        self._turn.setInterval(TURN_MS)
+        self._turn.setTimerType(Qt.TimerType.PreciseTimer)
+        self._turn.timeout.connect(self._deliver)
         self._thread = threading.Thread(target=self._loop, name=f"particle-explorer {name}", daemon=True)
         self._thread.start()
         owner.destroyed.connect(partial(_stop, self))
@@ -186,7 +196,13 @@ class Mailbox:
                 waiting, self._answer = self._answer is not None, answer
                 stopped = self._stopped
             if not waiting and not stopped:
-                self._relay.posted.emit(self._deliver)
+                self._relay.posted.emit(self._wake)
+
+    def _wake(self) -> None:
+        with self._condition:
+            stopped = self._stopped
+        if not stopped:  # its owner, and the timer with it, may be gone otherwise
+            self._turn.start()
 
     def _deliver(self) -> None:
         with self._condition:

@@ -123,6 +123,7 @@ class LatentDock(QWidget):
         follow(self, state.run_changed, self._on_run)
         follow(self, state.features_changed, self._on_features)
         follow(self, state.handle_changed, self._show_handle)
+        follow(self, state.handle_drawn, self.canvas.show_handle)
         follow(self, state.pose_changed, self._show_pose)
         follow(self, state.selection.changed, self._show_counts)
         if self.viewer is not None:

@@ -69,6 +69,8 @@ CLICK_REACH_PX = 12.0
 HOVER_REACH_PX = 6
 STILL_PX = 3.0
 """A press that moved less than this was a click; lasso corners closer than this are dropped."""
+HANDLE_FRAME_MS = 16
+"""A handle that was moved is painted with the picture drawn for it, or so much later at most."""
 ARROW_STEPS = 100
 """Arrow-key steps across the visible map."""
 
@@ -130,6 +132,10 @@ class ScatterCanvas(QWidget):
         self._path: list[tuple[float, float]] = []
         self._hover: int | None = None
         self._hover_at = QPointF()
+        self._handle_frame = QTimer(self)
+        self._handle_frame.setSingleShot(True)
+        self._handle_frame.setInterval(HANDLE_FRAME_MS)
+        self._handle_frame.timeout.connect(self.update)
         self._settle = QTimer(self)
         self._settle.setSingleShot(True)
         self._settle.setInterval(120)
@@ -232,6 +238,16 @@ class ScatterCanvas(QWidget):
         """Put the handle there, silently; None in one axis makes it a line, None in both hides it."""
         if (x, y) != self._handle:
             self._handle = (x, y)
+            self.update()
+
+    def show_handle(self) -> None:
+        """Paint the handle where it is now, if it was moved since.
+
+        The window composes all of itself, napari's OpenGL canvas too, whenever a part is painted. A frame for
+        the handle and another for its picture would take twice as long on a software renderer.
+        """
+        if self._handle_frame.isActive():
+            self._handle_frame.stop()
             self.update()
 
     def set_tool(self, tool: Tool) -> None:
@@ -794,7 +810,8 @@ class ScatterCanvas(QWidget):
         if (x, y) == self._handle:
             return
         self._handle = (x, y)
-        self.update()
+        if not self._handle_frame.isActive():
+            self._handle_frame.start()
         self.handle_moved.emit(math.nan if x is None else x, math.nan if y is None else y)
 
     def _handle_to(self, at: QPointF) -> None:

@@ -170,6 +170,7 @@ class Reconstruction:
         if not self.layer.visible:
             self.layer.visible = True
         self._rest.start()
+        self.state.handle_drawn.emit()
         self.shown.emit(image)
 
     def _make_layer(self, image: NDArray[np.float32]) -> None:
