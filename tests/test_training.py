@@ -137,6 +137,12 @@ def new_run(session: Session, *, where: str = "", device: str = "cpu", **train) 
     return session.new_run(config)
 
 
+def finished(session: Session) -> Run:
+    run = new_run(session)
+    last(fit(run))
+    return run
+
+
 def last(steps) -> Progress:
     return list(steps)[-1]
 
@@ -353,6 +359,48 @@ def test_a_stop_after_the_last_epoch_only_finishes_on_resuming(tiny_session, wha
     told = list(fit(late, resume=True))
     assert told[0].what == "finishing"
     assert_same_results(whole, late)
+
+
+def test_a_batch_beyond_the_memory_is_taken_in_parts_to_the_same_end(tiny_session, monkeypatch):
+    class Even(TinyModel):
+        """No random numbers: parts and whole see the same."""
+
+        step_bytes_per_image = 1000
+
+        def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+            small = self._small(batch.images)
+            self.batches.append(batch)
+            return {"reconstruction": (self.up(self.down(small)) - small).square().mean()}
+
+    built = use(monkeypatch, Even)
+    runs = {}
+    for free, largest in ((10**9, 16), (2 * 5500, 4)):  # room for 5 images: a power of two of them
+        monkeypatch.setattr(training, "free_memory_bytes", lambda free=free: free)
+        runs[largest] = finished(tiny_session)
+        assert max(len(batch.row) for batch in built[-1].batches) == largest
+    whole, parts = (safetensors.torch.load_file(run.path / "model.safetensors") for run in runs.values())
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-4)
+    losses = [run.metrics()["loss"].to_numpy() for run in runs.values()]
+    np.testing.assert_allclose(losses[0][-1], losses[1][-1], rtol=1e-3)
+
+
+def test_a_device_that_runs_out_of_memory_is_asked_for_less(tiny_session, monkeypatch):
+    class Hungry(TinyModel):
+        step_bytes_per_image = 1
+        most = 5
+
+        def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+            if len(batch.row) > self.most:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(batch, part)
+
+    built = use(monkeypatch, Hungry)
+    assert finished(tiny_session).status.state == "finished"
+    assert max(len(batch.row) for batch in built[-1].batches) == 4
+    monkeypatch.setattr(Hungry, "most", 0)
+    with pytest.raises(UserError, match=r"does not hold a step of 1 images; choose a smaller"):
+        finished(tiny_session)
 
 
 def test_a_stop_file_is_obeyed(tiny_session, monkeypatch):

@@ -195,6 +195,58 @@ class SpatialVAEConfig(Config):
     """`gaussian` takes noise of variance 1, as prepared images have; `gaussian-learned` draws a variance for
     every pixel too; `bernoulli` is for grey values from 0 to 1, prepared with Background "none"."""
 
+    apply_ctf: bool = setting(False, "CTF in the model", advanced=True)
+    """Draw the particle free of the CTF and compare it with the image through the CTF of that image, where
+    the particles carry one. Every pixel is drawn then, so training takes up to ten times as long."""
+
+    pixel_fraction: float = setting(0.1, "Share of pixels per step", advanced=True, gt=0.01, le=1)
+    """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
+
+
+class TargetVAEConfig(Config):
+    """TARGET-VAE (Nasiri & Bepler, NeurIPS 2022): weighs every angle and shift of an image before it decides,
+    so it finds poses that spatial-VAE gets stuck on. Half an hour to hours on a laptop."""
+
+    kind: Literal["target-vae"] = "target-vae"
+
+    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=64)
+    """Number of content coordinates per particle."""
+
+    rotations: Literal["P4", "P8", "P16"] = setting("P8", "Angles weighed")
+    """4, 8 or 16 turns of each kernel; between them the network says the rest of the angle. Time and memory
+    grow with it, the number of weights does not."""
+
+    shift_sd_px: float = setting(
+        0.0, "Spread of shifts", unit="px", advanced=True, ge=0, le=64, zero="automatic"
+    )
+    """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box, which is
+    the paper's."""
+
+    shift_range_px: int = setting(0, "Shift range", unit="px", advanced=True, ge=0, le=128, zero="automatic")
+    """Largest shift weighed, in pixels of the cached images. 0 takes three times the spread."""
+
+    kernel_px: int = setting(0, "Kernel", unit="px", advanced=True, ge=0, le=512, zero="the particle")
+    """Diameter of the round kernels that look for the particle. 0 takes the particle diameter."""
+
+    kernel_functions: int = setting(192, "Detail of the kernels", advanced=True, ge=8, le=2000)
+    """Number of Fourier-Bessel functions that a kernel is a sum of; more draw finer kernels."""
+
+    channels: int = setting(128, "Kernels", advanced=True, ge=4, le=1024)
+    """Number of kernels, and width of the encoder."""
+
+    features: int = setting(1024, "Fourier features", advanced=True, ge=16, le=8192)
+    """Random waves of the coordinates that the decoder draws with."""
+
+    hidden: int = setting(512, "Width of the decoder", advanced=True, ge=8, le=5000)
+    """Units per hidden layer of the decoder."""
+
+    layers: int = setting(2, "Hidden layers of the decoder", advanced=True, ge=1, le=8)
+    """The paper takes 2, and 6 for recorded particles."""
+
+    likelihood: Likelihood = setting("gaussian", "Pixel noise", advanced=True)
+    """`gaussian` takes noise of variance 1, as prepared images have; `gaussian-learned` draws a variance for
+    every pixel too; `bernoulli` is for grey values from 0 to 1, prepared with Background "none"."""
+
     pixel_fraction: float = setting(0.1, "Share of pixels per step", advanced=True, gt=0.01, le=1)
     """Train each step on this random share of the pixels inside the mask, the sum rescaled (unbiased)."""
 
@@ -232,7 +284,8 @@ class CODAEConfig(Config):
 
 
 ModelConfig = Annotated[
-    ClassMapConfig | SpatialVAEConfig | VAEConfig | CODAEConfig, Field(discriminator="kind")
+    ClassMapConfig | SpatialVAEConfig | TargetVAEConfig | CODAEConfig | VAEConfig,
+    Field(discriminator="kind"),
 ]
 
 

@@ -49,6 +49,8 @@ N_LIVE_ENCODED = 2000
 MAX_LIVE = 50_000
 N_PANEL = 9
 ENCODE_AT_ONCE = 512
+STEP_MEMORY_SHARE = 0.5
+"""A batch is taken in parts where a step would need more than this of what is free"""
 PIXEL_SIZE_TOLERANCE = 0.01
 MEMORY_SHARE = 0.25
 """Images are held in memory when they take no more than this of what is free"""
@@ -466,6 +468,7 @@ class _Fit:
         self.batches = SessionBatches(self.session, self.rows, self.device, with_ctf=self.model.uses_ctf)
         self.n_epochs = train.n_epochs or self.model.n_epochs
         self.batch_size = min(train.batch_size or self.model.batch_size, len(self.rows))
+        self.at_once = self._images_at_once()
         self.learning_rate = train.learning_rate or self.model.learning_rate
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
         self.n_steps = self.n_epochs * self.steps_per_epoch
@@ -527,22 +530,53 @@ class _Fit:
         """One batch; the parts of an adversarial model are stepped one after the other."""
         fraction = self.step / self.n_steps
         self.model.schedule(fraction, self.epoch)
-        batch = self.batches.take(index)
+        batches = [self.batches.take(some) for some in index.split(self.at_once)]
         named: dict[str, Tensor] = {}
         for part, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
-            with autocast(self.model, self.device, self.config.train.precision):
-                losses = self.model(batch, part)
-            total = torch.stack([loss.float() for loss in losses.values()]).sum()
-            self.model.zero_grad(set_to_none=True)
-            total.backward()
+            try:
+                losses = self._gradient(batches, part)
+            except torch.OutOfMemoryError as error:
+                if self.at_once == 1 or not self.model.step_bytes_per_image:
+                    raise UserError(
+                        f"the memory of {describe_device(self.device)} does not hold a step of"
+                        f" {len(batches[0].row)} images; choose a smaller --train.batch-size or model"
+                    ) from error
+                # other programs took memory meanwhile: this step once more, in smaller parts
+                self.at_once = max(1, self.at_once // 2)
+                return self._step(index)
             optimiser.step()
             named |= {
-                name if len(self.optimisers) == 1 else f"{part}/{name}": loss.detach()
-                for name, loss in losses.items()
+                name if len(self.optimisers) == 1 else f"{part}/{name}": loss for name, loss in losses.items()
             }
         return named
+
+    def _gradient(self, batches: list[Batch], part: str) -> dict[str, Tensor]:
+        """The gradient of a batch taken in parts, as if it had been whole; its losses."""
+        self.model.zero_grad(set_to_none=True)
+        n = sum(len(batch.row) for batch in batches)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            share = len(batch.row) / n
+            with autocast(self.model, self.device, self.config.train.precision):
+                losses = self.model(batch, part)
+            (torch.stack([loss.float() for loss in losses.values()]).sum() * share).backward()
+            for name, loss in losses.items():
+                value = loss.detach() * share
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _images_at_once(self) -> int:
+        """How many images of a batch a step can hold: the batch, or a power of two."""
+        each = self.model.step_bytes_per_image
+        if not each:
+            return self.batch_size
+        free = free_memory_bytes()
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        fits = int(STEP_MEMORY_SHARE * free) // each
+        return self.batch_size if fits >= self.batch_size else 2 ** int(math.log2(max(1, fits)))
 
     def _finish(self) -> Iterator[Progress]:
         self.model.eval()
@@ -622,6 +656,7 @@ class _Fit:
         return {
             "format_version": 1,
             "epoch": self.epoch,
+            "at_once": self.at_once,
             "seconds": self.seconds_before + time.monotonic() - self.began,
             "weights": self.model.state_dict(),
             "optimisers": {part: optimiser.state_dict() for part, optimiser in self.optimisers.items()},
@@ -668,6 +703,8 @@ class _Fit:
         except (RuntimeError, KeyError, ValueError, EOFError, OSError, _pickle_error()) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} cannot be resumed from ({reason}); start a new run") from error
+        # parts of another size would draw other random numbers than the uninterrupted run
+        self.at_once = min(self.at_once, int(state.get("at_once", self.at_once)))
         self.started = True
         self.seconds_before = float(state["seconds"])
 

@@ -18,6 +18,7 @@ from particle_explorer.models.build import build_model
 SETTINGS: dict[str, dict[str, object]] = {
     "vae": {"hidden": 32},
     "spatial-vae": {"hidden": 32},
+    "target-vae": {"channels": 16, "kernel_functions": 40, "features": 64, "hidden": 32, "rotations": "P4"},
 }
 """Small settings of a kind; the defaults where there are none."""
 CONFIGS = {config.model_fields["kind"].default: config for config in get_args(get_args(ModelConfig)[0])}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from particle_explorer import pose
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
+from particle_explorer.ctf import ctf_2d
+from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.spatial_vae import SpatialVAE
@@ -121,11 +123,49 @@ def test_a_subset_of_pixels_estimates_the_whole_error_without_bias() -> None:
     images = torch.randn(20, 1, 24, 24) + 2 * phantom(24)
     pose_of = torch.rand(20), 0.1 * torch.randn(20, 2), torch.randn(20, 2)
     with torch.no_grad():
-        expected = whole._reconstruction(images, *pose_of)
-        estimates = torch.stack([part._reconstruction(images, *pose_of) for _ in range(300)])
+        expected = whole._reconstruction(batch_of(images), *pose_of)
+        estimates = torch.stack([part._reconstruction(batch_of(images), *pose_of) for _ in range(300)])
     error = estimates.std() / math.sqrt(len(estimates))
     assert estimates.std() > 0
     assert abs(estimates.mean() - expected) < 4 * error
+
+
+def a_ctf(n: int, b: int) -> Tensor:
+    defocus = np.linspace(8000, 20000, b)
+    return torch.from_numpy(np.abs(ctf_2d(n, 4.0, defocus + 500, defocus, 30.0)))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "gaussian-learned"])
+def test_the_ctf_of_an_image_is_applied_to_what_is_drawn(likelihood: str) -> None:
+    model = model_of(24, apply_ctf=True, likelihood=likelihood)
+    assert model.uses_ctf and not model_of(24).uses_ctf
+    images, ctf = torch.randn(5, 1, 24, 24), a_ctf(24, 5)
+    pose_of = torch.rand(5), 0.1 * torch.randn(5, 2), torch.randn(5, 2)
+    batch = batch_of(images)._replace(ctf=ctf)
+    loss = model._reconstruction(batch, *pose_of)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.decoder.parameters())
+    # by the definition: the whole picture, its spectrum times the CTF, the error over the disc
+    with torch.no_grad():
+        drawn = model.decoder(model.pixels[model.disc].expand(5, -1, -1), *pose_of)
+        picture = torch.zeros(5, 24 * 24)
+        picture[:, model.disc] = drawn[..., 0]
+        seen = torch.fft.irfft2(torch.fft.rfft2(picture.unflatten(1, (24, 24))) * ctf, s=(24, 24))
+        error = (seen - images[:, 0]).flatten(1)[:, model.disc].square()
+        expected = 0.5 * error
+        if likelihood == "gaussian-learned":
+            expected = 0.5 * (error * torch.exp(-drawn[..., 1]) + drawn[..., 1])
+    torch.testing.assert_close(loss.detach(), expected.sum(1).mean(), rtol=1e-4, atol=1e-4)
+    # a CTF of one changes nothing, nor does none
+    plain = model_of(24, likelihood=likelihood, pixel_fraction=1.0)
+    plain.load_state_dict(model.state_dict())
+    flat = model._reconstruction(batch._replace(ctf=torch.ones_like(ctf)), *pose_of)
+    torch.testing.assert_close(flat, plain._reconstruction(batch, *pose_of))
+
+
+def test_grey_values_have_no_ctf() -> None:
+    with pytest.raises(UserError, match=r"--model\.apply-ctf does not go with --model\.likelihood bernoulli"):
+        model_of(24, apply_ctf=True, likelihood="bernoulli")
 
 
 def test_content_waits_for_the_pose() -> None:

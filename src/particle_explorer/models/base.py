@@ -79,6 +79,9 @@ class ParticleModel(nn.Module, ABC):
     """Whether batches should carry the CTF; computing it takes time."""
     share: Share | None = None
     """Told by training before each step that several processes take together; None in a process alone."""
+    step_bytes_per_image: int = 0
+    """Memory that a training step takes for each image, about; a batch that does not fit is taken in parts
+    whose gradients are added. 0 says that it is small, or that a batch must stay whole."""
     autocast: bool = False
     """Whether steps and encoding may run under bf16 autocast; a model with products of its own says no."""
 

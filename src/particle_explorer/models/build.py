@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from particle_explorer.configs import ClassMapConfig, CODAEConfig, DataSpec, ModelConfig, VAEConfig
+from particle_explorer.configs import (
+    ClassMapConfig,
+    CODAEConfig,
+    DataSpec,
+    ModelConfig,
+    TargetVAEConfig,
+    VAEConfig,
+)
 from particle_explorer.models.base import ParticleModel
 
 
@@ -12,6 +19,10 @@ def build_model(config: ModelConfig, data: DataSpec) -> ParticleModel:
         from particle_explorer.models.class_map import ClassMap
 
         return ClassMap(config, data)
+    if isinstance(config, TargetVAEConfig):
+        from particle_explorer.models.target_vae import TargetVAE
+
+        return TargetVAE(config, data)
     if isinstance(config, VAEConfig):
         from particle_explorer.models.vae import VAE
 

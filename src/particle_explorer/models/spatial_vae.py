@@ -16,6 +16,8 @@ Where we differ from the published code:
   of the angle would move the molecule; the prior is isotropic, so the generative model is the same;
 - in the first half of the epochs without content there is no shift either;
 - the decoder's first layer starts with larger weights (`EDGE_PX`), so that it can draw detail from the start;
+- the decoder may draw the particle free of the CTF, which is then applied to the whole picture, astigmatism
+  included (the code: a kernel in real space without it);
 - reported angle and content are means of the posterior, taken over `TURNS` turned copies of the image
   (unit-vector mean of the angles), not one random sample.
 """
@@ -30,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
+from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
-from particle_explorer.models.layers import PixelNoise, disc_pixels, exact, gaussian_kl
+from particle_explorer.models.layers import PixelNoise, disc_pixels, exact, gaussian_kl, random_pixels
 from particle_explorer.transforms import place, rotation_matrix
 
 TURNS = 8
@@ -134,6 +137,14 @@ class SpatialVAE(ParticleModel):
         self.decoder = CoordinateDecoder(
             config.latent_dim, config.hidden, config.layers, self.noise.n_drawn, edge=EDGE_PX * 2 / (n - 1)
         )
+        self.uses_ctf = config.apply_ctf
+        if config.apply_ctf and config.likelihood == "bernoulli":
+            raise UserError(
+                "--model.apply-ctf does not go with --model.likelihood bernoulli: grey values from 0 to 1"
+                " have no CTF; choose gaussian"
+            )
+        drawn = len(self.disc) * (1 if config.apply_ctf else config.pixel_fraction)
+        self.step_bytes_per_image = round(4 * drawn * config.hidden * 2 * (config.layers + 1))
         self.content_frozen = self.shift_frozen = False
         self.schedule(0.0, 0)
 
@@ -177,7 +188,7 @@ class SpatialVAE(ParticleModel):
         if self.content_frozen:
             z = z * 0
         losses = {
-            "reconstruction": self._reconstruction(images, angle, move, z),
+            "reconstruction": self._reconstruction(batch, angle, move, z),
             "kl_angle": mean_free_kl(log_sd[:, 0], ANGLE_PRIOR_SD).mean(),
             "kl_content": gaussian_kl(mean[:, self.n_pose :], log_sd[:, self.n_pose :]).sum(1).mean(),
         }
@@ -193,20 +204,29 @@ class SpatialVAE(ParticleModel):
             move = (latents[:, None, 1:3] @ rotation_matrix(turn).mT)[:, 0]
         return move * (self.shift_sd_px * 2 / (self.data.box_px - 1))
 
-    def _reconstruction(self, images: Tensor, angle: Tensor, move: Tensor, z: Tensor) -> Tensor:
+    def _reconstruction(self, batch: Batch, angle: Tensor, move: Tensor, z: Tensor) -> Tensor:
         """Minus the log-likelihood over the disc, estimated from a share of its pixels, per image."""
-        n_disc = len(self.disc)
-        count = max(1, math.ceil(self.settings.pixel_fraction * n_disc))
-        if count < n_disc:
-            # a window of one shuffled order, at its own place for every image: each pixel is equally likely
-            order = self.disc[torch.randperm(n_disc, device=images.device)]
-            start = torch.randint(n_disc, (len(images), 1), device=images.device)
-            chosen = order[(start + torch.arange(count, device=images.device)) % n_disc]
-        else:
-            chosen = self.disc.expand(len(images), -1)
+        images = batch.images
+        seen_through = self.uses_ctf and batch.ctf is not None  # each pixel then takes all the others
+        share = 1.0 if seen_through else self.settings.pixel_fraction
+        chosen = random_pixels(self.disc, len(images), share)
         target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
         drawn = self.decoder(self.pixels[chosen], angle, move, z)
-        return self.noise(drawn, target).sum((1, 2)).mean() * (n_disc / count)
+        if seen_through:
+            loss = self.noise.of_mean(self._through_ctf(self.noise.mean(drawn), batch.ctf), drawn, target)
+        else:
+            loss = self.noise(drawn, target)
+        return loss.sum((1, 2)).mean() * (len(self.disc) / chosen.shape[1])
+
+    def _through_ctf(self, mean: Tensor, ctf: Tensor | None) -> Tensor:
+        """Pixels `(b, p, c)` of the disc as the microscope shows them; nothing is outside the disc."""
+        assert ctf is not None
+        n = self.data.box_px
+        with exact(mean.device):
+            planes = mean.new_zeros(len(mean), mean.shape[2], n * n)
+            planes = planes.index_copy(2, self.disc, mean.mT).unflatten(2, (n, n))
+            seen = torch.fft.irfft2(torch.fft.rfft2(planes) * ctf[:, None], s=(n, n))
+            return seen.flatten(2)[:, :, self.disc].mT
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoding:

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 
     from particle_explorer.session import Run, Session
 
-NAMES = {"class-map": "Class map", "spatial-vae": "spatial-VAE", "vae": "VAE, β-VAE", "codae": "CODAE"}
+NAMES = {
+    "class-map": "Class map",
+    "spatial-vae": "spatial-VAE",
+    "target-vae": "TARGET-VAE",
+    "codae": "CODAE",
+    "vae": "VAE, β-VAE",
+}
 STATES = {
     "new": "not started",
     "running": "running",
