@@ -52,7 +52,9 @@ def test_a_stack_becomes_a_lazy_layer_in_angstrom(
     np.testing.assert_allclose(data[7:9, :5], tiny_particles.images.read([7, 8])[:, 0, :5])
 
 
-@pytest.mark.parametrize("path", ["picture.png", "folder", ["a.star", "b.star"], "notes.txt"])
+@pytest.mark.parametrize(
+    "path", ["picture.png", "a.tif", "a.npy", "folder", ["a.star", "b.star"], "notes.txt"]
+)
 def test_other_things_are_left_to_others(tmp_path: Path, path: str | list[str]) -> None:
     (tmp_path / "folder").mkdir()
     paths = [str(tmp_path / name) for name in path] if isinstance(path, list) else str(tmp_path / path)

@@ -192,7 +192,7 @@ class Inspect(Command):
     """Say what is in a particle file: number, box, pixel size, CTF, contrast, poses."""
 
     stack: CliPositionalArg[Path]
-    """A .star, .cs, .mrc, .mrcs or .npy file"""
+    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures"""
     project_dir: str = ""
     """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
 
@@ -209,7 +209,7 @@ class Import(JobCommand):
     """Make a session of a particle file: its table, the file itself and the images prepared for models."""
 
     stack: CliPositionalArg[Path]
-    """A .star, .cs, .mrc, .mrcs or .npy file"""
+    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures"""
     session: str = ""
     """Folder of the session; by default NAME_explorer beside the file, or in the working directory where that
     is read-only"""

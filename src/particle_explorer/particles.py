@@ -33,6 +33,14 @@ class StackFile(Protocol):
     def shape(self) -> tuple[int, int, int]:
         """(channels, n, n) of every image."""
 
+    @property
+    def pixel_size_A(self) -> float:
+        """Å by the file's own word, NaN where it does not say."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the file, one sentence each."""
+
     def read(self, indices: Rows) -> Images:
         """Images `indices` (0-based, any order) → `(k, c, n, n)` float32."""
 
@@ -145,7 +153,7 @@ class Particles:
     table: pd.DataFrame
     source: Path
     kind: str
-    """"star", "cs", "mrc", "npy" or "layer\""""
+    """"star", "cs", "mrc", "npy", "npz", "spider", "imagic", "hdf", "tiff", "zarr", "pictures" or "layer\""""
     notes: tuple[str, ...] = ()
     """What the user should know of the source, one sentence each."""
 

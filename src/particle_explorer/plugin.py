@@ -67,9 +67,13 @@ def get_reader(path: str | list[str]) -> Callable[[Any], list[LayerData]] | None
     file = Path(path)
     if file.name == "session.json" or (file.is_dir() and (file / "session.json").is_file()):
         return read_session
-    from particle_explorer.io.reading import SUFFIXES
+    from particle_explorer.io import stacks
 
-    return read_stack if file.suffix.lower() in SUFFIXES else None
+    name = file.name.lower()
+    if name.endswith((".star", ".cs")):
+        return read_stack
+    is_ours = stacks.kind_of(file) and not name.endswith(stacks.LEFT_TO_OTHERS)
+    return read_stack if is_ours else None
 
 
 def read_stack(path: str | list[str]) -> list[LayerData]:

@@ -109,10 +109,11 @@ def test_opening_again_from_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.tif", "no kind"),
+        ("a.doc", "no kind"),
         ("a.map", "3-D map"),
-        ("a.mrcs.gz", "compressed"),
-        ("", "is a folder"),
+        ("a.star.gz", "compressed"),
+        ("", "holds no pictures"),
+        ("a.vol", "3-D map"),
         ("b.star", "not exist"),
     ],
 )

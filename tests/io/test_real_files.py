@@ -38,6 +38,16 @@ OPENS = {
     "reader_files/mrc/rln_proj_65.star": (5, 65, None, "none"),
     "reader_files/mrc/Unt_050_12.00A_000001.mrcs": (37, 32, 12.0, "none"),
     "reader_files/xmipp/smallStack.mrcs": (4, 64, None, "none"),
+    "reader_files/xmipp/smallStack.stk": (4, 64, None, "none"),
+    "reader_files/xmipp/smallStack.hed": (4, 64, None, "none"),
+    "reader_files/xmipp/smallStack.img": (4, 64, None, "none"),
+    "reader_files/xmipp/sum.spi": (1, 64, None, "none"),
+    "reader_files/xmipp/test2.spi": (1, 128, None, "none"),
+    "stem_abf/stem_abf_data_imagestack.hspy": (5, 512, None, "none"),
+    "stem_abf/abf_columns_40px.npz": (1452, 40, None, "none"),
+    "galaxies/galaxies_train_1400_64.npz": (1400, 64, None, "none"),
+    "galaxies/jpg": (120, 424, None, "none"),
+    "mnist/mnist.npz": (60_000, 28, None, "none"),
 }
 FAILS = {
     "reader_files/star/FinalRefinement-OriginalParticles-PfCRT.star": "1 image stack, and 1 cannot be found: "
@@ -52,10 +62,15 @@ FAILS = {
     "reader_files/cs/cryosparc_P12_J24_001_particles.cs": "50 cannot be found: J19/extract",
     "reader_files/cs/zvals_het-2_1k.npy": "1319×2",
     "reader_files/mrc/EMD-3197.map": "3-D map",
-    "reader_files/mrc/emd_3197.map.gz": "compressed",
-    "reader_files/mrc/EMD-3197.map.bz2": "compressed",
-    "reader_files/xmipp/smallStack.hed": "no kind that is read",
-    "reader_files/xmipp/smallStack.stk": "no kind that is read",
+    "reader_files/mrc/emd_3197.map.gz": "3-D map",
+    "reader_files/mrc/EMD-3197.map.bz2": "3-D map",
+    "reader_files/xmipp/smallVolume.vol": "3-D map",
+    "reader_files/cs/cryosparc_P12_J24_001_poses.npz": "rot 2019×3×3",
+    "em_maps/lumbricus_vcem011.spi": "SPIDER volume (81 × 81 × 81)",
+    "5hdb_sim/preview.png": "1322 × 496 px",
+    "atomic_models/adk_open.pdb.gz": "of compressed files only MRC stacks are read",
+    "mnist": "open a particle file in it: mnist.npz",
+    "particles_real/aspire_sample": "open a particle file in it: sample.mrcs or one of 2 more",
 }
 
 
@@ -77,6 +92,24 @@ def test_opens_is_prepared_and_exported(data_dir: Path, tmp_path: Path, name: st
         export_particles(tmp_path / "o.star", table=some.table, source=particles.source, kind=particles.kind,
                          class_id=np.ones(len(some), int), angle_deg=np.arange(len(some)) * 1.0), list
     )  # fmt: skip
+
+
+def test_one_stack_in_four_formats_is_the_same(data_dir: Path) -> None:
+    folder = data_dir / "reader_files" / "xmipp"
+    wanted = read(folder / "smallStack.mrcs").images.read(range(4))
+    for name in ("smallStack.stk", "smallStack.hed", "smallStack.img"):
+        np.testing.assert_array_equal(read(folder / name).images.read(range(4)), wanted)
+
+
+def test_labels_come_with_galaxies_and_digits(data_dir: Path) -> None:
+    galaxies = read(data_dir / "galaxies" / "galaxies_train_1400_64.npz")
+    assert galaxies.images.n_channels == 3 and galaxies.table["spiral"].sum() == 700
+    digits = read(data_dir / "mnist" / "mnist.npz")
+    assert "x_train, the largest, is read, not x_test" in digits.notes[0]
+    assert sorted(digits.table["y_train"].unique()) == list(range(10))
+    pictures = read(data_dir / "galaxies" / "jpg")
+    assert pictures.images.n_channels == 3
+    assert pictures.table["folder"].value_counts().to_dict() == {"non_spirals": 60, "spirals": 60}
 
 
 @pytest.mark.parametrize("name", FAILS)

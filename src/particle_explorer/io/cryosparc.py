@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from particle_explorer.files import UserError
 from particle_explorer.io.arrays import npy_layout
 from particle_explorer.io.descriptors import DescriptorPool
-from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.paths import resolve_stacks
+from particle_explorer.io.stacks import open_stack
 from particle_explorer.particles import ImageStack, Particles
 from particle_explorer.pose import from_cryosparc
 
@@ -128,7 +128,7 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     stack_names = [str(name) for name in unique]
     paths = resolve_stacks(stack_names, path, project_dir)
     pool = DescriptorPool()
-    files = [MrcFile(paths[name], pool) for name in stack_names]
+    files = [open_stack(paths[name], pool) for name in stack_names]
     index = fields["blob/idx"].astype(np.int64)
     n_images = np.array([file.n_images for file in files], np.int64)[codes]
     outside = np.flatnonzero((index < 0) | (index >= n_images))

@@ -17,36 +17,36 @@ from numpy.typing import NDArray
 
 from particle_explorer.files import UserError, replacing
 from particle_explorer.io.descriptors import DescriptorPool, read_images
+from particle_explorer.io.unpacking import MOST_PACKED, compression, first_bytes, unpack
 from particle_explorer.particles import Images, Rows
 
 HEADER_BYTES = HEADER_DTYPE.itemsize
 DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 """MRC mode → numpy type."""
 LARGEST_BOX = 16_384
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2"}
 
 
 class MrcFile:
     """One MRC file as a stack of square images; a single 2-D image is a stack of one.
 
     Tolerated, each with a note: a missing MAP stamp, a damaged byte-order stamp, bytes after the data.
-    Anything else that does not fit together is a `UserError`.
+    Anything else that does not fit together is a `UserError`. A file in gzip or bzip2 is unpacked once, after
+    its header has been understood.
     """
 
     def __init__(self, path: Path | str, pool: DescriptorPool | None = None) -> None:
         self.path = os.path.abspath(path)
         self._pool = pool or DescriptorPool()
         notes: list[str] = []
-        size = self._pool.size(self.path)
+        self._data = self.path
         header = self._pool.pread(self.path, HEADER_BYTES, 0)
-        for magic, name in COMPRESSED.items():
-            if header.startswith(magic):
-                raise UserError(
-                    f"{self.path} is compressed with {name}; decompress it first, images are read in place"
-                )
+        packed = compression(header)
+        if packed:
+            header = first_bytes(self.path, HEADER_BYTES)
         if len(header) < HEADER_BYTES:
             raise UserError(
-                f"{self.path} is no MRC file: it has {size} bytes, and the header alone takes {HEADER_BYTES}"
+                f"{self.path} is no MRC file: it has {len(header)} bytes, and the header alone takes "
+                f"{HEADER_BYTES}"
             )
         if header[208:211] != b"MAP":
             notes.append(
@@ -74,6 +74,16 @@ class MrcFile:
         self._first_byte = HEADER_BYTES + n_symbol_bytes
         self._image_bytes = nx * ny * self._dtype.itemsize
         expected = self._first_byte + nz * self._image_bytes
+        if packed == "gzip" and expected > MOST_PACKED * os.path.getsize(self.path) + (1 << 16):
+            raise UserError(
+                f"{self.path} is damaged: its header announces {nz} images of {nx} px, more than a gzip "
+                "file of "
+                "its length can hold"
+            )
+        if packed and n_symbol_bytes >= 0:
+            self._data = unpack(self.path, expected)
+            notes.append(f"{self.path} is compressed with {packed} and was unpacked into a temporary file")
+        size = self._pool.size(self._data)
         if n_symbol_bytes < 0 or size < expected:
             raise UserError(
                 f"{self.path} is cut short: its header announces {nz} images of {nx} px in mode {mode}, "
@@ -81,7 +91,7 @@ class MrcFile:
             )
         if size > expected:
             notes.append(f"{self.path} has {size - expected} bytes after its last image; they are ignored")
-        if ispg == 1 and nx == nz > 1 and not self.path.endswith(".mrcs"):
+        if ispg == 1 and nx == nz > 1 and ".mrcs" not in os.path.basename(self.path):
             notes.append(
                 f"{self.path} is a cube marked as a volume; if it is a 3-D map, it holds no particle images"
             )
@@ -94,7 +104,7 @@ class MrcFile:
         """Images `indices` (0-based) → `(k, 1, n, n)` float32."""
         images = np.empty((len(indices), *self.shape), np.float32)
         wanted = [int(index) for index in indices]
-        for place, data in read_images(self._pool, self.path, wanted, self._first_byte, self._image_bytes):
+        for place, data in read_images(self._pool, self._data, wanted, self._first_byte, self._image_bytes):
             images[place] = np.frombuffer(data, self._dtype).reshape(self.shape)
         return images
 
@@ -106,6 +116,11 @@ class MrcFile:
             order = ">"
         else:
             order = "<" if self._plausible(header, "<") or not self._plausible(header, ">") else ">"
+            notes.append(
+                f"{self.path} has the machine stamp {stamp.hex(' ')}, which means nothing; by its sizes "
+                "it is "
+                f"{'little' if order == '<' else 'big'}-endian"
+            )
         other = ">" if order == "<" else "<"
         if not self._plausible(header, order) and self._plausible(header, other):
             notes.append(f"{self.path} says the wrong byte order; it is read with the one that makes sense")

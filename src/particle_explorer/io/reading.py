@@ -3,49 +3,55 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from particle_explorer.files import UserError
-from particle_explorer.io import cryosparc, relion
-from particle_explorer.io.arrays import ArrayFile, NpyFile
+from particle_explorer.io import cryosparc, pictures, relion, stacks, zarrs
+from particle_explorer.io.arrays import ArrayFile, NpzFile
 from particle_explorer.io.descriptors import DescriptorPool
-from particle_explorer.io.mrc import MrcFile
+from particle_explorer.io.stacks import open_stack
 from particle_explorer.particles import ImageStack, Particles, StackFile, make_uids
 
-SUFFIXES = (".star", ".cs", ".mrcs", ".mrc", ".npy")
-"""What `read` opens."""
+SUFFIXES = (".star", ".cs", *stacks.SUFFIXES, *stacks.COMPRESSED)
+"""What `read` opens, beside folders of pictures."""
 
 
 def read(path: Path | str, *, project_dir: Path | None = None) -> Particles:
-    """Particles of a star, cs, mrcs, mrc or npy file; only headers and tables are read.
+    """Particles of a star or cs file, of an image stack, or of a folder of pictures; only headers and tables
+    are read.
 
     `project_dir` is where the stack names of star and cs files start from, if they cannot be found otherwise.
     """
     path = Path(path).absolute()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; open a particle file ({', '.join(SUFFIXES)})")
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if path.is_dir() and not zarrs.is_zarr(path):
+        return _folder(path)
     suffix = path.suffix.lower()
     if suffix == ".star":
         return relion.read_particles(path, project_dir=project_dir)
     if suffix == ".cs":
         return cryosparc.read_particles(path, project_dir=project_dir)
-    if suffix in (".mrcs", ".mrc"):
-        mrc = MrcFile(path)
-        return _bare_stack(mrc, mrc.path, path, "mrc", mrc.pixel_size_A, mrc.notes)
-    if suffix == ".npy":
-        npy = NpyFile(path)
-        return _bare_stack(npy, npy.path, path, "npy", math.nan, ())
-    if suffix == ".map":
-        raise UserError(f"{path} is a 3-D map; particle images come as {', '.join(SUFFIXES)}")
-    if suffix in (".gz", ".bz2"):
-        raise UserError(f"{path} is compressed; decompress it first, images are read in place")
-    raise UserError(f"{path} is of no kind that is read here; particle images come as {', '.join(SUFFIXES)}")
+    kind = "zarr" if path.is_dir() else stacks.kind_of(path)
+    if kind:
+        file = zarrs.ZarrFolder(path) if kind == "zarr" else open_stack(path)
+        return _bare_stack(file, file.path, path, kind, file.pixel_size_A, file.notes)
+    known = (
+        "particle images come as .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed/.img, .tif, .npy, .npz or .zarr"
+    )
+    if suffix in stacks.COMPRESSED and path.with_suffix("").suffix.lower() not in (".map", ""):
+        raise UserError(
+            f"{path} is compressed; of compressed files only MRC stacks are read, so unpack it first"
+        )
+    if suffix in (".map", ".vol") or path.with_suffix("").suffix.lower() == ".map":
+        raise UserError(f"{path} is a 3-D map; {known}")
+    raise UserError(f"{path} is of no kind that is read here; {known}")
 
 
 def read_array(array: Any, name: str, pixel_size_A: float = math.nan) -> Particles:
@@ -61,9 +67,9 @@ def open_stacks(table: pd.DataFrame) -> ImageStack:
     for path in unique:
         if not path:
             raise UserError("some of the images existed in memory only and cannot be opened again")
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise UserError(f"the image stack {path} is not there any more")
-        files.append(NpyFile(path, pool) if str(path).lower().endswith(".npy") else MrcFile(path, pool))
+        files.append(zarrs.ZarrFolder(path) if zarrs.is_zarr(path) else open_stack(path, pool))
     index = table["stack_index"].to_numpy(np.int64)
     n_images = np.array([file.n_images for file in files], np.int64)[codes]
     outside = np.flatnonzero((index < 0) | (index >= n_images))
@@ -76,22 +82,67 @@ def open_stacks(table: pd.DataFrame) -> ImageStack:
     return ImageStack(files, codes, index)
 
 
+def _folder(folder: Path) -> Particles:
+    """A folder of pictures; the folder that a picture lies in, if there are several, is a column."""
+    try:
+        files, places, notes = pictures.open_folder(folder)
+    except UserError as error:
+        inside = sorted(
+            child.name
+            for child in folder.iterdir()
+            if child.suffix.lower() in SUFFIXES and child.suffix.lower() not in pictures.SUFFIXES
+        )
+        if not inside or pictures.has_pictures(folder):
+            raise
+        more = f" or one of {len(inside) - 1} more" if len(inside) > 1 else ""
+        raise UserError(f"{folder} is a folder; open a particle file in it: {inside[0]}{more}") from error
+    counts = np.array([file.n_images for file in files])
+    codes = np.repeat(np.arange(len(files)), counts)
+    index = np.arange(len(codes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    names = [Path(os.path.relpath(file.path, folder)).as_posix() for file in files]
+    images = ImageStack(files, codes, index)
+    table = _bare_table(
+        images, np.array([file.path for file in files], object)[codes], index,
+        np.array([file.pixel_size_A for file in files])[codes],
+        [f"{place + 1}@{names[code]}" for code, place in zip(codes, index, strict=True)],
+    )  # fmt: skip
+    if len(set(places)) > 1:
+        table["folder"] = pd.Series(np.array(places, object)[codes], dtype="str", index=table.index)
+    notes += [note for file in files for note in file.notes]
+    return Particles(images, table, folder, "pictures", tuple(notes))
+
+
 def _bare_stack(
     file: StackFile, name: str, source: Path, kind: str, pixel_size_A: float, notes: tuple[str, ...]
 ) -> Particles:
     """Particles that have nothing but images; identity is file name and index, wherever the file lies."""
     n = file.n_images
     index = np.arange(n)
-    table = pd.DataFrame(
+    images = ImageStack([file], np.zeros(n, np.int32), index)
+    table = _bare_table(
+        images, np.array([file.path], object).repeat(n), index, np.full(n, pixel_size_A),
+        [f"{i + 1}@{Path(name).name}" for i in range(n)],
+    )  # fmt: skip
+    if isinstance(file, NpzFile):
+        taken = [label for label in file.labels if label not in table]
+        table = table.assign(**{label: file.labels[label] for label in taken})
+    return Particles(images, table, source, kind, notes)
+
+
+def _bare_table(
+    images: ImageStack, paths: NDArray[Any], index: NDArray[np.int64], pixel_size_A: NDArray[np.float64],
+    names: list[str],
+) -> pd.DataFrame:  # fmt: skip
+    n = len(images)
+    return pd.DataFrame(
         {
-            "stack_path": pd.Series([file.path], dtype="str").repeat(n).to_numpy(),
+            "stack_path": pd.Series(paths, dtype="str").to_numpy(),
             "stack_index": index,
-            "source_row": index,
-            "pixel_size_A": np.full(n, pixel_size_A if pixel_size_A > 0 else math.nan),
-            "box_px": np.full(n, file.shape[2]),
+            "source_row": np.arange(n),
+            "pixel_size_A": np.where(pixel_size_A > 0, pixel_size_A, math.nan),
+            "box_px": images.box_px,
             "contrast_sign": np.zeros(n, np.int8),
             "ctf_state": pd.Series(["none"], dtype="str").repeat(n).to_numpy(),
         },
-        index=pd.Index(make_uids([f"{i + 1}@{Path(name).name}" for i in range(n)]), name="uid"),
+        index=pd.Index(make_uids(names), name="uid"),
     )
-    return Particles(ImageStack([file], np.zeros(n, np.int32), index), table, source, kind, notes)

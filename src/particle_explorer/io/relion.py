@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from particle_explorer.files import UserError
 from particle_explorer.io.descriptors import DescriptorPool
-from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.paths import resolve_stacks
+from particle_explorer.io.stacks import open_stack
 from particle_explorer.io.star import Block, StarFile, names_of, numbers, unquoted
 from particle_explorer.particles import ImageStack, Particles, make_uids
 from particle_explorer.pose import from_relion, to_relion
@@ -111,7 +111,7 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     stack_names, stack_of, index = _split_image_names(star, names)
     paths = resolve_stacks(stack_names, star.path, project_dir)
     pool = DescriptorPool()
-    files = [MrcFile(paths[name], pool) for name in stack_names]
+    files = [open_stack(paths[name], pool) for name in stack_names]
     n_images = np.array([file.n_images for file in files], np.int64)
     outside = np.flatnonzero(index >= n_images[stack_of])
     if len(outside):

@@ -62,6 +62,10 @@ STEPS = (
     "<li><b>Drag</b> the handle across the map and see the molecule move.</li>"
     "<li><b>Lasso</b> particles, average them, and export them for RELION or cryoSPARC.</li></ol>"
 )
+OPENS = (
+    "RELION .star, cryoSPARC .cs, .mrcs and .mrc (also .gz, .bz2), EMAN2 .hdf, SPIDER .spi and .stk,"
+    " IMAGIC .hed and .img, .tif, .npy, .npz, .zarr, or a folder of PNG, JPEG or TIFF pictures"
+)
 COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 
 
@@ -131,7 +135,8 @@ class ParticlesDock(QWidget):
 
     def _build_start(self) -> QWidget:
         page = QWidget()
-        words = QLabel("Open a particle stack\n(.star, .cs, .mrcs)\nor drop it here")
+        words = QLabel("Open a particle stack\n(.star, .cs, .mrcs …)\nor drop it here")
+        words.setToolTip("<p>" + OPENS + "</p>")
         words.setAlignment(Qt.AlignmentFlag.AlignCenter)
         words.setMinimumHeight(84)
         words.setStyleSheet("border: 1px dashed gray; border-radius: 6px; font-size: 13px;")
@@ -303,11 +308,11 @@ class ParticlesDock(QWidget):
         )
 
     def open(self, path: Path) -> None:
-        """Open a particle file, a session folder or its `session.json`."""
+        """Open a particle file, a folder of pictures, a session folder or its `session.json`."""
         self.complaint.clear()
         path = Path(path)
         folder = path.parent if path.name == "session.json" else path
-        if folder.is_dir():
+        if (folder / "session.json").is_file():
             self._show(None, f"Opening {folder.name} …")
             show_session(self.state, self.tasks, folder, shown=self._back, failed=self.complain)
             return
