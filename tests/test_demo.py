@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from particle_explorer import demo
+from particle_explorer import cli, demo
 from particle_explorer.configs import SimulateConfig
 from particle_explorer.demo import Outcome, frame_offset, score
 from particle_explorer.pose import recentre
@@ -54,6 +54,17 @@ def test_the_verdict_is_against_the_limit() -> None:
     assert all(passed for *_, passed in better.checks)
     keys = ["conformation_abs_r", "rotation_T", "rotation_T_held_still", "limit_abs_r", "seconds"]
     assert list(json.loads(json.dumps(better.record)))[:5] == keys
+
+
+@pytest.mark.parametrize(("r", "status"), [(0.9, 1), (0.95, 0)])
+def test_the_exit_status_is_the_verdict(r: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome(r, 0.9, 0.96, 0.98, 50.0, {})
+    monkeypatch.setattr(demo, "demo", lambda out, window: outcome)
+    try:
+        code = cli.main(["demo"])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == status
 
 
 def test_the_sample_is_found(sample_dir: Path) -> None:
