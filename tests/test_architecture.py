@@ -24,7 +24,7 @@ RANKS: dict[str, int] = {
             ["configs", "pose", "files", "transforms", "shears"],
             ["particles", "ctf", "status"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
-            ["session", "gauge", "traversals", "membership"],
+            ["session", "gauge", "traversals", "membership", "refining"],
             ["training"],
             ["jobs", "state", "report"],
             ["demo", "cli", "plugin"],

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from particle_explorer import averaging
 from particle_explorer.averaging import align, average_classes, class_average, frc, ssnr_ring
-from particle_explorer.configs import AverageConfig
+from particle_explorer.configs import AverageConfig, RefineConfig
 from particle_explorer.ctf import ctf_2d
 from particle_explorer.files import Stopped, UserError
-from particle_explorer.pose import rotation_matrix
+from particle_explorer.pose import recentre, rotation_matrix
+from particle_explorer.refining import compare, refine
 
 PIXEL_A = 3.0
 
@@ -511,3 +512,88 @@ def test_sheared_colours_and_bad_images() -> None:
         class_average(Stack(broken), np.arange(k), angle, shift, config=config)
     far = class_average(Stack(images), np.arange(k), angle, np.full((k, 2), 500.0), config=config)
     assert np.abs(far.image).max() == 0
+
+
+# ---------------------------------------------------------------------- refined poses
+
+BOX, K = 64, 100
+
+
+def _noisy(clean: NDArray[Any], snr: float, seed: int) -> NDArray[Any]:
+    noise = np.random.default_rng(seed).normal(size=clean.shape)
+    return clean + noise * np.sqrt(clean.var() / snr)
+
+
+@pytest.mark.parametrize("with_microscope", [False, True])
+def test_poses_perturbed_by_10_degrees_and_3_px_come_back_at_a_tenth_of_the_noise(
+    with_microscope: bool,
+) -> None:
+    rng = np.random.default_rng(1)
+    angle, shift = poses(K, 4)
+    clean = phantom(BOX, angle, shift)
+    table = microscope(K, BOX, "raw") if with_microscope else make_table(K, BOX)
+    images = _noisy(with_ctf(clean, table) if with_microscope else clean, 0.1, 0)
+    wrong = angle + rng.uniform(-10, 10, K), shift + rng.uniform(-3, 3, (K, 2))
+    before = compare(angle, shift, *wrong)
+    assert before.median_deg > 4 and before.median_px > 1.5
+    found = refine(Originals(images, table), np.zeros(K), *wrong)
+    after = compare(angle, shift, found.angle_deg, found.shift_yx_px)
+    assert after.median_deg < 1 and after.median_px < 0.3 and after.within_10_deg > 0.98
+    assert len(found.history) == 3 and found.history[0]["median_deg"] > 4 > found.history[-1]["median_deg"]
+    np.testing.assert_allclose(np.median(found.moved_deg), before.median_deg, atol=2.5)
+
+
+def test_given_references_are_met_in_their_own_frame_and_box() -> None:
+    angle, shift = poses(40, 2)
+    images = _noisy(phantom(BOX, angle, shift, width_px=2.0), 0.5, 1)
+    label = np.arange(40) % 2
+    label[3] = -1
+    reference = phantom(32, width_px=1.0)[0]  # the same points in half the box
+    start = angle + 6.0, shift + 1.0
+    references = np.stack([reference, reference])
+    config = RefineConfig(n_iterations=1)
+    found = refine(Originals(images, make_table(40, BOX)), label, *start, config, references=references)
+    assert np.isnan(found.angle_deg[3]) and np.isnan(found.shift_yx_px[3]).all()
+    used = label >= 0
+    difference = (found.angle_deg - angle + 180) % 360 - 180
+    assert np.median(np.abs(difference[used])) < 1.0 and abs(np.median(difference[used])) < 0.5
+    assert np.median(np.linalg.norm((found.shift_yx_px - shift)[used], axis=1)) < 0.4
+    assert found.correlation[used].min() > 0.2 and found.correlation[used].max() <= 1.0001
+
+
+def test_a_cropped_search_finds_the_same_poses() -> None:
+    angle, shift = poses(30, 2)
+    images = _noisy(phantom(BOX, angle, shift, width_px=3.0), 1.0, 1)
+    config = RefineConfig(n_iterations=2, box_px=32)
+    found = refine(Originals(images, make_table(30, BOX)), np.zeros(30), angle + 4.0, shift - 2.0, config)
+    after = compare(angle, shift, found.angle_deg, found.shift_yx_px)
+    assert after.median_deg < 1 and after.median_px < 0.4
+
+
+def test_a_common_change_of_frame_is_no_difference() -> None:
+    angle, shift = poses(200, 3)
+    other = recentre(angle, shift, 31.0, np.array([1.5, -2.0]))
+    found = compare(angle, shift, *other)
+    assert found.n == 200 and found.median_deg < 1e-6 and found.median_px < 1e-6
+    assert found.turn_deg == pytest.approx(-31.0)
+    label = np.arange(200) % 2
+    turned = angle + np.where(label, 40.0, -10.0)
+    assert (
+        compare(angle, shift, turned, shift, label).median_deg
+        < 1e-6
+        < 10
+        < compare(angle, shift, turned, shift).median_deg
+    )
+    with pytest.raises(UserError, match="both sets"):
+        compare(angle, shift, np.full(200, np.nan), shift)
+
+
+def test_stopping_and_bad_input() -> None:
+    images = phantom(32, np.zeros(4))
+    session = Originals(images, make_table(4, 32))
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        refine(session, np.zeros(4), np.zeros(4), np.zeros((4, 2)), stop=stop)
+    with pytest.raises(UserError, match="no particle"):
+        refine(session, np.full(4, -1), np.zeros(4), np.zeros((4, 2)))

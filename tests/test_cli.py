@@ -143,6 +143,16 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     way = ("--by", "near", "--positions", tmp_path / "way.json", "--n-near", 9, "--weights", "distance")
     say("average", trained.path, *way)
     assert [one["n"] for one in session.classes("near").classes] == [9] * 4
+    few = ("--selection", "good", "--refine.n-iterations", 1)
+    assert say("refine", trained.path, *few) == ["pose-refined"]
+    assert say("refine", trained.path, *few, "--against", "decoded") == ["pose-refined"]
+    refined = trained.column("pose-refined")
+    assert np.isfinite(refined["angle_deg"].to_numpy()[mask]).all() and refined["angle_deg"].isna().sum() > 0
+    assert trained.column_record("pose-refined")["config"]["against"] == "decoded"
+    say("average", trained.path, "--selection", "good", "--poses", "refined")
+    by_refined = session.classes("good-2").members
+    np.testing.assert_allclose(by_refined["angle_deg"], refined.loc[by_refined.index, "angle_deg"])
+    assert "carries no angles" in refuse("average", trained.path, "--selection", "good", "--poses", "file")
     assert "needs --positions" in refuse("average", trained.path, "--by", "near")
     assert "cannot be read" in refuse(
         "average", trained.path, "--by", "near", "--positions", tmp_path / "no.json"

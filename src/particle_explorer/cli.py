@@ -41,6 +41,7 @@ from particle_explorer.configs import (
     EmbedConfig,
     ModelConfig,
     PreprocessConfig,
+    RefineConfig,
     SimulateConfig,
     SpeedConfig,
     TrainConfig,
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROGRAM = "particle-explorer"
+
+PoseSource = Literal["run", "held", "refined", "file"]
 
 
 class Command(Config):
@@ -599,7 +602,10 @@ class Average(JobCommand):
     """`hard` counts every member once; `distance` less the farther it lies from the middle of its average;
     `posterior` shares a particle between averages by the spread of its own position"""
     held: bool = False
-    """Take the poses that hold a part still (hold-still) instead of the run's own"""
+    """Take the poses that hold a part still (hold-still) instead of the run's own; as --poses held"""
+    poses: PoseSource = "run"
+    """Whose poses move the images back: the run's, `held` with a part held still, `refined` by `refine`, or
+    those that the file carried from RELION or cryoSPARC"""
     average: AverageConfig = AverageConfig()
 
     def execute(self) -> None:
@@ -608,20 +614,131 @@ class Average(JobCommand):
             run = _open_run(self.run)
             session = run.session
             members, names, name, positions = _members(self, run)
-            averages = _average(run, members, names, self.held, self.average, job)
+            source = "held" if self.held else self.poses
+            averages = _average(run, members, names, source, self.average, job)
             if positions is not None:  # a cell whose particles all count elsewhere has no average
                 positions = positions[[names.index(average.label) for average in averages]]
             how = {
                 "run": run.name,
                 "by": name if not self.selection or self.by else "",
                 "selection": self.selection,
-                "held": self.held,
+                "held": source == "held",
+                "poses": source,
                 "weights": self.weights,
                 "positions": None if positions is None else positions.round(6).tolist(),
                 "config": self.average.model_dump(),
             }
             used = session.save_classes(name, averages, [average.label for average in averages], how)
             job.result(session.path / "classes" / f"{used}.mrcs")
+
+
+class Refine(JobCommand):
+    """Refine angle and shift of every particle against its class average, or against what the model draws."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    by: str = ""
+    """Column that gives the classes; by default the newest clustering"""
+    selection: str = ""
+    """Refine only the particles of this named selection; without --by as one class"""
+    against: Literal["averages", "decoded"] = "averages"
+    """`averages`: of the class, each half against the other; `decoded`: the picture that the model draws at
+    the particle's place on the map"""
+    poses: PoseSource = "run"
+    """Poses to start from, see `average --poses`"""
+    refine: RefineConfig = RefineConfig()
+
+    def execute(self) -> None:
+        """Refine, say how far poses moved, and print the name of the result."""
+        import numpy as np
+        import pandas as pd
+
+        from particle_explorer.refining import compare, refine
+
+        with self.job("refining poses") as job:
+            run = _open_run(self.run, needs="weights" if self.against == "decoded" else "")
+            angle, shift = _poses_of(run, self.poses)
+            if angle is None or shift is None:
+                raise UserError(f"run {run.name} infers no poses; start from others with --poses file")
+            references = None
+            if self.against == "decoded":
+                labels, references = _decoded_places(run, self.selection, self.poses == "held")
+            else:
+                labels, _, _ = _labels(run, self.by, self.selection)
+            found = refine(
+                run.session,
+                labels,
+                angle,
+                shift,
+                self.refine,
+                references=references,
+                progress=job.tell_share("refining poses"),
+                stop=job.stop,
+            )
+            classes = np.where(np.isfinite(found.angle_deg), labels, -1)
+            table = pd.DataFrame(
+                {
+                    "angle_deg": found.angle_deg,
+                    "shift_y_px": found.shift_yx_px[:, 0],
+                    "shift_x_px": found.shift_yx_px[:, 1],
+                    "pose-refined_moved_deg": found.moved_deg,
+                    "pose-refined_moved_px": found.moved_px,
+                    "pose-refined_correlation": found.correlation,
+                },
+                index=run.session.table.index,
+            )
+            record = {
+                "by": self.by,
+                "selection": self.selection,
+                "against": self.against,
+                "poses": self.poses,
+                "config": self.refine.model_dump(),
+                "history": found.history,
+            }
+            for i, step in enumerate(found.history):
+                job.note(
+                    f"iteration {i + 1}: angles moved by {step['median_deg']:.2f}° (95 % within "
+                    f"{step['p95_deg']:.1f}°), shifts by {step['median_px']:.2f} px "
+                    f"({step['p95_px']:.1f}); correlation {step['correlation']:.3f}"
+                )
+            carried = {"angle_deg", "shift_y_px", "shift_x_px"} <= set(run.session.table.columns)
+            if carried and self.poses != "file":
+                their_angle, their_shift = _poses_of(run, "file")
+                assert their_angle is not None and their_shift is not None
+                try:
+                    apart = compare(their_angle, their_shift, found.angle_deg, found.shift_yx_px, classes)
+                except UserError:
+                    apart = None
+                if apart is not None:
+                    record["from_the_file"] = apart._asdict()
+                    job.note(
+                        f"beside the poses of the file, frames joined class by class: angles "
+                        f"{apart.median_deg:.1f}° apart, {apart.within_10_deg:.0%} within 10°, shifts "
+                        f"{apart.median_px:.2f} px"
+                    )
+            job.result(run.write_column("pose-refined", table, record, replace=True))
+
+
+def _decoded_places(run: Run, selection: str, held: bool) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The nearest of at most 64 places of the map for every row, and what the model draws there."""
+    import numpy as np
+    from scipy.cluster.vq import kmeans2
+
+    from particle_explorer.training import Drawer
+
+    session = run.session
+    mask = session.selection(selection) if selection else np.ones(session.n_particles, bool)
+    table = _latents(run).table.reindex(session.table.index)
+    z = table[[str(name) for name in table if re.fullmatch(r"z_\d+", str(name))]].to_numpy(float)
+    rows = np.flatnonzero(mask & np.isfinite(z).all(1))
+    if not len(rows):
+        raise UserError("no particle has a position on the map")
+    k = int(min(64, max(1, len(rows) // 20)))
+    centres, place = kmeans2(z[rows], k, minit="++", seed=0, missing="warn")
+    labels = np.full(len(z), -1, np.int64)
+    labels[rows] = place
+    pictures = Drawer(run).draw(centres.astype(np.float32), None, None, held)
+    return labels, pictures.mean(1)
 
 
 class Export(JobCommand):
@@ -670,7 +787,9 @@ class Export(JobCommand):
                 if number is None or run is None:
                     raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
                 members, classes = by_class(np.where(mask, number, -1))
-                averages = _average(run, members, [str(c) for c in classes], self.held, self.average, job)
+                captions = [str(c) for c in classes]
+                source: PoseSource = "held" if self.held else "run"
+                averages = _average(run, members, captions, source, self.average, job)
             job.tell("writing")
             notes = export_particles(
                 out,
@@ -838,6 +957,7 @@ COMMANDS: dict[str, type[Command]] = {
     "hold-still": HoldStill,
     "traverse": Traverse,
     "average": Average,
+    "refine": Refine,
     "export": Export,
     "open": Open,
     "simulate": Simulate,
@@ -1162,6 +1282,22 @@ def _poses(run: Run, held: bool) -> tuple[NDArray[np.float64] | None, NDArray[np
     return angle, table[["shift_y_px", "shift_x_px"]].to_numpy(float) if has_shift else None
 
 
+def _poses_of(run: Run, source: PoseSource) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Angle and shift of all rows from a source, see `Average.poses`."""
+    if source in ("run", "held"):
+        return _poses(run, source == "held")
+    columns = ["angle_deg", "shift_y_px", "shift_x_px"]
+    if source == "refined":
+        if "pose-refined" not in run.columns():
+            raise UserError(f"run {run.name} has no refined poses yet; run {PROGRAM} refine {run.path}")
+        table = run.column("pose-refined").reindex(run.session.table.index)
+    else:
+        table = run.session.table
+        if any(name not in table for name in columns):
+            raise UserError("the particle file carries no angles and shifts; choose the poses of the run")
+    return table["angle_deg"].to_numpy(float), table[columns[1:]].to_numpy(float)
+
+
 def _labels(run: Run, by: str, selection: str) -> tuple[NDArray[np.int64], list[str] | None, str]:
     """Class of every row (-1: none), names of the classes, name of the grouping."""
     import numpy as np
@@ -1278,12 +1414,12 @@ def _read_positions(path: str, d: int) -> NDArray[np.float64]:
 
 
 def _average(
-    run: Run, members: Members, names: list[str], held: bool, config: AverageConfig, job: Job
+    run: Run, members: Members, names: list[str], poses: PoseSource, config: AverageConfig, job: Job
 ) -> list[Any]:
     from particle_explorer.averaging import Stopped as AveragingStopped
     from particle_explorer.averaging import average_members
 
-    angle, shift = _poses(run, held)
+    angle, shift = _poses_of(run, poses)
     try:
         return average_members(
             run.session,

@@ -411,6 +411,19 @@ class AverageConfig(Config):
     exact up to 0.3 of the sampling. `auto` takes splines for what they do in seconds, else shears."""
 
 
+class RefineConfig(Config):
+    """Poses refined against class averages or decoded references."""
+
+    n_iterations: int = setting(3, "Iterations", ge=1, le=50)
+    """Averages are made anew before each."""
+    angle_range_deg: float = setting(15.0, "Angles searched", unit="°", ge=1, le=180)
+    """To either side of the present angle."""
+    shift_range_px: float = setting(5.0, "Shifts searched", unit="px", ge=0.5, le=200)
+    """To either side of the present shift, in pixels of the originals."""
+    box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=512, zero="at most 80")
+    """Side of the images in the search; larger originals are cropped in Fourier space."""
+
+
 class SimulateConfig(Config):
     """A simulated stack of one molecule with a hinge, every truth known."""
 
