@@ -384,6 +384,8 @@ class Cluster(ClusterConfig, JobCommand):
 
     run: CliPositionalArg[Path]
     """Folder of the run, or of a session for its newest finished run"""
+    on: str = ""
+    """Group the places in this layout, such as umap, instead of the latent coordinates"""
 
     def execute(self) -> None:
         """Cluster, and print the name of the result."""
@@ -402,7 +404,9 @@ class Cluster(ClusterConfig, JobCommand):
             table = pd.DataFrame({name: number}, index=pd.Index(latents.uid, name="uid"))
             if "bic" in found:
                 job.note(f"least BIC with {found['n_clusters']} Gaussians")
-            job.result(run.write_column(name, table, {**_settings(self, ClusterConfig), **found}))
+            job.result(
+                run.write_column(name, table, {**_settings(self, ClusterConfig), "on": self.on, **found})
+            )
 
 
 class Regroup(JobCommand):
@@ -579,6 +583,45 @@ class Traverse(TraverseConfig, JobCommand):
                 )
             write_text(path, json.dumps(record, indent=1) + "\n")
             job.result("\n".join(map(str, written)))
+
+
+class Film(JobCommand):
+    """Make a film, or a contact sheet, of an image stack such as traverse writes."""
+
+    stack: CliPositionalArg[Path]
+    """An image stack (.mrcs)"""
+    beside: str = ""
+    """A second stack, shown beside the first"""
+    out: str
+    """The file to write; its ending says what: .gif, .mp4, .png (a contact sheet) or .mrcs"""
+    pictures_per_second: float = Field(8.0, gt=0, le=60)
+    """Speed of films"""
+    overwrite: bool = False
+    """Replace the file if it is there"""
+
+    def execute(self) -> None:
+        """Write, and print the path of the file."""
+        import numpy as np
+
+        from particle_explorer.io.mrc import MrcFile
+        from particle_explorer.io.writing import export_averages
+
+        out = Path(self.out).absolute()
+        kind = out.suffix[1:].lower()
+        _formats(kind or "none")
+        with self.job("writing the film") as job:
+            stacks = []
+            for path in (self.stack, *([Path(self.beside)] if self.beside else [])):
+                file = MrcFile(path)
+                stacks.append(file.read(np.arange(file.n_images))[:, 0])
+            if len({stack.shape for stack in stacks}) > 1:
+                shapes = " and ".join(str(stack.shape) for stack in stacks)
+                raise UserError(f"the stacks have shapes {shapes}; a film shows equal ones beside each other")
+            if kind == "mrcs":
+                export_averages(out, stacks[0], MrcFile(self.stack).pixel_size_A, overwrite=self.overwrite)
+            else:
+                job.wait(lambda: _write_film(out, stacks, self.pictures_per_second, self.overwrite))
+            job.result(out)
 
 
 class Average(JobCommand):
@@ -956,6 +999,7 @@ COMMANDS: dict[str, type[Command]] = {
     "regroup": Regroup,
     "hold-still": HoldStill,
     "traverse": Traverse,
+    "film": Film,
     "average": Average,
     "refine": Refine,
     "export": Export,

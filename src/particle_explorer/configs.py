@@ -372,8 +372,6 @@ class ClusterConfig(Config):
     """`gmm`: the largest number that is tried when the number is sought."""
     min_size: int = setting(50, "Least size", advanced=True, ge=2, le=10_000_000, unit="particles")
     """`hdbscan`: the fewest particles that make a group."""
-    on: str = setting("", "On", advanced=True)
-    """The result whose coordinates are grouped, such as umap; empty groups the latent coordinates."""
     seed: int = setting(0, "Seed", advanced=True, ge=0, le=2**31 - 1)
     """Random seed."""
 

@@ -124,6 +124,12 @@ class AppState:
     """`(d,)` latent position under the handle"""
     handle_drawn = Signal()
     """the picture of a position of the handle has just been shown"""
+    off_data_changed = Signal(bool)
+    """whether the handle stands where there are no particles: what is drawn there is a guess"""
+    axes_asked = Signal(str, str)
+    """columns that somebody wants to see on the axes of the map"""
+    colour_asked = Signal(str)
+    """column that somebody wants the map coloured by"""
     pose_changed = Signal(float, np.ndarray)
     """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
     held_changed = Signal(bool)
@@ -141,6 +147,7 @@ class AppState:
         self.features: pd.DataFrame = pd.DataFrame()
         self.selection = Selection()
         self.handle_z: NDArray[np.float64] = np.zeros(0)
+        self._off_data: set[str] = set()
         self.held = False
         self.angle_deg = 0.0
         self.shift_yx_px: NDArray[np.float64] = np.zeros(2)
@@ -183,6 +190,18 @@ class AppState:
         if not np.array_equal(z, self.handle_z):
             self.handle_z = z
             self.handle_changed.emit(z)
+
+    @property
+    def off_data(self) -> bool:
+        """Whether the handle stands where there are no particles."""
+        return bool(self._off_data)
+
+    def set_off_data(self, where: str, off: bool) -> None:
+        """Say that in a space, `where` ("latent", "axes"), the handle stands away from particles, or not."""
+        before = self.off_data
+        (self._off_data.add if off else self._off_data.discard)(where)
+        if self.off_data != before:
+            self.off_data_changed.emit(self.off_data)
 
     def set_held(self, held: bool) -> None:
         """Show everything with a part of the particle held still, or as the run has it."""

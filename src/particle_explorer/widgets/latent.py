@@ -86,6 +86,8 @@ class LatentDock(QWidget):
         self._live_run: Path | None = None
         self._new_from: set[str] | None = None  # columns there were before a job that makes some
         self._hint_shown = False
+        self._asked_axes: tuple[str, str] | None = None
+        self._asked_colour: str | None = None
         self._view_of: tuple[Path | None, int] | None = (
             None  # what the view is a view of: zoom is kept while this stays
         )
@@ -125,6 +127,9 @@ class LatentDock(QWidget):
         follow(self, state.handle_changed, self._show_handle)
         follow(self, state.handle_drawn, self.canvas.show_handle)
         follow(self, state.pose_changed, self._show_pose)
+        follow(self, state.off_data_changed, self.canvas.set_handle_hollow)
+        follow(self, state.axes_asked, self._on_axes_asked)
+        follow(self, state.colour_asked, self._on_colour_asked)
         follow(self, state.selection.changed, self._show_counts)
         if self.viewer is not None:
             theme = self.viewer.events.theme
@@ -342,6 +347,7 @@ class LatentDock(QWidget):
         self._follow_new_columns(columns)
         first = columns.first_axes()
         self._offer_columns(columns)
+        self._choose_asked()
         keys = {choice.key for choice in columns.axes}
         run = self.state.run
         shown = self._live_run if self._shows_live else None if run is None else run.path
@@ -408,6 +414,28 @@ class LatentDock(QWidget):
         self._held = None
         self._show_points()
         self._build_sliders()
+
+    def _on_axes_asked(self, x: str, y: str) -> None:
+        self._asked_axes = (x, y)
+        if self._choose_asked():
+            self._on_axes_chosen()
+
+    def _on_colour_asked(self, key: str) -> None:
+        self._asked_colour = key
+        if self._choose_asked():
+            self._show_colour()
+
+    def _choose_asked(self) -> bool:
+        """Choose what somebody asked to see, if it is there yet; else it waits for the next columns."""
+        chosen = False
+        if self._asked_axes is not None and self.x.findData(self._asked_axes[0]) >= 0:
+            _choose(self.x, self._asked_axes[0])
+            _choose(self.y, self._asked_axes[1])
+            self._asked_axes, chosen = None, True
+        if self._asked_colour is not None and self.colour.findData(self._asked_colour) >= 0:
+            _choose(self.colour, self._asked_colour)
+            self._asked_colour, chosen = None, True
+        return chosen
 
     def _show_colour(self, *_: object) -> None:
         columns, key = self._columns, self.colour.currentData()
@@ -502,12 +530,14 @@ class LatentDock(QWidget):
     def _show_handle(self, z: NDArray[np.float64]) -> None:
         if self._axes is None or z.size == 0 or z.size != self._columns.n_dims:
             self.canvas.set_handle(None, None)
+            self.state.set_off_data("axes", False)
             return
         if self._held is not None and np.array_equal(self._held[0], z):
             place = self._held[1]  # in an embedding the way back from z is only approximate
         else:
             place = self._axes.place(z)
         self.canvas.set_handle(*place)
+        self.state.set_off_data("axes", not self.canvas.handle_near_data)
         for i, slider in self._sliders.items():
             slider.set_value(float(z[i]))
 

@@ -123,6 +123,7 @@ class ScatterCanvas(QWidget):
         self._backdrop: QPixmap | None = None
         self._pixels: NDArray[np.uint32] | None = None  # QImage does not keep its buffer alive
         self._handle: tuple[float | None, float | None] = (None, None)
+        self._hollow = False
         self._active_at: tuple[float, float] | None = None
         self._tool: Tool = "lasso"
         self._drag: Literal["", "pan", "lasso", "rectangle", "handle"] = ""
@@ -248,6 +249,17 @@ class ScatterCanvas(QWidget):
         """
         if self._handle_frame.isActive():
             self._handle_frame.stop()
+            self.update()
+
+    @property
+    def handle_near_data(self) -> bool:
+        """Whether the handle stands among points, as far as these axes can tell."""
+        return self._points.near_data(*self._handle)
+
+    def set_handle_hollow(self, hollow: bool) -> None:
+        """Draw the handle hollow, also among points: what lies off these axes says so."""
+        if hollow != self._hollow:
+            self._hollow = hollow
             self.update()
 
     def set_tool(self, tool: Tool) -> None:
@@ -634,7 +646,7 @@ class ScatterCanvas(QWidget):
             for colour, width in ((under, 3.5), (accent, 1.5)):
                 painter.setPen(QPen(colour, width))
                 painter.drawLine(*ends)
-        near = self._points.near_data(x, y)
+        near = not self._hollow and self._points.near_data(x, y)
         under.setAlpha(200)
         painter.setPen(QPen(under, 5))
         painter.setBrush(under if near else Qt.BrushStyle.NoBrush)

@@ -58,6 +58,8 @@ class Reconstruction:
         self.viewer = unwrapped(viewer)
         self.state = state_of(self.viewer)
         self.layer: Any = None
+        self.image: NDArray[np.float32] | None = None
+        """what was drawn last, of the run that is shown"""
         self._limits_of: Path | None = None
         self._client: DecodeClient | None = None
         self._paused = False
@@ -71,6 +73,7 @@ class Reconstruction:
         follow(owner, self.state.handle_changed, self._ask)
         follow(owner, self.state.pose_changed, self._ask)
         follow(owner, self.state.held_changed, self._ask)
+        follow(owner, self.state.off_data_changed, self._say)
         self._on_run(self.state.run)
 
     def pause(self) -> None:
@@ -90,6 +93,7 @@ class Reconstruction:
         self._mailbox.join()
 
     def _on_run(self, run: Run | None) -> None:
+        self.image = None
         drawable = run is not None and run.has_weights and self.state.handle_z.size > 0
         if self.layer is not None:
             self.layer.visible = drawable
@@ -152,7 +156,7 @@ class Reconstruction:
         run = self.state.run
         if drawn is None or run is None or drawn.run_path != run.path:
             return
-        image = drawn.image
+        image = self.image = drawn.image
         if self.layer is None or self.layer not in self.viewer.layers:
             self._make_layer(image)
         elif self.layer.data.shape == image.shape:
@@ -197,11 +201,17 @@ class Reconstruction:
     def _at_rest(self) -> None:
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.refresh(extent=False, highlight=False)
+        self._say()
+
+    def _say(self, *_: object) -> None:
+        if self.layer is None or not self.layer.visible:
+            return
         pose = "a part held still" if self.state.held else "canonical view"
         if self.state.angle_deg or np.any(self.state.shift_yx_px):
             y, x = self.state.shift_yx_px
             pose = f"turned {self.state.angle_deg:.0f}°, shifted {x:.1f}, {y:.1f} px"
-        caption(self.viewer, "reconstruction", f"reconstruction: {pose}")
+        guess = ", extrapolated: no particles here" if self.state.off_data else ""
+        caption(self.viewer, "reconstruction", f"reconstruction: {pose}{guess}")
 
     def _fail(self, failure: Failure) -> None:
         caption(self.viewer, "reconstruction", "reconstruction: the worker that draws it failed")

@@ -36,6 +36,8 @@ COLUMN_PX = 392
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
 VIEW_MARGIN = 0.13
+CAPTION_CHARACTERS = 84
+"""What fits into one line at the foot of the canvas of a small screen."""
 
 _states: WeakKeyDictionary[napari.Viewer, AppState] = WeakKeyDictionary()
 _captions: WeakKeyDictionary[napari.Viewer, dict[str, str]] = WeakKeyDictionary()
@@ -57,7 +59,18 @@ def caption(viewer: napari.Viewer, of: str, line: str) -> None:
     lines = _captions.setdefault(viewer, {})
     if lines.get(of, "") != line:
         lines[of] = line
-        viewer.canvas.overlays.text.text = " · ".join(words for words in lines.values() if words)
+        viewer.canvas.overlays.text.text = wrapped([words for words in lines.values() if words])
+
+
+def wrapped(parts: list[str], width: int = CAPTION_CHARACTERS) -> str:
+    """Parts joined by dots, in as many lines as their lengths need."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 3 + len(part) <= width:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def fit_view(viewer: napari.Viewer) -> None:
@@ -108,6 +121,7 @@ class Workspace(QWidget):
     def __init__(self, napari_viewer: napari.Viewer) -> None:
         from particle_explorer.widgets.classes import ClassesDock
         from particle_explorer.widgets.data import ParticlesDock
+        from particle_explorer.widgets.explore import ExploreDock
         from particle_explorer.widgets.latent import LatentDock
         from particle_explorer.widgets.reconstruction import Reconstruction
         from particle_explorer.widgets.selected import SelectedParticles
@@ -124,11 +138,13 @@ class Workspace(QWidget):
         self.classes = ClassesDock(self.viewer)
         self.reconstruction = Reconstruction(self.viewer, self)
         self.selected = SelectedParticles(self.viewer, self)
+        self.explore = ExploreDock(self.viewer, self.reconstruction)
 
         self.tabs = QTabWidget()
         for dock, name, hint in (
             (self.particles, "Particles", "What is open, how its images are prepared, and named sets"),
             (self.train, "Train", "Fit a map to the particles; the runs of this session"),
+            (self.explore, "Explore", "Walk through the map, hold a part still, lay out and group particles"),
             (self.classes, "Classes", "Average particles and export them"),
         ):
             self.tabs.addTab(_scrolling(dock), name)
@@ -143,6 +159,11 @@ class Workspace(QWidget):
         self.particle_view.currentIndexChanged.connect(
             lambda _: self.selected.set_view(self.particle_view.currentData())
         )
+        # four tabs and this must fit beside each other
+        self.particle_view.setSizeAdjustPolicy(
+            QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon
+        )
+        self.particle_view.setMinimumContentsLength(7)
         self.tabs.setCornerWidget(self.particle_view, Qt.Corner.TopRightCorner)
 
         self.splitter = QSplitter(Qt.Orientation.Vertical)
@@ -181,6 +202,7 @@ class Workspace(QWidget):
         """End all threads and workers of this column; jobs that train or average go on."""
         self.latent.shutdown()
         self.reconstruction.stop()
+        self.explore.shutdown()
         for part in (self, self.particles, self.train, self.classes):
             part.tasks.stop()
         for bar in self.findChildren(JobBar):
@@ -209,11 +231,11 @@ class Workspace(QWidget):
         return False
 
     def _average(self) -> None:
-        self.tabs.setCurrentIndex(2)
+        self.tabs.setCurrentIndex(3)
         self.classes.average_selection()
 
     def _export(self) -> None:
-        self.tabs.setCurrentIndex(2)
+        self.tabs.setCurrentIndex(3)
         self.classes.show_export()
 
     def _trained(self) -> None:

@@ -1,0 +1,296 @@
+"""Layouts (UMAP, t-SNE) and groups of particles: computed by a worker, then named, merged and split here."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from qtpy.QtCore import QSignalBlocker, Qt
+from qtpy.QtGui import QColor, QIcon, QPixmap
+from qtpy.QtWidgets import (
+    QAbstractItemView,
+    QComboBox,
+    QHBoxLayout,
+    QLabel,
+    QLineEdit,
+    QListWidget,
+    QListWidgetItem,
+    QPushButton,
+    QVBoxLayout,
+    QWidget,
+)
+
+from particle_explorer.configs import ClusterConfig, EmbedConfig
+from particle_explorer.status import Status
+from particle_explorer.widgets.background import Tasks
+from particle_explorer.widgets.classes import groupings
+from particle_explorer.widgets.colours import colour_by, title_of
+from particle_explorer.widgets.form import ConfigForm
+from particle_explorer.widgets.job_bar import number
+from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.workspace import state_of, unwrapped
+
+if TYPE_CHECKING:
+    import napari
+
+    from particle_explorer.widgets.explore import Worker
+
+
+class GroupsPanel(QWidget):
+    """One form each for layouts and clusterings, and the list of groups of the clustering that is chosen."""
+
+    def __init__(self, viewer: napari.Viewer, worker: Worker) -> None:
+        super().__init__()
+        self.viewer = unwrapped(viewer)
+        self.state = state_of(self.viewer)
+        self.worker = worker
+        self.tasks = Tasks(self)
+        self.embedding = ConfigForm(EmbedConfig)
+        self.embed_button = QPushButton("Lay out")
+        self.embed_button.clicked.connect(self.embed)
+        self.clustering = ConfigForm(ClusterConfig)
+        self.on = QComboBox()
+        self.on.setToolTip("What is grouped: positions on the map, or places in a layout")
+        self.cluster_button = QPushButton("Group")
+        self.cluster_button.clicked.connect(self.cluster)
+        self.which = QComboBox()
+        self.which.setToolTip("The grouping that is listed and coloured")
+        self.which.activated.connect(self._on_which)
+        self.groups = QListWidget()
+        self.groups.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
+        self.groups.setToolTip("Click a group to select its particles; Ctrl or Shift for several")
+        self.groups.setMaximumHeight(130)
+        self.groups.itemSelectionChanged.connect(self._select)
+        self.name = QLineEdit()
+        self.name.setPlaceholderText("Name of the group")
+        self.name.returnPressed.connect(self.rename)
+        self.name_button, self.merge_button, self.split_button = (
+            QPushButton(words) for words in ("Name", "Merge", "Split")
+        )
+        self.name_button.clicked.connect(self.rename)
+        self.merge_button.clicked.connect(self.merge)
+        self.split_button.clicked.connect(self.split)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        on_row = QHBoxLayout()
+        on_row.addWidget(QLabel("Group by"))
+        on_row.addWidget(self.on, 1)
+        for part in (self.embedding, self.embed_button, self.clustering):
+            layout.addWidget(part)
+        layout.addLayout(on_row)
+        layout.addWidget(self.cluster_button)
+        layout.addWidget(self.which)
+        layout.addWidget(self.groups)
+        layout.addWidget(self.name)
+        buttons = QHBoxLayout()
+        buttons.setSpacing(3)
+        for button in (self.name_button, self.merge_button, self.split_button):
+            buttons.addWidget(button, 1)
+        layout.addLayout(buttons)
+        self.clustering.valueChanged.connect(self._fit_forms)
+        self.embedding.valueChanged.connect(self._fit_forms)
+        follow(self, self.state.features_changed, self._on_features)
+        follow(self, self.state.run_changed, self._on_features)
+        worker.when_changed(self._show_buttons)
+        self._fit_forms()
+        self._on_features()
+
+    # --- computing ----------------------------------------------------------------------------------
+
+    def embed(self) -> None:
+        """Start a layout in the background."""
+        options = _flags(self.embedding.value())
+        words = {"umap": "UMAP", "tsne": "t-SNE", "pca": "Components"}[self.embedding.value().method]
+        self.worker.start(
+            "embed", lambda run, folder: [str(run.path), *options], f"{words} …", self._on_embedded
+        )
+
+    def cluster(self) -> None:
+        """Start a clustering in the background."""
+        options = _flags(self.clustering.value())
+        if self.on.currentData():
+            options += ["--on", self.on.currentData()]
+        self.worker.start(
+            "cluster", lambda run, folder: [str(run.path), *options], "Grouping …", self._on_grouped
+        )
+
+    def merge(self) -> None:
+        """Make the chosen groups one."""
+        numbers = ",".join(str(value) for value in self._numbers())
+        self._regroup(["--merge", numbers])
+
+    def split(self) -> None:
+        """Split the chosen group in two."""
+        self._regroup(["--split", str(self._numbers()[0])])
+
+    def rename(self) -> None:
+        """Give the chosen group the name that was typed."""
+        name, chosen = self.name.text().strip().replace(",", " ").replace("=", " "), self._numbers()
+        if name and len(chosen) == 1 and self.name_button.isEnabled():
+            self._regroup(["--names", f"{chosen[0]}={name}"])
+
+    def _regroup(self, options: list[str]) -> None:
+        by = self.which.currentData()
+        self.worker.start(
+            "regroup",
+            lambda run, folder: [str(run.path), "--by", by, *options],
+            "Regrouping …",
+            self._on_grouped,
+        )
+
+    def _on_embedded(self, status: Status) -> None:
+        name, method = status.message, self.embedding.value().method
+        stem = re.sub(r"_\d+$", "", name) or method
+        self.state.axes_asked.emit(f"{stem}_0", f"{stem}_1")
+        self.worker.read_again()
+
+    def _on_grouped(self, status: Status) -> None:
+        self.state.colour_asked.emit(status.message)
+        self._wanted = status.message
+        self.worker.read_again()
+
+    # --- groups -------------------------------------------------------------------------------------
+
+    _wanted = ""
+
+    def _on_features(self, *_: object) -> None:
+        features, run = self.state.features, self.state.run
+        there = [] if run is None else groupings(features)
+        before = self._wanted if self._wanted in there else self.which.currentData()
+        self._wanted = "" if self._wanted in there else self._wanted
+        with QSignalBlocker(self.which):
+            self.which.clear()
+            for name in there:
+                self.which.addItem(title_of(name), name)
+            at = self.which.findData(before)
+            self.which.setCurrentIndex(at if at >= 0 else len(there) - 1)
+        layouts = sorted(
+            {
+                found[1]
+                for name in map(str, features.columns)
+                if (found := re.fullmatch(r"((?:umap|tsne|pca)(?:-\d+)?)_0", name))
+            }
+        )
+        chosen = self.on.currentData()
+        with QSignalBlocker(self.on):
+            self.on.clear()
+            self.on.addItem("positions on the map", "")
+            for name in layouts:
+                self.on.addItem(f"places in {title_of(f'{name}_0').rsplit(' 1', 1)[0]}", name)
+            self.on.setCurrentIndex(max(0, self.on.findData(chosen)))
+        self._list()
+
+    def _on_which(self, *_: object) -> None:
+        self.state.colour_asked.emit(self.which.currentData())
+        self._list()
+
+    def _list(self) -> None:
+        name = self.which.currentData()
+        for part in (
+            self.which,
+            self.groups,
+            self.name,
+            self.name_button,
+            self.merge_button,
+            self.split_button,
+        ):
+            part.setVisible(name is not None)
+        with QSignalBlocker(self.groups):
+            self.groups.clear()
+            if name is not None:
+                self._fill(name, self.state.features[name])
+        self._show_buttons()
+
+    def _fill(self, name: str, column: pd.Series) -> None:
+        colouring = colour_by(name, column)
+        counts = column.astype(str).value_counts() if not pd.api.types.is_numeric_dtype(column) else None
+        values = (
+            np.asarray(colouring.labels)
+            if counts is not None
+            else np.unique(column.to_numpy(float)[np.isfinite(column.to_numpy(float))])
+        )
+        total = len(column)
+        for i, value in enumerate(values):
+            n = int(counts[str(value)]) if counts is not None else int((column == value).sum())
+            left_out = counts is None and value == 0
+            words = "in no group" if left_out else str(value) if counts is not None else f"{value:g}"
+            item = QListWidgetItem(f"{words}   {number(n)}  ({100 * n / max(total, 1):.0f} %)")
+            # text groups are numbered in the order of their names, as `regroup` counts them
+            item.setData(Qt.ItemDataRole.UserRole, (i + 1 if counts is not None else int(value), value))
+            item.setIcon(_swatch(colouring.lut[min(i, len(colouring.lut) - 1)]))
+            self.groups.addItem(item)
+
+    def _numbers(self) -> list[int]:
+        return [int(item.data(Qt.ItemDataRole.UserRole)[0]) for item in self.groups.selectedItems()]
+
+    def _select(self) -> None:
+        name = self.which.currentData()
+        if name is None:
+            return
+        values = [item.data(Qt.ItemDataRole.UserRole)[1] for item in self.groups.selectedItems()]
+        column = self.state.features[name]
+        if pd.api.types.is_numeric_dtype(column):
+            mask = np.isin(column.to_numpy(float), np.asarray(values, float))
+        else:
+            mask = column.astype(str).isin([str(value) for value in values]).to_numpy()
+        self.state.selection.set(mask)
+        self._show_buttons()
+
+    # --- look ---------------------------------------------------------------------------------------
+
+    def _fit_forms(self, *_: object) -> None:
+        method = self.embedding.value().method
+        for name, needed in (("n_neighbours", "umap"), ("min_distance", "umap"), ("perplexity", "tsne")):
+            self.embedding.set_applicable(name, method == needed, f"Only for {title(needed)}")
+        way = self.clustering.value().method
+        self.clustering.set_applicable("n_clusters", way != "hdbscan", "HDBSCAN finds the number itself")
+        self.clustering.set_applicable("min_size", way == "hdbscan", "Only for HDBSCAN")
+        self.clustering.set_applicable("most_clusters", way == "gmm", "Only for Gaussian mixtures")
+
+    def _show_buttons(self) -> None:
+        idle = self.state.run is not None and not self.worker.busy
+        why = "" if idle else "Wait until the job above has ended"
+        n = len(self.groups.selectedItems())
+        for button, able, tip in (
+            (
+                self.embed_button,
+                True,
+                "Lay the particles out so that neighbours stay together, in the background",
+            ),
+            (self.cluster_button, True, "Sort the particles into groups, in the background"),
+            (self.name_button, n == 1, "Give the group chosen in the list this name"),
+            (self.merge_button, n > 1, "Make the groups chosen in the list one"),
+            (self.split_button, n == 1, "Split the group chosen in the list in two"),
+        ):
+            button.setEnabled(idle and able)
+            need = (
+                "Choose one group in the list"
+                if button is not self.merge_button
+                else "Choose two groups or more"
+            )
+            button.setToolTip(why or (tip if able else need))
+
+
+def title(method: str) -> str:
+    """What people call a method."""
+    return {"umap": "UMAP", "tsne": "t-SNE", "pca": "components"}[method]
+
+
+def _flags(config: EmbedConfig | ClusterConfig) -> list[str]:
+    """Settings that differ from their defaults, as options."""
+    options: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value != field.get_default():
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return options
+
+
+def _swatch(colour: object) -> QIcon:
+    red, green, blue = (round(float(part)) for part in colour)  # type: ignore[attr-defined]
+    picture = QPixmap(12, 12)
+    picture.fill(QColor(red, green, blue))
+    return QIcon(picture)
