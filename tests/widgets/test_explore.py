@@ -98,7 +98,7 @@ def test_a_path_opens_the_hinge_and_so_do_the_particles_along_it(explorer: Any) 
     assert list(state.session.path.parent.glob("*.gif"))
 
 
-def test_the_handle_says_where_nothing_is_known(explorer: Any) -> None:
+def where_nothing_is_known(explorer: Any) -> None:
     hand, panel, state = Hand(explorer), explorer.explore.handle, explorer.state
     hand.click(panel.middle_button)
     assert not state.off_data and "rests on data" in panel.words.text()
@@ -111,7 +111,7 @@ def test_the_handle_says_where_nothing_is_known(explorer: Any) -> None:
     np.testing.assert_allclose(state.handle_z, state.features.loc[:, ["z_0", "z_1"]].to_numpy(float)[row])
 
 
-def test_sliders_of_components_move_the_handle_along_them(explorer: Any) -> None:
+def sliders_of_components(explorer: Any) -> None:
     hand, panel, state = Hand(explorer), explorer.explore.handle, explorer.state
     hand.click(panel.middle_button)
     panel.kind.setCurrentIndex(1)
@@ -128,7 +128,7 @@ def test_sliders_of_components_move_the_handle_along_them(explorer: Any) -> None
     np.testing.assert_allclose(abs(step @ along), np.linalg.norm(step), rtol=1e-5)
 
 
-def test_pins_show_what_is_different_and_the_mean_of_particles_is_beside(explorer: Any) -> None:
+def pins_and_the_mean_of_particles(explorer: Any) -> None:
     hand, panel, viewer = Hand(explorer), explorer.explore.handle, explorer.viewer
     hand.click(panel.middle_button)
     hand.rest(0.4)
@@ -150,6 +150,12 @@ def test_pins_show_what_is_different_and_the_mean_of_particles_is_beside(explore
     assert np.corrcoef(panel.layer.data[disc], second[disc])[0, 1] > 0.8, "data and model agree here"
     hand.click(panel.unpin_button)
     assert not viewer.layers[pins.LAYER].visible and not panel.pins.positions
+
+
+def test_the_handle_is_told_moved_pinned_and_checked_against_particles(explorer: Any) -> None:
+    where_nothing_is_known(explorer)
+    sliders_of_components(explorer)
+    pins_and_the_mean_of_particles(explorer)
 
 
 def test_a_part_is_drawn_held_and_let_go(explorer: Any) -> None:
