@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from particle_explorer.session import Run, Session
 
 Mask = NDArray[np.bool_]
+View = Literal["raw", "low-pass", "aligned", "reconstruction", "residual"]
+"""How single particles are shown: in the layer, in the gallery and under the mouse."""
 
 UNDO_DEPTH = 50
 
@@ -134,6 +136,8 @@ class AppState:
     """angle (°) and shift (y, x) (px of the cached image) at which the reconstruction is shown"""
     held_changed = Signal(bool)
     """whether pictures and averages hold a part of the particle still (`gauge.json` of the run)"""
+    view_changed = Signal(str)
+    """how single particles are shown"""
     classes_changed = Signal(str)
     """name of class averages newly written into the session"""
     sets_changed = Signal()
@@ -149,6 +153,7 @@ class AppState:
         self.handle_z: NDArray[np.float64] = np.zeros(0)
         self._off_data: set[str] = set()
         self.held = False
+        self.view: View = "aligned"
         self.angle_deg = 0.0
         self.shift_yx_px: NDArray[np.float64] = np.zeros(2)
 
@@ -208,6 +213,12 @@ class AppState:
         if held != self.held:
             self.held = held
             self.held_changed.emit(held)
+
+    def set_view(self, view: View) -> None:
+        """Show single particles in another way."""
+        if view != self.view:
+            self.view = view
+            self.view_changed.emit(view)
 
     def set_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
         shift = np.asarray(shift_yx_px, float)

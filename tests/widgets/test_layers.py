@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from qtpy.QtWidgets import QWidget
 
 from particle_explorer import jobs
 from particle_explorer.session import Session
+from particle_explorer.widgets.pictures import Pictures, to_reference
 from particle_explorer.widgets.reconstruction import Reconstruction
-from particle_explorer.widgets.selected import ParticleRows, SelectedParticles, to_reference
+from particle_explorer.widgets.selected import ParticleRows, SelectedParticles
 from particle_explorer.widgets.workspace import state_of
 
 
@@ -66,7 +68,7 @@ def test_to_reference_undoes_a_placement(n: int, angle: float, dy: float, dx: fl
 
 def test_rows_are_read_only_when_asked(tiny_session: Session) -> None:
     images = tiny_session.images
-    rows = ParticleRows(images, np.array([5, 2, 9]))
+    rows = ParticleRows(Pictures(images), np.array([5, 2, 9]))
     assert rows.shape == (3, *images.shape[2:]) and rows.dtype == np.float32
     np.testing.assert_array_equal(rows[1], images[2][0])
     np.testing.assert_array_equal(rows[-1, 3:5], images[9][0][3:5])
@@ -103,9 +105,72 @@ def test_the_selection_is_the_layer(
     assert "3 of 120 particles selected, aligned" in viewer.canvas.overlays.text.text
     assert len(viewer.layers) == 1
 
-    shown.set_view("raw")
+    state.set_view("raw")
     qtbot.waitUntil(lambda: "as prepared" in viewer.canvas.overlays.text.text)
     np.testing.assert_array_equal(shown.layer.data[1], tiny_session.images[50][0])
+
+
+def _aligned_slowly(session: Session, state: Any, row: int) -> NDArray[np.float32]:
+    features = state.features
+    shift = features[["shift_y_px", "shift_x_px"]].to_numpy(float)[row]
+    scale = session.images.shape[-1] / session.table["box_px"].iloc[row]
+    return to_reference(session.images[row][0], float(features["angle_deg"].iloc[row]), shift * scale)
+
+
+def test_every_view_of_a_particle_is_what_it_says(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
+) -> None:
+    from particle_explorer.widgets.pictures import Decoder, Pictures, best_view, low_passed, views_of
+
+    state = _with_poses(viewer, tiny_session)
+    assert views_of(state) == ["raw", "low-pass", "aligned"]
+    assert best_view(state, "residual") == "aligned", "no model yet: the next best"
+    _show_run(state, tiny_session.path / "runs" / "0001-class-map")
+    assert views_of(state)[-2:] == ["reconstruction", "residual"]
+    rows, decoder, m = np.array([7, 3]), Decoder(), tiny_session.images.shape[-1]
+    _Pencil.side = m
+    shown = {view: Pictures.of(state, view, decoder) for view in views_of(state)}
+    raw, low, aligned = (shown[view].read(rows) for view in ("raw", "low-pass", "aligned"))
+    np.testing.assert_array_equal(raw, tiny_session.images.read(rows))
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(aligned[i, 0], _aligned_slowly(tiny_session, state, row))
+        np.testing.assert_array_equal(low[i, 0], low_passed(aligned[i, 0], shown["low-pass"].low_pass_px))
+    with ThreadPoolExecutor(1) as pool:  # decoding is never the window's own work
+        drawn = pool.submit(shown["reconstruction"].read, rows).result()
+        rest = pool.submit(shown["residual"].read, rows).result()
+    z = state.features["z_0"].to_numpy()[rows]
+    np.testing.assert_allclose(drawn[:, 0, 0, 0], z, rtol=1e-6)
+    np.testing.assert_allclose(rest, aligned - drawn, atol=1e-6)
+    decoder.close()
+    assert pencil.made[0].closed and len(pencil.made) == 1
+
+
+@pytest.mark.parametrize("period", [5.0, 8.0])
+def test_low_passing_halves_a_wave_of_its_period(period: float) -> None:
+    from particle_explorer.widgets.pictures import low_passed
+
+    wave = np.broadcast_to(np.cos(2 * np.pi * np.arange(80) / period), (80, 80)).astype(np.float32)
+    inner = low_passed(wave, period)[40, 20:60]
+    assert np.abs(inner).max() == pytest.approx(0.5, abs=0.03)
+
+
+def test_reconstructions_come_later_and_the_slider_never_waits(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
+) -> None:
+    state = _with_poses(viewer, tiny_session)
+    _Pencil.side = tiny_session.images.shape[-1]
+    shown = SelectedParticles(viewer, owner)
+    _show_run(state, tiny_session.path / "runs" / "0001-class-map")
+    state.set_view("reconstruction")
+    qtbot.waitUntil(lambda: shown.layer is not None and shown.layer.data.pictures.view == "reconstruction")
+    z = state.features["z_0"].to_numpy()
+    qtbot.waitUntil(lambda: bool(np.isclose(shown.layer.data[0][0, 0], z[0])))
+    viewer.dims.set_current_step(0, 90)
+    qtbot.waitUntil(lambda: bool(np.isclose(shown.layer.data[90][0, 0], z[90])))
+    assert np.isclose(shown.layer.data[93][0, 0], z[93]), "those next in line were drawn ahead"
+    assert "reconstruction" in viewer.canvas.overlays.text.text
+    shown.stop()
+    shown.decoder.close()
 
 
 def test_the_slider_marks_the_particle_and_the_other_way_round(
@@ -139,11 +204,12 @@ class _Pencil:
         _Pencil.made.append(self)
 
     made: list[_Pencil] = []  # noqa: RUF012
+    side = 8
 
     def decode(self, z: Any, *pose: Any, held: bool = False) -> NDArray[np.float32]:
         assert threading.current_thread() is not threading.main_thread()
         z = np.atleast_2d(z)
-        image = np.add.outer(z[:, 0], np.linspace(0, 1, 64).reshape(8, 8))
+        image = np.add.outer(z[:, 0], np.linspace(0, 1, self.side**2).reshape(2 * [self.side]))
         return image[:, None].astype(np.float32)
 
     def close(self) -> None:
@@ -152,7 +218,7 @@ class _Pencil:
 
 @pytest.fixture
 def pencil(monkeypatch: pytest.MonkeyPatch) -> type[_Pencil]:
-    _Pencil.made = []
+    _Pencil.made, _Pencil.side = [], 8
     monkeypatch.setattr(jobs, "DecodeClient", _Pencil)
     return _Pencil
 

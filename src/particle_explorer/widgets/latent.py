@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from qtpy.QtCore import QPointF, QRectF, QSignalBlocker, QSize, Qt, QTimer, Signal
-from qtpy.QtGui import QColor, QIcon, QPainter, QPainterPath, QPen, QPixmap, QResizeEvent, QShowEvent
+from qtpy.QtGui import QColor, QIcon, QImage, QPainter, QPainterPath, QPen, QPixmap, QResizeEvent, QShowEvent
 from qtpy.QtWidgets import (
     QComboBox,
     QFrame,
@@ -29,7 +29,7 @@ from qtpy.QtWidgets import (
 
 from particle_explorer.configs import ClusterConfig
 from particle_explorer.state import AppState, Opened, read
-from particle_explorer.widgets.background import Failure, JobFollower, Tasks
+from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
 from particle_explorer.widgets.colours import Colouring
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
 from particle_explorer.widgets.latent_axes import (
@@ -43,6 +43,8 @@ from particle_explorer.widgets.latent_axes import (
     read_columns,
 )
 from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool, follow
+from particle_explorer.widgets.painted import to_qimage
+from particle_explorer.widgets.pictures import Decoder, Pictures, displayed, thumbnail
 from particle_explorer.widgets.splat import Points
 
 if TYPE_CHECKING:
@@ -69,7 +71,13 @@ SLIDER_STEPS = 1000
 class LatentDock(QWidget):
     """Shows the map of `state.run`; writes only into `state` (selection, handle, pose)."""
 
-    def __init__(self, napari_viewer: napari.Viewer | None = None, *, state: AppState | None = None) -> None:
+    def __init__(
+        self,
+        napari_viewer: napari.Viewer | None = None,
+        *,
+        state: AppState | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
         super().__init__()
         self.viewer = getattr(napari_viewer, "__wrapped__", napari_viewer)
         if state is None:
@@ -77,7 +85,10 @@ class LatentDock(QWidget):
 
             state = state_of(self.viewer)
         self.state = state
+        self.decoder = decoder or Decoder()
         self.tasks = Tasks(self)
+        self._pictures: Pictures | None = None
+        self._thumbnails = Mailbox(self, _thumbnail, self._on_thumbnail, lambda _: None, "thumbnail")
         self._columns = Columns(state.features, np.zeros((0, 0)))
         self._axes: HandleAxes | None = None
         self._held: tuple[NDArray[np.float64], Place] | None = (
@@ -113,6 +124,7 @@ class LatentDock(QWidget):
         self.setMinimumWidth(300)
 
         self.canvas.handle_moved.connect(self._on_hand_moved)
+        self.canvas.hovered.connect(self._on_hovered)
         self.canvas.snap_asked.connect(self._on_snap)
         self.canvas.tool_changed.connect(self._on_tool)
         self.canvas.density_changed.connect(self._on_density)
@@ -131,6 +143,8 @@ class LatentDock(QWidget):
         follow(self, state.axes_asked, self._on_axes_asked)
         follow(self, state.colour_asked, self._on_colour_asked)
         follow(self, state.selection.changed, self._show_counts)
+        for signal in (state.features_changed, state.run_changed, state.view_changed, state.held_changed):
+            follow(self, signal, self._forget_pictures)
         if self.viewer is not None:
             theme = self.viewer.events.theme
             theme.connect(self._on_theme)
@@ -144,6 +158,7 @@ class LatentDock(QWidget):
     def shutdown(self) -> None:
         """Stop all background work; for tests and for whoever takes the dock away."""
         self._live.stop()
+        self._thumbnails.stop()
         self.job.hide()
         self.tasks.stop()
 
@@ -504,6 +519,24 @@ class LatentDock(QWidget):
         if has_handle and not self._hint_shown:
             self.canvas.set_hint(HINT)
 
+    # ---- the particle under the mouse ----------------------------------------------
+
+    def _forget_pictures(self, *_: object) -> None:
+        self._pictures = None
+
+    def _on_hovered(self, row: int) -> None:
+        session = self.state.session
+        if row < 0 or session is None or not session.has_images:
+            return
+        if self._pictures is None:
+            self._pictures = Pictures.of(self.state, self.state.view, self.decoder)
+        self._thumbnails.submit(self._pictures, row)
+
+    def _on_thumbnail(self, made: tuple[Pictures, int, QImage]) -> None:
+        pictures, row, picture = made
+        if pictures is self._pictures:
+            self.canvas.set_thumbnail(row, picture)
+
     # ---- the handle --------------------------------------------------------------
 
     def _on_hand_moved(self, x: float, y: float) -> None:
@@ -696,6 +729,11 @@ class LatentDock(QWidget):
             button.setStyleSheet(
                 f"QToolButton:checked:enabled {{ background: {look.line}; border-radius: 3px; }}"
             )
+
+
+def _thumbnail(pictures: Pictures, row: int) -> tuple[Pictures, int, QImage]:
+    """A thread's work."""
+    return pictures, row, to_qimage(thumbnail(displayed(pictures.read(np.array([row])))[0]))
 
 
 class ValueSlider(QWidget):

@@ -71,6 +71,8 @@ STILL_PX = 3.0
 """A press that moved less than this was a click; lasso corners closer than this are dropped."""
 HANDLE_FRAME_MS = 16
 """A handle that was moved is painted with the picture drawn for it, or so much later at most."""
+THUMBNAIL_PX = 88
+"""Side of the picture of the particle under the mouse."""
 ARROW_STEPS = 100
 """Arrow-key steps across the visible map."""
 
@@ -88,6 +90,8 @@ class ScatterCanvas(QWidget):
     tool_changed = Signal(str)
     density_changed = Signal(bool)
     """whether the picture shows density now"""
+    hovered = Signal(int)
+    """the particle under the mouse, -1 for none"""
     save_asked = Signal()
     """S: keep the selection as a set"""
     cluster_asked = Signal()
@@ -137,6 +141,7 @@ class ScatterCanvas(QWidget):
         self._handle_frame.setSingleShot(True)
         self._handle_frame.setInterval(HANDLE_FRAME_MS)
         self._handle_frame.timeout.connect(self.update)
+        self._thumbnail: tuple[int, QImage] | None = None
         self._settle = QTimer(self)
         self._settle.setSingleShot(True)
         self._settle.setInterval(120)
@@ -225,6 +230,12 @@ class ScatterCanvas(QWidget):
     def set_describe(self, describe: Callable[[int], str] | None) -> None:
         """Words for the particle under the cursor, in place of its number and colour value."""
         self._describe = describe
+
+    def set_thumbnail(self, row: int, picture: QImage) -> None:
+        """Show a picture of a particle beside its words while the mouse is over it."""
+        self._thumbnail = (row, picture)
+        if row == self._hover:
+            self.update()
 
     def set_density(self, density: Density) -> None:
         self._density = density
@@ -680,24 +691,32 @@ class ScatterCanvas(QWidget):
         painter.drawPath(path)
 
     def _paint_hover(self, painter: QPainter) -> None:
-        if self._hover is not None and not self._drag:
-            at = self._hover_at
-            self._paint_words(painter, self.describe(self._hover), QPointF(at.x(), at.y() - 10))
+        if self._hover is None or self._drag:
+            return
+        at, thumbnail = self._hover_at, self._thumbnail
+        picture = thumbnail[1] if thumbnail is not None and thumbnail[0] == self._hover else None
+        self._paint_words(painter, self.describe(self._hover), QPointF(at.x(), at.y() - 10), picture)
 
-    def _paint_words(self, painter: QPainter, words: str, above: QPointF) -> None:
-        """Words on a small plate whose lower edge is centred on `above`, kept inside the widget."""
+    def _paint_words(
+        self, painter: QPainter, words: str, above: QPointF, picture: QImage | None = None
+    ) -> None:
+        """Words, under a picture, on a small plate whose lower edge is centred on `above`, kept inside."""
         metrics = QFontMetricsF(self.font())
-        width, height = metrics.horizontalAdvance(words) + 12, metrics.height() + 6
+        line, side = metrics.height() + 6, 0 if picture is None else THUMBNAIL_PX
+        width, height = max(metrics.horizontalAdvance(words) + 12, side + 8), line + (side + 4 if side else 0)
         x = max(2.0, min(above.x() - width / 2, self.width() - width - 2))
-        y = above.y() - height if above.y() - height > 2 else above.y() + 30
+        y = above.y() - height if above.y() - height > 2 else min(above.y() + 30, self.height() - height - 2)
         ground = QColor(self._look.background)
         ground.setAlpha(225)
         box = QRectF(x, y, width, height)
         painter.setPen(QPen(QColor(self._look.line), 1))
         painter.setBrush(ground)
         painter.drawRoundedRect(box, 3, 3)
+        if picture is not None:
+            painter.setRenderHint(QPainter.RenderHint.SmoothPixmapTransform)
+            painter.drawImage(QRectF(x + (width - side) / 2, y + 4, side, side), picture)
         painter.setPen(QColor(self._look.text))
-        painter.drawText(box, Qt.AlignmentFlag.AlignCenter, words)
+        painter.drawText(box.adjusted(0, height - line, 0, 0), Qt.AlignmentFlag.AlignCenter, words)
 
     def describe(self, row: int) -> str:
         """The words beside the cursor: number of the particle (from 1) and its value of the colour column."""
@@ -896,7 +915,7 @@ class ScatterCanvas(QWidget):
             self._hover_at = at
             hover = self._row_under(at)
             if hover != self._hover or hover is not None:
-                self._hover = hover
+                self._set_hover(hover)
                 self.update()
             self._update_cursor()
         self._last = at
@@ -936,8 +955,13 @@ class ScatterCanvas(QWidget):
         self.zoom(1.0015 ** event.angleDelta().y(), at, x=at.x() >= plot.left(), y=at.y() <= plot.bottom())
         event.accept()
 
+    def _set_hover(self, row: int | None) -> None:
+        if row != self._hover:
+            self._hover = row
+            self.hovered.emit(-1 if row is None else row)
+
     def leaveEvent(self, event: QEvent | None) -> None:
-        self._hover = None
+        self._set_hover(None)
         self.update()
 
     def focusOutEvent(self, event: Any) -> None:

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QWidget
 
-from particle_explorer.pose import rotation_matrix
+from particle_explorer.widgets.background import Failure, Mailbox, notify
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.pictures import SHORT, Decoder, Pictures, displayed
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
     import napari
 
-    from particle_explorer.session import CachedImages, Session
+    from particle_explorer.session import Session
 
 LAYER = "selected particles"
 N_FOR_CONTRAST = 48
-View = Literal["raw", "aligned"]
+N_AHEAD = 12
+"""Reconstructions drawn ahead of the one looked at, so that scrolling does not wait."""
+N_KEPT = 512
 
 
 class ParticleRows:
-    """Some rows of a session's images as an array `(k, m, m)` (colour: `(k, m, m, 3)`) that is never whole.
+    """Some particles as an array `(k, m, m)` (colour: `(k, m, m, 3)`) that is never whole.
 
-    With poses, every image is turned and moved back to the frame of the reference as it is read.
+    With `later`, single images that the drawing process must make are asked for and blank until they come.
     """
 
     dtype = np.dtype(np.float32)
 
     def __init__(
         self,
-        images: CachedImages,
+        pictures: Pictures,
         rows: NDArray[np.intp],
-        angle_deg: NDArray[np.floating] | None = None,
-        shift_yx_px: NDArray[np.floating] | None = None,
+        later: Callable[[NDArray[np.intp]], None] | None = None,
     ) -> None:
-        """`angle_deg (k,)` and `shift_yx_px (k, 2)` in pixels of the cached images belong to `rows`."""
-        self._images, self.rows = images, rows
-        self._angle_deg, self._shift_yx_px = angle_deg, shift_yx_px
-        n_channels, m = images.shape[1], images.shape[2]
+        self.pictures, self.rows = pictures, rows
+        self._later = later if pictures.needs_model else None
+        self._made: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
+        n_channels, m = pictures.images.shape[1], pictures.images.shape[2]
         self.shape = (len(rows), m, m) if n_channels == 1 else (len(rows), m, m, n_channels)
         self.ndim = len(self.shape)
         self.size = int(np.prod(self.shape))
@@ -53,11 +57,9 @@ class ParticleRows:
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
         if isinstance(first, int | np.integer):
-            index = int(first) % len(self)
-            image = self.read(np.array([index]))[0]
+            image = self._some(np.array([int(first) % len(self)]))[0]
             return image[rest] if rest else image
-        chosen = np.arange(len(self))[first]
-        images = self.read(chosen)
+        images = self._some(np.arange(len(self))[first])
         return images[(slice(None), *rest)] if rest else images
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -65,38 +67,36 @@ class ParticleRows:
 
     def read(self, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
         """Images `chosen` of these rows, `(j, m, m)` or `(j, m, m, 3)`."""
-        images = self._images.read(self.rows[chosen])
-        if self._angle_deg is not None and self._shift_yx_px is not None:
-            for image, index in zip(images, chosen, strict=True):
-                for channel in image:
-                    channel[:] = to_reference(channel, self._angle_deg[index], self._shift_yx_px[index])
-        return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
+        return displayed(self.pictures.read(self.rows[chosen]))
 
+    def keep(self, rows: NDArray[np.intp], images: NDArray[np.float32]) -> None:
+        """Images that have been made of `rows`."""
+        for row, image in zip(rows, images, strict=True):
+            self._made[int(row)] = image
+        while len(self._made) > N_KEPT:
+            self._made.popitem(last=False)
 
-def to_reference(
-    image: NDArray[np.float32], angle_deg: float, shift_yx_px: NDArray[np.floating]
-) -> NDArray[np.float32]:
-    """`(m, m)` image → the frame of the reference: undoes the placement of `pose`, about pixel m // 2."""
-    from scipy.ndimage import affine_transform
-
-    if not (np.isfinite(angle_deg) and np.isfinite(shift_yx_px).all()):
-        return image
-    # at reference point x the image is wanted at R x + shift; R acts on (x, y), the transform on (y, x)
-    matrix = rotation_matrix(angle_deg)[::-1, ::-1]
-    centre = np.array([image.shape[0] // 2, image.shape[1] // 2], float)
-    offset = centre + np.asarray(shift_yx_px, float) - matrix @ centre
-    return affine_transform(image, matrix, offset, order=1, mode="constant", cval=0.0)
+    def _some(self, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
+        if self._later is None or chosen.size > N_AHEAD or not chosen.size:
+            return self.read(chosen)  # many at once are for a file, not for the eye
+        if any(int(row) not in self._made for row in self.rows[chosen]):
+            ahead = self.rows[chosen[0] : chosen[0] + N_AHEAD]
+            self._later(np.array([row for row in ahead if int(row) not in self._made], np.intp))
+        blank = np.zeros(self.shape[1:], np.float32)
+        return np.stack([self._made.get(int(row), blank) for row in self.rows[chosen]])
 
 
 class SelectedParticles:
     """Shows the selection as a layer whose slider is the particle; with no selection, all particles."""
 
-    def __init__(self, viewer: napari.Viewer, owner: QWidget) -> None:
+    def __init__(self, viewer: napari.Viewer, owner: QWidget, decoder: Decoder | None = None) -> None:
         self.viewer = unwrapped(viewer)
         self.state = state_of(self.viewer)
+        self.decoder = decoder or Decoder()
         self.layer: Any = None
-        self.view: View = "aligned"
         self._session: Session | None = None
+        self._limits_of: object = None  # what the contrast was set for
+        self._mailbox = Mailbox(owner, _make, self._on_made, self._fail, "particle pictures")
         self._pending = QTimer(owner)
         self._pending.setSingleShot(True)
         self._pending.setInterval(0)
@@ -104,21 +104,15 @@ class SelectedParticles:
         follow(owner, self.state.session_changed, self._later)
         follow(owner, self.state.features_changed, self._later)
         follow(owner, self.state.held_changed, self._later)
+        follow(owner, self.state.view_changed, self._later)
         follow(owner, self.state.selection.changed, self._later)
         follow(owner, self.state.selection.active_changed, self._on_active)
         self.viewer.dims.events.current_step.connect(self._on_slider)
         self._later()
 
-    @property
-    def can_align(self) -> bool:
-        """Whether the particles shown have poses."""
-        return {"angle_deg", "shift_y_px", "shift_x_px"} <= set(self.state.features.columns)
-
-    def set_view(self, view: View) -> None:
-        """As recorded, or turned and moved back by their poses."""
-        if view != self.view:
-            self.view = view
-            self._later()
+    def stop(self) -> None:
+        """End the thread; the drawing process belongs to whoever made it."""
+        self._mailbox.stop()
 
     def _later(self, *_: object) -> None:
         # several of these come in one turn of the event loop; one picture is enough
@@ -136,38 +130,30 @@ class SelectedParticles:
             caption(self.viewer, "selected", "")
             return
         rows = self._rows()
-        data = self._stack(session, rows)
+        pictures = Pictures.of(self.state, self.state.view, self.decoder)
+        data = ParticleRows(pictures, rows, lambda wanted: self._mailbox.submit(data, wanted))
         if self.layer is None or self.layer not in self.viewer.layers:
             self._make_layer(session, data)
         else:
             self.layer.data = data
             if session is not self._session:
-                self.layer.contrast_limits = _limits(data)
                 self.layer.scale = self._scale(session)
                 fit_view(self.viewer)
+        shown = (session, pictures.view, pictures.run_path if pictures.needs_model else None)
+        if shown != self._limits_of and not pictures.needs_model:
+            self._set_limits(_limits(data))
+            self._limits_of = shown
         self._session = session
         if not self.layer.visible:
             self.layer.visible = True
         self._keep_active(rows)
         self._say(rows.size)
 
-    def _stack(self, session: Session, rows: NDArray[np.intp]) -> ParticleRows:
-        if self.view == "raw" or not self.can_align:
-            return ParticleRows(session.images, rows)
-        features = self.state.features
-        held = "pose-held " if self.state.held and "pose-held angle_deg" in features else ""
-        angle = features[f"{held}angle_deg"].to_numpy(float)[rows]
-        shift = features[[f"{held}shift_y_px", f"{held}shift_x_px"]].to_numpy(float)[rows]
-        originals = session.table["box_px"].to_numpy(float)[rows]
-        return ParticleRows(
-            session.images, rows, angle, shift * (session.images.shape[-1] / originals)[:, None]
-        )
-
     def _make_layer(self, session: Session, data: ParticleRows) -> None:
         self.layer = self.viewer.add_image(
             data,
             name=LAYER,
-            contrast_limits=_limits(data),
+            contrast_limits=(0, 1),
             rgb=data.ndim == 4,
             scale=self._scale(session),
             axis_labels=("particle", "y", "x"),
@@ -217,15 +203,57 @@ class SelectedParticles:
 
     def _say(self, n: int) -> None:
         total = self.state.selection.mask.size
-        how = "aligned" if self.view == "aligned" and self.can_align else "as prepared"
+        pictures = self.layer.data.pictures
+        how = SHORT[pictures.view] if pictures.view != "low-pass" else self._low_pass_words(pictures)
         if self.state.selection.count:
             words = f"{number(n)} of {number(total)} particles selected, {how}"
         else:
             words = f"none selected: all {number(total)} particles, {how}"
         caption(self.viewer, "selected", words)
 
+    def _low_pass_words(self, pictures: Pictures) -> str:
+        assert self.state.session is not None
+        size = self.state.session.plan.cached_pixel_size_A
+        known = np.isfinite(size) and size > 0
+        reach = f"{pictures.low_pass_px * size:.0f} Å" if known else f"{pictures.low_pass_px:.0f} px"
+        return ("aligned, " if pictures.is_aligned else "") + f"low-passed to {reach}"
+
+    # pictures that the drawing process makes ----------------------------------------------------------
+
+    def _on_made(self, made: tuple[ParticleRows, NDArray[np.intp], NDArray[np.float32]]) -> None:
+        data, rows, images = made
+        if self.layer is None or data is not self.layer.data or not rows.size:
+            return
+        data.keep(rows, images)
+        shown = (self._session, data.pictures.view, data.pictures.run_path)
+        if shown != self._limits_of:
+            self._limits_of = shown
+            self._set_limits(_range_of(images, symmetric=data.pictures.view == "residual"))
+        self.layer.refresh(highlight=False, extent=False)
+
+    def _set_limits(self, limits: tuple[float, float]) -> None:
+        span = limits[1] - limits[0]
+        self.layer.contrast_limits_range = (limits[0] - span, limits[1] + span)
+        self.layer.contrast_limits = limits
+
+    def _fail(self, failure: Failure) -> None:
+        caption(self.viewer, "selected", "selected particles: the worker that draws them failed")
+        notify(failure)
+
+
+def _make(
+    data: ParticleRows, rows: NDArray[np.intp]
+) -> tuple[ParticleRows, NDArray[np.intp], NDArray[np.float32]]:
+    """A thread's work: waits for the drawing process."""
+    return data, rows, displayed(data.pictures.read(rows))
+
 
 def _limits(data: ParticleRows) -> tuple[float, float]:
-    few = data.read(np.linspace(0, len(data) - 1, min(N_FOR_CONTRAST, len(data))).astype(int))
-    low, high = np.percentile(few, [0.5, 99.8])
-    return float(low), float(max(high, low + 1e-6))
+    return _range_of(data.read(np.linspace(0, len(data) - 1, min(N_FOR_CONTRAST, len(data))).astype(int)))
+
+
+def _range_of(images: NDArray[np.float32], *, symmetric: bool = False) -> tuple[float, float]:
+    low, high = (float(value) for value in np.percentile(images, [0.5, 99.8]))
+    if symmetric:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    return low, max(high, low + 1e-6)

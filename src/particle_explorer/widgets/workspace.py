@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from qtpy.QtCore import QEvent, QObject, Qt, QTimer
+from qtpy.QtCore import QEvent, QObject, QSignalBlocker, Qt, QTimer
 from qtpy.QtGui import QHideEvent, QKeyEvent, QShowEvent
 from qtpy.QtWidgets import (
     QApplication,
@@ -123,6 +123,7 @@ class Workspace(QWidget):
         from particle_explorer.widgets.data import ParticlesDock
         from particle_explorer.widgets.explore import ExploreDock
         from particle_explorer.widgets.latent import LatentDock
+        from particle_explorer.widgets.pictures import Decoder
         from particle_explorer.widgets.reconstruction import Reconstruction
         from particle_explorer.widgets.selected import SelectedParticles
         from particle_explorer.widgets.train import TrainDock
@@ -132,13 +133,14 @@ class Workspace(QWidget):
         self.state = state_of(self.viewer)
         self.tasks = Tasks(self)
 
-        self.latent = LatentDock(self.viewer)
+        self.decoder = Decoder()
+        self.latent = LatentDock(self.viewer, decoder=self.decoder)
         self.particles = ParticlesDock(self.viewer)
         self.train = TrainDock(self.viewer)
         self.classes = ClassesDock(self.viewer)
         self.reconstruction = Reconstruction(self.viewer, self)
-        self.selected = SelectedParticles(self.viewer, self)
         self.explore = ExploreDock(self.viewer, self.reconstruction)
+        self.selected = SelectedParticles(self.viewer, self, self.decoder)
 
         self.tabs = QTabWidget()
         for dock, name, hint in (
@@ -151,13 +153,9 @@ class Workspace(QWidget):
             self.tabs.setTabToolTip(self.tabs.count() - 1, hint)
 
         self.particle_view = QComboBox()
-        self.particle_view.addItem("particles aligned", "aligned")
-        self.particle_view.addItem("particles as prepared", "raw")
-        self.particle_view.setToolTip(
-            "The layer 'selected particles' shows them\nturned and moved back by their poses, or as prepared"
-        )
-        self.particle_view.currentIndexChanged.connect(
-            lambda _: self.selected.set_view(self.particle_view.currentData())
+        self.particle_view.setToolTip("How single particles are shown: layer, gallery and under the mouse")
+        self.particle_view.activated.connect(
+            lambda _: self.state.set_view(self.particle_view.currentData() or "aligned")
         )
         # four tabs and this must fit beside each other
         self.particle_view.setSizeAdjustPolicy(
@@ -184,6 +182,7 @@ class Workspace(QWidget):
         self.train.trained.connect(self._trained)
         follow(self, self.state.session_changed, self._on_session)
         follow(self, self.state.features_changed, self._show_view_choice)
+        follow(self, self.state.view_changed, self._show_view_choice)
         follow(self, self.state.run_changed, self._on_run)
         self._show_view_choice()
         self.latent.setVisible(self.state.session is not None)  # before, there is nothing to see in it
@@ -203,6 +202,8 @@ class Workspace(QWidget):
         self.latent.shutdown()
         self.reconstruction.stop()
         self.explore.shutdown()
+        self.selected.stop()
+        self.decoder.close()
         for part in (self, self.particles, self.train, self.classes):
             part.tasks.stop()
         for bar in self.findChildren(JobBar):
@@ -243,8 +244,17 @@ class Workspace(QWidget):
         self.latent.setFocus()
 
     def _show_view_choice(self, *_: object) -> None:
-        self.particle_view.setEnabled(self.selected.can_align)
+        from particle_explorer.widgets.pictures import SHORT, TIPS, best_view, views_of
+
         self.particle_view.setVisible(self.state.session is not None)
+        there = views_of(self.state)
+        with QSignalBlocker(self.particle_view):
+            self.particle_view.clear()
+            for view in there:
+                self.particle_view.addItem(SHORT[view], view)
+                tip = Qt.ItemDataRole.ToolTipRole
+                self.particle_view.setItemData(self.particle_view.count() - 1, TIPS[view], tip)
+            self.particle_view.setCurrentIndex(there.index(best_view(self.state, self.state.view)))
 
     def _on_session(self, session: object) -> None:
         self._fit_splitter()
