@@ -33,6 +33,8 @@ class Selection:
 
     changed = Signal(np.ndarray)
     active_changed = Signal(object)
+    hinted = Signal(object)
+    """mask that the selection is about to become while a hand draws, None when it has stopped"""
 
     def __init__(self, n: int = 0) -> None:
         self._mask: Mask = _read_only(np.zeros(n, bool))
@@ -96,6 +98,10 @@ class Selection:
     def redo(self) -> None:
         self._step(self._redo, self._undo)
 
+    def hint(self, mask: Mask | None) -> None:
+        """Tell what the selection would be if the hand let go now; None: it draws no more."""
+        self.hinted.emit(mask)
+
     def set_active(self, row: int | None) -> None:
         if row != self._active:
             self._active = row
@@ -138,6 +144,8 @@ class AppState:
     """whether pictures and averages hold a part of the particle still (`gauge.json` of the run)"""
     view_changed = Signal(str)
     """how single particles are shown"""
+    preview_changed = Signal(object)
+    """`Preview` of the selection, or of what is being drawn around; None where there is none"""
     classes_changed = Signal(str)
     """name of class averages newly written into the session"""
     sets_changed = Signal()
@@ -154,6 +162,7 @@ class AppState:
         self._off_data: set[str] = set()
         self.held = False
         self.view: View = "aligned"
+        self.preview: Preview | None = None
         self.angle_deg = 0.0
         self.shift_yx_px: NDArray[np.float64] = np.zeros(2)
 
@@ -220,11 +229,30 @@ class AppState:
             self.view = view
             self.view_changed.emit(view)
 
+    def set_preview(self, preview: Preview | None) -> None:
+        """Show another average in passing."""
+        if preview is not self.preview:
+            self.preview = preview
+            self.preview_changed.emit(preview)
+
     def set_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
         shift = np.asarray(shift_yx_px, float)
         if angle_deg != self.angle_deg or not np.array_equal(shift, self.shift_yx_px):
             self.angle_deg, self.shift_yx_px = float(angle_deg), shift
             self.pose_changed.emit(self.angle_deg, shift)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An average in passing, of a sample of the cached images: to look at, not to measure on."""
+
+    image: NDArray[np.float32]
+    """`(m, m)` or `(m, m, 3)`"""
+    n: int
+    """particles in it"""
+    of: int
+    """particles it stands for"""
+    aligned: bool
 
 
 @dataclass(frozen=True)

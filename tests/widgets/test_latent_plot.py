@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pytestqt.qtbot import QtBot
-from qtpy.QtCore import QPoint, QPointF, Qt
-from qtpy.QtGui import QWheelEvent
+from qtpy.QtCore import QEvent, QPoint, QPointF, Qt
+from qtpy.QtGui import QColor, QImage, QMouseEvent, QWheelEvent
 from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QApplication
 
@@ -107,6 +107,63 @@ def test_lasso_takes_exactly_the_points_inside(canvas: ScatterCanvas) -> None:
     wanted = expected(canvas, path)
     assert 100 < wanted.sum() < 1500
     assert np.array_equal(canvas.selection.mask, wanted)
+
+
+def test_an_ellipse_takes_what_lies_in_the_ellipse_of_its_box(canvas: ScatterCanvas) -> None:
+    QTest.keyClick(canvas, Qt.Key.Key_O)
+    assert canvas.tool == "ellipse"
+    a, b = canvas.to_widget(-0.8, 3.4).toPoint(), canvas.to_widget(1.0, 2.7).toPoint()
+    drag(canvas, [(a.x(), a.y()), (b.x(), b.y())])
+    places = [canvas.to_widget(x, y) for x, y in zip(*cloud(2000), strict=True)]
+    dx = np.array([(at.x() - (a.x() + b.x()) / 2) / ((b.x() - a.x()) / 2) for at in places])
+    dy = np.array([(at.y() - (a.y() + b.y()) / 2) / ((b.y() - a.y()) / 2) for at in places])
+    radius = np.hypot(dx, dy)
+    assert canvas.selection.mask[radius < 0.99].all() and not canvas.selection.mask[radius > 1.01].any()
+    assert 100 < canvas.selection.count < 1500
+
+
+@pytest.mark.parametrize(("modifiers", "what"), [(NONE, "set"), (SHIFT, "add"), (ALT, "subtract")])
+def test_while_a_lasso_is_drawn_it_tells_what_would_be_selected(
+    canvas: ScatterCanvas, qtbot: QtBot, modifiers: Qt.KeyboardModifier, what: str
+) -> None:
+    before = np.arange(2000) % 2 == 0
+    canvas.selection.set(before)
+    told: list[NDArray[np.bool_] | None] = []
+    canvas.selection.hinted.connect(lambda mask: told.append(None if mask is None else mask.copy()))
+    path = [QPoint(round(x), round(y)) for x, y in blob(canvas, (0, 3), 50)]
+    QTest.mousePress(canvas, LEFT, modifiers, path[0])
+    for spot in path[1:]:
+        _move(canvas, spot, modifiers)
+    qtbot.waitUntil(lambda: bool(told))
+    assert np.array_equal(canvas.selection.mask, before), "nothing is selected before the hand lets go"
+    hinted = told[-1]
+    QTest.mouseRelease(canvas, LEFT, modifiers, path[-1])
+    assert hinted is not None and np.array_equal(hinted, canvas.selection.mask)
+    assert told[-1] is None, what
+
+
+def _move(canvas: ScatterCanvas, spot: QPoint, modifiers: Qt.KeyboardModifier) -> None:
+    """QTest moves without the keys that are held."""
+    at = QPointF(spot)
+    event = QMouseEvent(QEvent.Type.MouseMove, at, QPointF(canvas.mapToGlobal(spot)), LEFT, LEFT, modifiers)
+    QApplication.sendEvent(canvas, event)
+
+
+def test_hovering_asks_for_a_picture_and_shows_it(canvas: ScatterCanvas) -> None:
+    asked: list[int] = []
+    canvas.hovered.connect(asked.append)
+    x, y = cloud(2000)
+    row = int(np.argmin(np.hypot(x, y - 3)))
+    QTest.mouseMove(canvas, canvas.to_widget(x[row], y[row]).toPoint())
+    assert len(asked) == 1 and asked[0] >= 0
+    red = QImage(8, 8, QImage.Format.Format_RGB32)
+    red.fill(QColor(250, 10, 10))
+    canvas.set_thumbnail(asked[0] + 1, red)
+    assert count_near(pixels(canvas), np.array([250, 10, 10])) == 0, "of another particle"
+    canvas.set_thumbnail(asked[0], red)
+    assert count_near(pixels(canvas), np.array([250, 10, 10])) > 5000
+    QTest.mouseMove(canvas, QPoint(2, 2))
+    assert asked[-1] == -1
 
 
 def test_a_lasso_that_crosses_itself_follows_the_even_odd_rule(canvas: ScatterCanvas) -> None:

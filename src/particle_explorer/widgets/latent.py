@@ -28,7 +28,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import ClusterConfig
-from particle_explorer.state import AppState, Opened, read
+from particle_explorer.state import AppState, Mask, Opened, Preview, read
 from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
 from particle_explorer.widgets.colours import Colouring
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
@@ -62,6 +62,7 @@ TOOLS: dict[Tool, str] = {
     "Arrow keys move it, with Shift ten steps; Enter takes it to the nearest particle.",
     "lasso": f"Lasso (L): draw around particles, or click one.\n{MODIFIERS}",
     "rectangle": f"Rectangle (R): drag a box around particles, or click one.\n{MODIFIERS}",
+    "ellipse": f"Ellipse (O): drag its box around particles, or click one.\n{MODIFIERS}",
     "pan": "Move the view (P), also with the middle button or the space bar.\n"
     "The wheel zooms, over an axis only that axis.",
 }
@@ -143,6 +144,8 @@ class LatentDock(QWidget):
         follow(self, state.axes_asked, self._on_axes_asked)
         follow(self, state.colour_asked, self._on_colour_asked)
         follow(self, state.selection.changed, self._show_counts)
+        follow(self, state.selection.hinted, self._show_hinted_count)
+        follow(self, state.preview_changed, self._show_preview)
         for signal in (state.features_changed, state.run_changed, state.view_changed, state.held_changed):
             follow(self, signal, self._forget_pictures)
         if self.viewer is not None:
@@ -499,6 +502,9 @@ class LatentDock(QWidget):
     def _show_counts(self, *_: object) -> None:
         selection = self.state.selection
         n, total = selection.count, selection.mask.size
+        if n:
+            self._hint_shown = True
+            self.canvas.set_hint("")
         if not total:
             self.counts.setText("")
         elif n:
@@ -519,10 +525,25 @@ class LatentDock(QWidget):
         if has_handle and not self._hint_shown:
             self.canvas.set_hint(HINT)
 
+    # ---- while a lasso is drawn ------------------------------------------------------
+
+    def _show_hinted_count(self, mask: Mask | None) -> None:
+        if mask is None:
+            self._show_counts()
+        else:
+            self.counts.setText(f"{number(int(np.count_nonzero(mask)))} of {number(mask.size)} …")
+
+    def _show_preview(self, preview: Preview | None) -> None:
+        if preview is None:
+            self.canvas.set_inset(None)
+        else:
+            self.canvas.set_inset(to_qimage(thumbnail(preview.image)), f"preview, N {number(preview.n)}")
+
     # ---- the particle under the mouse ----------------------------------------------
 
     def _forget_pictures(self, *_: object) -> None:
         self._pictures = None
+        self.canvas.forget_thumbnail()
 
     def _on_hovered(self, row: int) -> None:
         session = self.state.session
@@ -891,6 +912,10 @@ def _drawing(name: str, colour: str) -> QPixmap:
         pen.setDashPattern([2, 1.8])
         painter.setPen(pen)
         painter.drawRect(QRectF(8, 12, 38, 30))
+    elif name == "ellipse":
+        pen.setDashPattern([2, 1.8])
+        painter.setPen(pen)
+        painter.drawEllipse(QRectF(7, 12, 40, 30))
     elif name == "pan":
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             tip = QPointF(27 + 20 * dx, 27 + 20 * dy)

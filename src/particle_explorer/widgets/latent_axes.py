@@ -145,7 +145,7 @@ def read_columns(features: pd.DataFrame, live: Live | None = None) -> Columns:
     words: list[Choice] = []
     for name in map(str, features.columns):
         column = features[name]
-        if name in skipped or not _varies(column):
+        if name in skipped or not varies(column):
             continue
         choice = Choice(name, title_of(name))
         numeric = pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "b"
@@ -263,7 +263,8 @@ def _embedding_of(key: str) -> str:
     return found[1] if found else ""
 
 
-def _varies(column: pd.Series) -> bool:
+def varies(column: pd.Series) -> bool:
+    """Whether a column says anything: not one value for all."""
     if pd.api.types.is_numeric_dtype(column):
         values = np.asarray(column, float)
         values = values[np.isfinite(values)]

@@ -52,7 +52,7 @@ from particle_explorer.widgets.splat import (
     visible,
 )
 
-Tool = Literal["handle", "lasso", "rectangle", "pan"]
+Tool = Literal["handle", "lasso", "rectangle", "ellipse", "pan"]
 Density = Literal["auto", "on", "off"]
 Floats = NDArray[np.float64]
 
@@ -71,6 +71,11 @@ STILL_PX = 3.0
 """A press that moved less than this was a click; lasso corners closer than this are dropped."""
 HANDLE_FRAME_MS = 16
 """A handle that was moved is painted with the picture drawn for it, or so much later at most."""
+ELLIPSE_CORNERS = 96
+OUTLINE_MS = 50
+"""Least time between two looks at what a lasso holds while it is drawn."""
+INSET_PX = 104
+"""Side of the average that is shown while a lasso is drawn."""
 THUMBNAIL_PX = 88
 """Side of the picture of the particle under the mouse."""
 ARROW_STEPS = 100
@@ -130,7 +135,7 @@ class ScatterCanvas(QWidget):
         self._hollow = False
         self._active_at: tuple[float, float] | None = None
         self._tool: Tool = "lasso"
-        self._drag: Literal["", "pan", "lasso", "rectangle", "handle"] = ""
+        self._drag: Literal["", "pan", "lasso", "rectangle", "ellipse", "handle"] = ""
         self._space = False
         self._press = QPointF()
         self._last = QPointF()
@@ -142,6 +147,13 @@ class ScatterCanvas(QWidget):
         self._handle_frame.setInterval(HANDLE_FRAME_MS)
         self._handle_frame.timeout.connect(self.update)
         self._thumbnail: tuple[int, QImage] | None = None
+        self._modifiers = Qt.KeyboardModifier.NoModifier
+        self._hinting = False
+        self._inset: tuple[QImage, str] | None = None
+        self._outlined = QTimer(self)  # not every move of the mouse is worth a mask of a million particles
+        self._outlined.setSingleShot(True)
+        self._outlined.setInterval(OUTLINE_MS)
+        self._outlined.timeout.connect(self._hint_selection)
         self._settle = QTimer(self)
         self._settle.setSingleShot(True)
         self._settle.setInterval(120)
@@ -235,6 +247,19 @@ class ScatterCanvas(QWidget):
         """Show a picture of a particle beside its words while the mouse is over it."""
         self._thumbnail = (row, picture)
         if row == self._hover:
+            self.update()
+
+    def forget_thumbnail(self) -> None:
+        """Particles look different now: ask for the one under the mouse again."""
+        self._thumbnail = None
+        if self._hover is not None:
+            self.hovered.emit(self._hover)
+            self.update()
+
+    def set_inset(self, picture: QImage | None, words: str = "") -> None:
+        """A picture in a corner while a hand draws around particles."""
+        self._inset = None if picture is None else (picture, words)
+        if self._drag in ("lasso", "rectangle", "ellipse"):
             self.update()
 
     def set_density(self, density: Density) -> None:
@@ -673,8 +698,9 @@ class ScatterCanvas(QWidget):
             painter.drawEllipse(at, 4, 4)
 
     def _paint_path(self, painter: QPainter) -> None:
-        if self._drag not in ("lasso", "rectangle") or len(self._path) < 2:
+        if self._drag not in ("lasso", "rectangle", "ellipse") or len(self._path) < 2:
             return
+        self._paint_inset(painter)
         path = QPainterPath(QPointF(*self._path[0]))
         for point in self._polygon()[1:]:
             path.lineTo(QPointF(*point))
@@ -689,6 +715,24 @@ class ScatterCanvas(QWidget):
         pen.setStyle(Qt.PenStyle.DashLine)
         painter.setPen(pen)
         painter.drawPath(path)
+
+    def _paint_inset(self, painter: QPainter) -> None:
+        """The average so far, in the upper corner that the hand is not in."""
+        if self._inset is None:
+            return
+        picture, words = self._inset
+        plot, line = self.plot_rect(), QFontMetricsF(self.font()).height()
+        side = min(INSET_PX, plot.height() * 0.38)
+        left = self._last.x() > plot.center().x()
+        x = plot.left() + 4 if left else plot.right() - side - 4
+        box = QRectF(x, plot.top() + 4, side, side)
+        ground = QColor(self._look.background)
+        painter.fillRect(box.adjusted(-2, -2, 2, line + 3), ground)
+        painter.setRenderHint(QPainter.RenderHint.SmoothPixmapTransform)
+        painter.drawImage(box, picture)
+        painter.setPen(QColor(self._look.text))
+        below = QRectF(box.left(), box.bottom(), side, line + 2)
+        painter.drawText(below, Qt.AlignmentFlag.AlignCenter, words)
 
     def _paint_hover(self, painter: QPainter) -> None:
         if self._hover is None or self._drag:
@@ -754,17 +798,27 @@ class ScatterCanvas(QWidget):
             self._active_at = self._points.place(int(found[0]))
 
     def _choose(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> None:
+        self._selection.set(self._combined(mask, modifiers))
+
+    def _combined(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> Mask:
+        """The selection with `mask` added, taken away or intersected, as the keys held down ask."""
         shift = bool(modifiers & Qt.KeyboardModifier.ShiftModifier)
         # many Linux desktops move the window on Alt + drag, so Ctrl does the same
         alt = bool(modifiers & (Qt.KeyboardModifier.AltModifier | Qt.KeyboardModifier.ControlModifier))
+        now = self._selection.mask
         if shift and alt:
-            self._selection.intersect(mask)
-        elif shift:
-            self._selection.add(mask)
-        elif alt:
-            self._selection.subtract(mask)
-        else:
-            self._selection.set(mask)
+            return now & mask
+        return now | mask if shift else now & ~mask if alt else mask
+
+    def _outline_moves(self, event: QMouseEvent) -> None:
+        self._modifiers = event.modifiers()
+        if not self._outlined.isActive():
+            self._outlined.start()
+
+    def _hint_selection(self) -> None:
+        if self._drag in ("lasso", "rectangle", "ellipse") and len(self._path) > 1:
+            self._hinting = True
+            self._selection.hint(self._combined(self.inside(self._polygon()), self._modifiers))
 
     # ---- hands -------------------------------------------------------
 
@@ -885,8 +939,8 @@ class ScatterCanvas(QWidget):
                 self._handle_to(at)
             elif free and self._over_handle(at):
                 self._drag = "handle"
-            elif self._tool in ("lasso", "rectangle"):
-                self._drag = "lasso" if self._tool == "lasso" else "rectangle"
+            elif self._tool in ("lasso", "rectangle", "ellipse"):
+                self._drag = self._tool
                 self._path = [(at.x(), at.y())]
         self._update_cursor()
 
@@ -905,10 +959,12 @@ class ScatterCanvas(QWidget):
         elif self._drag == "handle":
             self._handle_to(at)
         elif self._drag == "lasso":
+            self._outline_moves(event)
             if math.dist(self._path[-1], (at.x(), at.y())) >= STILL_PX:
                 self._path.append((at.x(), at.y()))
                 self.update()
-        elif self._drag == "rectangle":
+        elif self._drag in ("rectangle", "ellipse"):
+            self._outline_moves(event)
             self._path = [self._path[0], (at.x(), at.y())]
             self.update()
         else:
@@ -928,13 +984,16 @@ class ScatterCanvas(QWidget):
         moved = (
             math.hypot(at.x() - self._press.x(), at.y() - self._press.y()) > STILL_PX or len(self._path) > 2
         )
+        hinting, self._hinting = self._hinting, False
         self._cancel_drag()
         if drag == "pan":
             self._draw_all_points()
-        if drag not in ("lasso", "rectangle"):
+        if drag not in ("lasso", "rectangle", "ellipse"):
             return
         if moved:
             self._choose(self.inside(path), event.modifiers())
+            if hinting:  # after the selection, so that its average does not blink
+                self._selection.hint(None)
             return
         row = self.nearest(at, CLICK_REACH_PX)
         if row is not None:
@@ -987,12 +1046,21 @@ class ScatterCanvas(QWidget):
         return int(self._points.rows[part[ys[best], xs[best]]])
 
     def _polygon(self) -> list[tuple[float, float]]:
-        if self._drag == "rectangle" and len(self._path) == 2:
+        if self._drag in ("rectangle", "ellipse") and len(self._path) == 2:
             (x0, y0), (x1, y1) = self._path
+            if self._drag == "ellipse":
+                turn = np.linspace(0, 2 * np.pi, ELLIPSE_CORNERS, endpoint=False)
+                xs = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn)
+                ys = (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turn)
+                return list(zip(xs.tolist(), ys.tolist(), strict=True))
             return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
         return list(self._path)
 
     def _cancel_drag(self) -> None:
+        self._outlined.stop()
+        if self._hinting:
+            self._hinting = False
+            self._selection.hint(None)
         self._drag = ""
         self._path = []
         self._update_cursor()
@@ -1017,6 +1085,7 @@ _TOOL_KEYS: dict[int, Tool] = {
     Qt.Key.Key_D: "handle",
     Qt.Key.Key_L: "lasso",
     Qt.Key.Key_R: "rectangle",
+    Qt.Key.Key_O: "ellipse",
     Qt.Key.Key_P: "pan",
 }
 _ARROWS: dict[int, tuple[int, int]] = {

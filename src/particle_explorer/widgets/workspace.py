@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     import napari
 
 DOCK_NAME = "Particle Explorer"
+GALLERY_NAME = "Gallery"
 COLUMN_PX = 392
+GALLERY_PX = 150
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
 VIEW_MARGIN = 0.13
@@ -122,8 +124,10 @@ class Workspace(QWidget):
         from particle_explorer.widgets.classes import ClassesDock
         from particle_explorer.widgets.data import ParticlesDock
         from particle_explorer.widgets.explore import ExploreDock
+        from particle_explorer.widgets.gallery import Gallery
         from particle_explorer.widgets.latent import LatentDock
         from particle_explorer.widgets.pictures import Decoder
+        from particle_explorer.widgets.preview_average import PreviewAverage
         from particle_explorer.widgets.reconstruction import Reconstruction
         from particle_explorer.widgets.selected import SelectedParticles
         from particle_explorer.widgets.train import TrainDock
@@ -141,6 +145,9 @@ class Workspace(QWidget):
         self.reconstruction = Reconstruction(self.viewer, self)
         self.explore = ExploreDock(self.viewer, self.reconstruction)
         self.selected = SelectedParticles(self.viewer, self, self.decoder)
+        self.preview = PreviewAverage(self.state, self, self.decoder)
+        self.gallery = Gallery(self.viewer, self.state, self.decoder)
+        self._gallery_dock: QDockWidget | None = None
 
         self.tabs = QTabWidget()
         for dock, name, hint in (
@@ -203,6 +210,8 @@ class Workspace(QWidget):
         self.reconstruction.stop()
         self.explore.shutdown()
         self.selected.stop()
+        self.preview.stop()
+        self.gallery.shutdown()
         self.decoder.close()
         for part in (self, self.particles, self.train, self.classes):
             part.tasks.stop()
@@ -260,8 +269,21 @@ class Workspace(QWidget):
         self._fit_splitter()
         self.latent.setVisible(session is not None)
         if self.state.session is not None:
+            self._show_gallery()
             self.viewer.title = f"{self.state.session.path.name} · Particle Explorer"
             self.tabs.setCurrentIndex(1 if self.state.run is None else 2)
+
+    def _show_gallery(self) -> None:
+        """Lay the gallery under the canvas, the first time there is something to show in it."""
+        if self._gallery_dock is None:
+            dock = self.viewer.window.add_dock_widget(self.gallery, name=GALLERY_NAME, area="bottom")
+            main = dock.parentWidget()
+            self._gallery_dock = dock
+            if isinstance(main, QMainWindow):
+                # the column beside it keeps the whole height
+                right = Qt.DockWidgetArea.RightDockWidgetArea
+                main.setCorner(Qt.Corner.BottomRightCorner, right)
+                main.resizeDocks([dock], [GALLERY_PX], Qt.Orientation.Vertical)
 
     def _on_run(self, run: object) -> None:
         if run is not None and not self._had_run:
