@@ -283,8 +283,45 @@ class CODAEConfig(Config):
     take up what varies most."""
 
 
+class RotationAEConfig(Config):
+    """Rotation-invariant autoencoder with a discriminator: for particles that a 2D alignment in RELION or
+    cryoSPARC has given angles. It learns from those angles to draw every particle upright; without them it
+    takes each particle for upright as it lies, so its map also holds how each one lies."""
+
+    kind: Literal["rotation-ae"] = "rotation-ae"
+
+    latent_dim: int = setting(31, "Dimensions of the map", ge=1, le=512)
+    """Number of content coordinates per particle; the published network has 31 beside the angle."""
+
+    poses: Literal["auto", "file", "self"] = setting("auto", "Angles to learn from")
+    """`file` learns from the angles and shifts that the particles carry after a 2D alignment: every particle
+    is drawn upright and the map holds content alone. `self` takes each particle for upright as it lies,
+    turns it at random and learns to undo that turn: the map also holds how a particle lay, no angle is
+    reported, and of particles that lie at all angles only their mean over all turns is drawn. `auto` takes
+    `file` where all particles carry angles, else `self`."""
+
+    pixels: Literal["linear", "sigmoid"] = setting("linear", "Grey values", advanced=True)
+    """`sigmoid` keeps drawn pixels from 0 to 1, for images whose pixels are that; particles take `linear`."""
+
+    turn_range_deg: float = setting(180.0, "Largest turn", unit="°", advanced=True, ge=0, le=180)
+    """In training each particle is turned further by a random angle up to this, either way."""
+
+    adversarial: Literal["wasserstein", "binary", "none"] = setting(
+        "wasserstein", "Discriminator", advanced=True
+    )
+    """How drawn particles are told from true ones: by a Wasserstein critic whose slope is held at 1, by a
+    plain discriminator, or not at all."""
+
+    adversarial_weight: float = setting(0.01, "Weight of the discriminator", advanced=True, ge=0, le=100)
+    """Weight of the discriminator's term beside the errors of pixels and angle. The published weight is 1, of
+    a critic without any hold on its slope."""
+
+    critic_every: int = setting(4, "Steps per discriminator step", advanced=True, ge=1, le=100)
+    """The discriminator takes one step for this many of the autoencoder."""
+
+
 ModelConfig = Annotated[
-    ClassMapConfig | SpatialVAEConfig | TargetVAEConfig | CODAEConfig | VAEConfig,
+    ClassMapConfig | SpatialVAEConfig | TargetVAEConfig | CODAEConfig | RotationAEConfig | VAEConfig,
     Field(discriminator="kind"),
 ]
 

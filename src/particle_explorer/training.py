@@ -86,11 +86,18 @@ class SessionBatches:
     """The particles at `rows` of a session, as batches on a device (`models.base.Batches`).
 
     The cached float16 images stay in memory when they fit into a quarter of it; else each batch is read
-    from disk. The CTF comes along only `with_ctf`: a model that does not look at it need not wait for it.
+    from disk. The CTF comes along only `with_ctf`, poses that the particles carry only `with_pose`: a model
+    that does not look at them need not wait for them.
     """
 
     def __init__(
-        self, session: Session, rows: NDArray[np.intp], device: torch.device, *, with_ctf: bool = False
+        self,
+        session: Session,
+        rows: NDArray[np.intp],
+        device: torch.device,
+        *,
+        with_ctf: bool = False,
+        with_pose: bool = False,
     ) -> None:
         self.session = session
         self.rows = rows
@@ -104,6 +111,7 @@ class SessionBatches:
         self._ctf: Tensor | None = None
         if first_ctf is not None and first_ctf.nbytes * len(rows) <= MEMORY_SHARE * free_memory_bytes():
             self._ctf = torch.from_numpy(self._read_ctf(rows))
+        self._pose = _carried_pose(session, rows) if with_pose else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,11 +127,29 @@ class SessionBatches:
         if self._has_ctf:
             ctf = self._ctf[at] if self._ctf is not None else torch.from_numpy(self._read_ctf(rows))
             ctf = ctf.to(self.device)
-        return Batch(held.to(self.device).float(), ctf, torch.from_numpy(rows).to(self.device))
+        pose = None if self._pose is None else self._pose[at].to(self.device)
+        return Batch(held.to(self.device).float(), ctf, torch.from_numpy(rows).to(self.device), pose)
 
     def _read_ctf(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         parts = [self.session.ctf(rows[i : i + 4096]) for i in range(0, len(rows), 4096)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+
+def _carried_pose(session: Session, rows: NDArray[np.intp]) -> Tensor | None:
+    """`(len(rows), 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles.
+
+    Files that were never aligned often carry the columns with nothing but zeros in them.
+    """
+    table = session.table.iloc[rows]
+    if "angle_deg" not in table or not table["angle_deg"].notna().all() or not table["angle_deg"].any():
+        return None
+    original_px = table["box_px"].to_numpy(np.float64) / session.plan.cached_box_px
+    shift = [
+        table[name].fillna(0).to_numpy(np.float64) / original_px if name in table else np.zeros(len(rows))
+        for name in ("shift_y_px", "shift_x_px")
+    ]
+    angle = np.deg2rad(table["angle_deg"].to_numpy(np.float64))
+    return torch.from_numpy(np.stack([angle, *shift], 1).astype(np.float32))
 
 
 def encode(
@@ -443,6 +469,7 @@ class _Fit:
         self.started = False
         self.seconds_before = 0.0
         self._good: dict[str, Any] | None = None
+        self.meter: _Meter | None = None
         self.live = _Live(self)
 
     def run(self) -> Iterator[Progress]:
@@ -465,7 +492,9 @@ class _Fit:
         seed_everything(train.seed)
         self.model = build_model(self.config.model, self.config.data).to(self.device)
         self.model.precision = train.precision
-        self.batches = SessionBatches(self.session, self.rows, self.device, with_ctf=self.model.uses_ctf)
+        self.batches = SessionBatches(
+            self.session, self.rows, self.device, with_ctf=self.model.uses_ctf, with_pose=self.model.uses_pose
+        )
         self.n_epochs = train.n_epochs or self.model.n_epochs
         self.batch_size = min(train.batch_size or self.model.batch_size, len(self.rows))
         self.at_once = self._images_at_once()
@@ -473,7 +502,7 @@ class _Fit:
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
         self.n_steps = self.n_epochs * self.steps_per_epoch
         self.optimisers = {
-            part: torch.optim.Adam(parameters, lr=self.learning_rate)
+            part: torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.model.betas)
             for part, parameters in self.model.parts().items()
             if parameters
         }
@@ -510,7 +539,7 @@ class _Fit:
         self.model.train()
         self.status.update(what="training", epoch=self.epoch)
         order = torch.randperm(len(self.rows))
-        meter = _Meter()
+        meter = self.meter = _Meter(self.meter)
         for index in order.split(self.batch_size):
             if self.stop.is_set():
                 self._go_back()
@@ -524,7 +553,7 @@ class _Fit:
                 self.epoch += 1
             if last or meter.seconds >= LOG_S:
                 yield self._report(meter)
-                meter = _Meter(meter)
+                meter = self.meter = _Meter(meter)
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One batch; the parts of an adversarial model are stepped one after the other."""
@@ -546,7 +575,8 @@ class _Fit:
                 # other programs took memory meanwhile: this step once more, in smaller parts
                 self.at_once = max(1, self.at_once // 2)
                 return self._step(index)
-            optimiser.step()
+            if losses:  # else the part sits this step out
+                optimiser.step()
             named |= {
                 name if len(self.optimisers) == 1 else f"{part}/{name}": loss for name, loss in losses.items()
             }
@@ -561,6 +591,8 @@ class _Fit:
             share = len(batch.row) / n
             with autocast(self.model, self.device, self.config.train.precision):
                 losses = self.model(batch, part)
+            if not losses:
+                return {}
             (torch.stack([loss.float() for loss in losses.values()]).sum() * share).backward()
             for name, loss in losses.items():
                 value = loss.detach() * share
@@ -729,7 +761,10 @@ class _Meter:
     def __init__(self, before: _Meter | None = None) -> None:
         self.speed: float = before.speed if before else 0.0
         self.n = 0
+        self.known: dict[str, float] = before.known if before else {}
+        """Losses of the last report: a part may have sat out since"""
         self.sums: dict[str, Tensor] = {}
+        self.seen: dict[str, int] = {}
         self.began = time.monotonic()
 
     @property
@@ -741,13 +776,14 @@ class _Meter:
         for name, loss in losses.items():
             value = loss.float() * n  # a tensor: no wait for the device here
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.seen[name] = self.seen.get(name, 0) + n
 
     def losses(self) -> dict[str, float]:
         """Means; the speed is smoothed over some reports, because it decides the time left."""
-        values = {name: float(total) / self.n for name, total in self.sums.items()}
+        self.known = self.known | {name: float(sum_) / self.seen[name] for name, sum_ in self.sums.items()}
         now = self.n / max(self.seconds, 1e-9)
         self.speed = 0.7 * self.speed + 0.3 * now if self.speed else now
-        return values
+        return self.known
 
 
 class _Live:
@@ -837,14 +873,21 @@ def _save_weights(model: ParticleModel, folder: Path) -> None:
 
 
 def _append_metrics(path: Path, row: dict[str, float]) -> None:
-    """Add a line; the header is written with the first, a line that a kill cut short is ended."""
-    new = not path.exists() or path.stat().st_size == 0
+    """Add a line; the header is written with the first, a line that a kill cut short is ended.
+
+    A value that the header has and the line has not is not a number: a part sat out since a resume.
+    """
     with path.open("a+b") as file:
-        text = ",".join(row) + "\n" if new else ""
-        if not new:
+        file.seek(0)
+        names = file.readline().decode().strip().split(",")
+        text = ""
+        if names == [""]:
+            names = list(row)
+            text = ",".join(names) + "\n"
+        else:
             file.seek(-1, os.SEEK_END)
             text = "" if file.read(1) == b"\n" else "\n"
-        text += ",".join(f"{value:.8g}" for value in row.values()) + "\n"
+        text += ",".join(f"{row.get(name, math.nan):.8g}" for name in names) + "\n"
         file.write(text.encode())  # one write: lines of two processes do not mix
 
 

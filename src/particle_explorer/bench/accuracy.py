@@ -236,9 +236,11 @@ def _images_per_second(session: Session, model: Any, seed: int) -> float:
         batch = batches.take(torch.randint(len(batches), (size,)))
         for part, optimiser in parts.items():
             with training.autocast(built, device, "auto"):
-                total = torch.stack([loss.float() for loss in built(batch, part).values()]).sum()
+                losses = built(batch, part)
+            if not losses:
+                continue
             built.zero_grad(set_to_none=True)
-            total.backward()
+            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
             optimiser.step()
     return 4 * size / (time.monotonic() - began)
 

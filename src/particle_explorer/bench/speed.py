@@ -33,7 +33,9 @@ from particle_explorer.configs import (
     ClassMapConfig,
     CODAEConfig,
     DataSpec,
+    ModelConfig,
     PreprocessConfig,
+    RotationAEConfig,
     SimulateConfig,
     SpatialVAEConfig,
     SpeedConfig,
@@ -47,11 +49,12 @@ from particle_explorer.particles import ImageStack
 from particle_explorer.session import Session
 from particle_explorer.simulate import simulate
 
-MODELS: dict[str, ClassMapConfig | SpatialVAEConfig | CODAEConfig] = {
+MODELS: dict[str, ModelConfig] = {
     "class-map": ClassMapConfig(latent_dim=1),
     "class-map-2d": ClassMapConfig(latent_dim=2),
     "spatial-vae": SpatialVAEConfig(),
     "codae": CODAEConfig(),
+    "rotation-ae": RotationAEConfig(),
 }
 N_IMAGES = 3000
 """Particles that models are timed on; enough for the start of the class map."""
@@ -167,6 +170,8 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
         for part in model.parts():
             with training.autocast(model, device, "auto"):
                 losses = model(batch, part)
+            if not losses:
+                continue
             optimiser.zero_grad(set_to_none=True)
             torch.stack([loss.float() for loss in losses.values()]).sum().backward()
             optimiser.step()

@@ -21,6 +21,9 @@ class Batch(NamedTuple):
     """`(b, n, n // 2 + 1)` effective CTF of the cached images (|CTF| after phase flipping), or None."""
     row: Tensor
     """`(b,)` int64 rows of the session's table."""
+    pose: Tensor | None = None
+    """`(b, 3)` placement that the particles carry: angle (rad), shift (px of the batch, y, x); None where
+    they carry none, or the model does not ask."""
 
 
 class Encoding(NamedTuple):
@@ -77,6 +80,10 @@ class ParticleModel(nn.Module, ABC):
     """The setting of this name, told by training: `float32` forbids products in lower precision."""
     uses_ctf: bool = False
     """Whether batches should carry the CTF; computing it takes time."""
+    uses_pose: bool = False
+    """Whether batches should carry the poses of the source, where it has any."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's."""
     share: Share | None = None
     """Told by training before each step that several processes take together; None in a process alone."""
     step_bytes_per_image: int = 0
@@ -100,7 +107,10 @@ class ParticleModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
-        """Named scalar losses, averaged over the batch, whose sum is minimised."""
+        """Named scalar losses, averaged over the batch, whose sum is minimised.
+
+        A part that sits this step out answers with none; it takes part in the first step of a fit.
+        """
 
     def drawn(
         self, draw: Callable[..., Tensor], rows: int, *size: int, device: torch.device | None = None

@@ -7,6 +7,7 @@ from particle_explorer.configs import (
     CODAEConfig,
     DataSpec,
     ModelConfig,
+    RotationAEConfig,
     TargetVAEConfig,
     VAEConfig,
 )
@@ -31,6 +32,10 @@ def build_model(config: ModelConfig, data: DataSpec) -> ParticleModel:
         from particle_explorer.models.codae import CODAE
 
         return CODAE(config, data)
+    if isinstance(config, RotationAEConfig):
+        from particle_explorer.models.rotation_ae import RotationAE
+
+        return RotationAE(config, data)
     from particle_explorer.models.spatial_vae import SpatialVAE
 
     return SpatialVAE(config, data)

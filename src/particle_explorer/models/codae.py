@@ -197,7 +197,10 @@ class CODAE(ParticleModel):
         angle = self.angles + (math.pi / r) * offset
         # components along and across each direction of the group add up to a vector that turns along
         across = torch.stack([-self.unit[:, 1], self.unit[:, 0]], -1)
-        xy = (at[0] @ self.unit + at[1] @ across) * (self.data.box_px / 8)
+        xy = (at[0] @ self.unit + at[1] @ across) / self.settings.group_order
+        # never out of the box, where nothing would bring it back
+        length = xy.norm(dim=1, keepdim=True).clamp_min(_EPS)
+        xy = xy * (torch.tanh(length) / length) * (self.data.box_px / 2)
         over_group = maps.amax(2)
         content = torch.cat([over_group.amax((-2, -1)), over_group.mean((-2, -1))], 1)
         return score, angle, xy.flip(-1), self.content(content).float()
@@ -258,7 +261,8 @@ class CODAE(ParticleModel):
         double = torch.stack([(2 * angle).cos(), (2 * angle).sin()], -1)
         away = (double * size[..., None] - axis[:, None]).square().sum(-1) / size.clamp_min(_EPS)
         off = ((shift - centre) / (self.data.diameter_px / 4)).square().sum(1)
-        return (off + (log_p.exp() * away).sum(1)).mean()
+        # the scores choose among sectors as they are, the nearest one moves; else all would leave theirs
+        return (off + (log_p.exp() * away.detach()).sum(1) + away.amin(1)).mean()
 
     def _errors(self, images: Tensor, aligned: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
         """Half the squared error of the aligned image placed at each angle `(b, r)` of the group."""

@@ -45,6 +45,7 @@ NAMES = {
     "spatial-vae": "spatial-VAE",
     "target-vae": "TARGET-VAE",
     "codae": "CODAE",
+    "rotation-ae": "Rotation-invariant AE",
     "vae": "VAE, β-VAE",
 }
 STATES = {
