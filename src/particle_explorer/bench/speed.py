@@ -1,7 +1,8 @@
 """Images per second: of the models in training, encoding and decoding, of averaging and of preprocessing.
 
 Every figure stands beside a yardstick timed in the same run on the same machine: spatial-VAE beside a plain
-float32 implementation that decodes every pixel, averaging beside reading the same file from end to end and
+float32 implementation that decodes every pixel, TARGET-VAE beside one that also correlates with every turned
+kernel directly, averaging beside reading the same file from end to end and
 summing it, preprocessing beside a bare loop of reading and Fourier transforms. Each measurement runs in a
 process of its own, so that its peak of memory is its own.
 """
@@ -25,6 +26,7 @@ import scipy.fft
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from particle_explorer import averaging, training
 from particle_explorer.bench.machine import describe
@@ -39,6 +41,8 @@ from particle_explorer.configs import (
     SimulateConfig,
     SpatialVAEConfig,
     SpeedConfig,
+    TargetVAEConfig,
+    VAEConfig,
 )
 from particle_explorer.files import write_text
 from particle_explorer.io.mrc import write_stack
@@ -53,9 +57,17 @@ MODELS: dict[str, ModelConfig] = {
     "class-map": ClassMapConfig(latent_dim=1),
     "class-map-2d": ClassMapConfig(latent_dim=2),
     "spatial-vae": SpatialVAEConfig(),
+    "target-vae": TargetVAEConfig(),
     "codae": CODAEConfig(),
     "rotation-ae": RotationAEConfig(),
+    "vae": VAEConfig(),
 }
+PAPER_TARGET = {
+    50: TargetVAEConfig(kernel_px=28, shift_range_px=19),
+    64: TargetVAEConfig(kernel_px=64, shift_range_px=32),
+    100: TargetVAEConfig(kernel_px=64, shift_range_px=34, layers=6),
+}
+"""TARGET-VAE P8 with the kernels and shifts of its paper: digits, shapes, recorded particles."""
 N_IMAGES = 3000
 """Particles that models are timed on; enough for the start of the class map."""
 
@@ -74,6 +86,12 @@ def run(
             say(f"{name}, {box} px: " + _words(models[-1]))
         models.append(_alone(time_plain_vae, box, config))
         say(f"plain spatial-vae, {box} px: " + _words(models[-1]))
+        models.append(_alone(time_plain_target, "target-vae", box, config))
+        say(f"plain target-vae, {box} px: " + _words(models[-1]))
+        if box in PAPER_TARGET:
+            for measure in (time_model, time_plain_target):
+                models.append(_alone(measure, "target-vae of the paper", box, config))
+                say(f"{models[-1]['model']}, {box} px: " + _words(models[-1]))
     with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-") as folder:
         stack = _stack(Path(folder), config)
         images = [_alone(time_averaging, stack, config), _alone(time_preprocessing, stack, config)]
@@ -152,7 +170,7 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     device = training.choose_device("auto")
     n = 300 if config.quick else N_IMAGES
     data = DataSpec(box_px=box, n_channels=1, diameter_px=0.8 * box, n_particles=n)
-    model = build_model(MODELS[name], data).to(device)
+    model = build_model(MODELS.get(name) or PAPER_TARGET[box], data).to(device)
     batches = _InMemory(box, n)
     batches.images = batches.images.to(device)
     started = time.perf_counter()
@@ -254,6 +272,89 @@ def time_plain_vae(box: int, config: SpeedConfig) -> dict[str, Any]:
         "box_px": box,
         "batch": size,
         "train_per_s": round(_rate(train, config.seconds), 1),
+    }
+
+
+class _PlainTarget(nn.Module):
+    """TARGET-VAE as its paper's code writes it: float32, kernels of pixels resampled for every angle and
+    correlated with the image one by one, every pixel of every image decoded."""
+
+    def __init__(self, box: int, like: TargetVAEConfig, kernel_px: int, reach_px: int) -> None:
+        super().__init__()
+        self.reach, self.n_turns = reach_px, int(like.rotations[1:])
+        channels, features, hidden, d = like.channels, like.features, like.hidden, like.latent_dim
+        bound = 1 / kernel_px
+        self.kernels = nn.Parameter(torch.empty(channels, 1, kernel_px, kernel_px).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.mix = nn.Conv3d(channels, channels, 1)
+        self.heads = nn.Conv3d(channels, 3 + 2 * d, 1)
+        self.waves, self.phases = torch.randn(2, features) * (box - 1) / 2, 2 * math.pi * torch.rand(features)
+        self.coordinates = nn.Linear(features, hidden)
+        self.content = nn.Linear(d, hidden, bias=False)
+        layers: list[nn.Module] = [nn.LeakyReLU()]
+        for _ in range(like.layers - 1):
+            layers += [nn.Linear(hidden, hidden), nn.LeakyReLU()]
+        self.decoder = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        line = torch.linspace(-1, 1, box)
+        self.grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1).reshape(-1, 2)
+        step = torch.arange(-reach_px, reach_px + 1) * 2 / (box - 1)
+        self.cells = torch.stack(torch.meshgrid(step, -step, indexing="xy"), -1).reshape(-1, 2)
+        self.angles = 2 * math.pi * torch.arange(self.n_turns) / self.n_turns
+
+    def forward(self, images: Tensor) -> Tensor:
+        k, r = self.kernels.shape[-1], self.n_turns
+        cos, sin = self.angles.cos(), self.angles.sin()
+        zero = torch.zeros(r)
+        turn = torch.stack([torch.stack([cos, sin, zero], -1), torch.stack([-sin, cos, zero], -1)], 1)
+        grid = functional.affine_grid(turn, [r, 1, k, k], align_corners=False)
+        bank = functional.grid_sample(self.kernels[:, 0].expand(r, -1, -1, -1), grid, align_corners=False)
+        pad = self.reach + -(-(k - images.shape[-1]) // 2)
+        padded = functional.pad(images, [pad] * 4)
+        maps = functional.conv2d(padded, bank.flatten(0, 1)[:, None], self.bias.repeat(r))
+        side = 2 * self.reach + 1
+        maps = maps[..., :side, :side].unflatten(1, (r, -1)).transpose(1, 2)
+        h = functional.leaky_relu(self.mix(functional.leaky_relu(maps)))
+        heads = self.heads(h).flatten(3)  # b, heads, r, cells
+        log_q = heads[:, 0].flatten(1).log_softmax(1)
+        weight = functional.gumbel_softmax(log_q).unflatten(1, (r, -1))
+        mean, log_sd = heads[:, 1:].chunk(2, 1)
+        sd = log_sd.exp()
+        each = mean + torch.cat([self.angles[:, None].expand_as(mean[0, :1]), torch.zeros_like(mean[0, 1:])])
+        mixed = (weight[:, None] * each).sum((2, 3)) + (weight[:, None] * sd).sum((2, 3)) * torch.randn_like(
+            each[:, :, 0, 0]
+        )
+        angle, z, shift = mixed[:, 0], mixed[:, 1:], weight.sum(1) @ self.cells
+        cos, sin = angle.cos(), angle.sin()
+        turned = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+        at = (self.grid - shift[:, None]) @ turned
+        drawn = self.decoder(
+            self.coordinates(torch.cos(at @ self.waves + self.phases)) + self.content(z)[:, None]
+        )
+        kl = (log_q.exp().unflatten(1, (r, -1)) * (0.5 * (sd**2 + mean**2) - log_sd).sum(1)).sum((1, 2))
+        return (0.5 * (drawn[..., 0] - images.flatten(1)).square().sum(1) + kl).mean()
+
+
+def time_plain_target(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
+    """The yardstick of TARGET-VAE: the same sizes, plainly written, in small batches that fit memory."""
+    torch.manual_seed(0)
+    like = PAPER_TARGET[box] if name != "target-vae" else TargetVAEConfig()
+    kernel = like.kernel_px or math.ceil(0.8 * box)
+    model = _PlainTarget(box, like, kernel, like.shift_range_px or math.ceil(0.15 * box))
+    optimiser = torch.optim.Adam(model.parameters(), lr=2e-4)
+    size = min(config.batch_size or 8, 8 if box <= 50 else 2)
+    images = torch.randn(size, 1, box, box)
+
+    def train() -> int:
+        optimiser.zero_grad(set_to_none=True)
+        model(images).backward()
+        optimiser.step()
+        return size
+
+    return {
+        "model": f"plain {name}",
+        "box_px": box,
+        "batch": size,
+        "train_per_s": round(_rate(train, config.seconds), 2),
     }
 
 
@@ -404,13 +505,13 @@ def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
         "| model | box | train, images/s | ratio to plain | encode, images/s | one picture, ms | peak, MB |"
     ]
     lines.append("|" + "---|" * 7)
-    plain = {m["box_px"]: m["train_per_s"] for m in models if m["model"].startswith("plain")}
+    plain = {(m["model"], m["box_px"]): m["train_per_s"] for m in models if m["model"].startswith("plain")}
     for m in models:
-        ratio = m["train_per_s"] / plain[m["box_px"]] if m["model"] == "spatial-vae" else math.nan
+        ratio = m["train_per_s"] / plain.get((f"plain {m['model']}", m["box_px"]), math.nan)
         cells = [
             m["model"],
             str(m["box_px"]),
-            f"{m['train_per_s']:.0f}",
+            f"{m['train_per_s']:.{0 if m['train_per_s'] >= 20 else 1}f}",
             "" if math.isnan(ratio) else f"{ratio:.1f}",
         ]
         cells += [str(m.get(name, "")) for name in ("encode_per_s", "decode_one_ms", "peak_memory_MB")]
