@@ -249,6 +249,20 @@ def test_a_part_is_held_still(trained, tiny_stack, tmp_path, say, refuse):
     assert "no earlier state" in refuse("hold-still", trained.path, "--undo")
 
 
+def test_the_probability_of_every_pose_is_a_stack_of_images(trained, tmp_path, say, refuse):
+    small = "--model.kind target-vae --model.channels 4 --model.kernel-functions 8 --model.features 16"
+    words = (small + " --model.hidden 8 --model.shift-range-px 3 --train.n-epochs 1 --device cpu").split()
+    run = Run.open(Path(say("train", trained.session.path, *words)[-1]))
+    out = tmp_path / "poses.mrcs"
+    assert say("pose-map", run.path, "--rows", "0,7", "--out", out) == [str(out)]
+    stack = read(out).images.read(np.arange(16))[:, 0]
+    assert stack.shape == (16, 7, 7)  # two particles, P8, shifts up to 3 px
+    np.testing.assert_allclose(stack.reshape(2, -1).sum(1), 1, atol=1e-3)
+    assert "there is no particle 1000" in refuse("pose-map", run.path, "--rows", "1000", "--out", out)
+    assert "exists already" in refuse("pose-map", run.path, "--out", out)
+    assert "does not weigh poses" in refuse("pose-map", trained.path, "--out", tmp_path / "other.mrcs")
+
+
 def test_other_stacks_are_encoded_by_the_same_model(trained, tiny_stack, tmp_path, say, refuse):
     before = trained.latents()
     (trained.path / "latents.parquet").unlink()

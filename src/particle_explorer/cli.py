@@ -354,6 +354,35 @@ class Encode(JobCommand):
             job.result(out)
 
 
+class PoseMap(JobCommand):
+    """Write how probable every angle and shift of some particles is, as images: rows and columns are shifts,
+    one image for each angle that the model weighs (TARGET-VAE: 0° and on)."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    rows: str = "0"
+    """Rows of the session's particles, counted from 0, separated by commas"""
+    out: Path
+    """The .mrcs file to write: all angles of the first particle, then of the next"""
+    overwrite: bool = False
+    """Replace the file if it is there"""
+
+    def execute(self) -> None:
+        """Weigh, and print the path of the stack."""
+        from particle_explorer.io.mrc import write_stack
+        from particle_explorer.training import load_model, pose_posterior
+
+        with self.job("weighing poses") as job:
+            run = _open_run(self.run, needs="weights")
+            rows = [round(value) for value in _numbers(self.rows, "--rows")]
+            run.session.prepare_images(job.tell, job.stop)
+            q = pose_posterior(load_model(run), run, rows)
+            size = run.session.plan.cached_pixel_size_A
+            write_stack(self.out, q.reshape(-1, *q.shape[2:]), size, overwrite=self.overwrite)
+            job.note(f"{q.shape[1]} images for each particle, at angles {360 / q.shape[1]:g}° apart")
+            job.result(self.out)
+
+
 # ---------------------------------------------------------------------- exploring
 
 
@@ -994,6 +1023,7 @@ COMMANDS: dict[str, type[Command]] = {
     "import": Import,
     "train": Train,
     "encode": Encode,
+    "pose-map": PoseMap,
     "embed": Embed,
     "cluster": Cluster,
     "regroup": Regroup,

@@ -16,7 +16,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +281,24 @@ def load_model(run: Run, device: torch.device | str = "cpu") -> ParticleModel:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(f"{path} does not hold the weights of this run's model: {reason}") from error
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def pose_posterior(model: ParticleModel, run: Run, rows: Sequence[int]) -> NDArray[np.float32]:
+    """Probabilities `(b, r, m, m)` of every angle (r) and shift (y, x) of particles, see `models.base`."""
+    n = run.session.n_particles
+    for row in rows:
+        if not 0 <= row < n:
+            raise UserError(f"there is no particle {row}; rows go from 0 to {n - 1}")
+    images = SessionBatches(run.session, np.asarray(rows), _device_of(model), with_ctf=model.uses_ctf)
+    with autocast(model, _device_of(model), run.config.train.precision):
+        q = model.pose_posterior(images.take(torch.arange(len(rows))))
+    if q is None:
+        raise UserError(
+            f"the model of run {run.name} ({run.config.model.kind}) does not weigh poses against each other;"
+            " target-vae does"
+        )
+    return _array(q)
 
 
 class Drawer:

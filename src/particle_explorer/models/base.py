@@ -139,6 +139,13 @@ class ParticleModel(nn.Module, ABC):
         """The rows of this process, of values of the whole batch."""
         return values if self.share is None else values[self.share.first : self.share.first + rows]
 
+    def pose_posterior(self, batch: Batch) -> Tensor | None:
+        """`(b, r, m, m)` the probability of angle 2 pi i / r and shift (y, x), none in the middle.
+
+        None where a model does not weigh poses against each other.
+        """
+        return None
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Groups of parameters that are optimised in turn; more than one for an adversarial model."""
         return {"model": list(self.parameters())}
