@@ -102,6 +102,14 @@ class Selection:
         """Tell what the selection would be if the hand let go now; None: it draws no more."""
         self.hinted.emit(mask)
 
+    @property
+    def can_undo(self) -> bool:
+        return bool(self._undo)
+
+    @property
+    def can_redo(self) -> bool:
+        return bool(self._redo)
+
     def set_active(self, row: int | None) -> None:
         if row != self._active:
             self._active = row

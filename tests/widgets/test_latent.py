@@ -12,6 +12,7 @@ from napari.components import ViewerModel
 from numpy.typing import NDArray
 from pytestqt.qtbot import QtBot
 from qtpy.QtCore import QPoint, Qt
+from qtpy.QtGui import QAction
 from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QComboBox, QWidget
 
@@ -83,6 +84,13 @@ def open_dock(qtbot: QtBot, tiny_session: Session) -> Iterator[Open]:
     yield build
     for dock in docks:
         dock.shutdown()
+
+
+def menu_action(dock: LatentDock, words: str, row: int | None = None) -> QAction:
+    """A line of the menu Select, or of the one under the right button on a particle."""
+    menu = dock.select_menu
+    dock._fill_menu(menu, row)
+    return next(action for action in menu.actions() if action.text().startswith(words))
 
 
 def choose(combo: QComboBox, key: str) -> None:
@@ -165,7 +173,7 @@ def test_counts_follow_the_selection(open_dock: Open) -> None:
     assert dock.counts.text() == f"{n} particles"
     dock.state.selection.set(np.arange(n) < 7)
     assert dock.counts.text() == f"7 of {n} selected"
-    QTest.mouseClick(dock.clear_button, LEFT)
+    menu_action(dock, "Clear").trigger()
     assert dock.state.selection.count == 0
 
 
@@ -547,3 +555,61 @@ def test_a_million_rows_are_read_off_the_thread_of_the_window() -> None:
     )
     columns = read_columns(features)
     assert columns.n_dims == 8 and columns.points("pc_0", "pc_1").rows.size == n
+
+
+# ---- selecting by what particles are --------------------------------------------------
+
+
+def test_neighbours_on_the_map_and_like_this_one(open_dock: Open, qtbot: QtBot) -> None:
+    dock = open_dock(3)
+    dock.n_nearest = 12
+    z = positions(dock.state.selection.mask.size, 3).astype(np.float32)
+    menu_action(dock, "The 12 most like this one", row=30).trigger()
+    qtbot.waitUntil(lambda: dock.state.selection.count == 12)
+    away = np.hypot.reduce(z - z[30], axis=1)
+    assert set(dock.state.selection.rows) == set(np.argsort(away)[:12])
+    dock.state.set_handle(z[7].astype(float))
+    menu_action(dock, "The 12 nearest to ◉").trigger()
+    wanted = set(np.argsort(np.hypot.reduce(z - z[7], axis=1))[:12])
+    qtbot.waitUntil(lambda: set(dock.state.selection.rows) == wanted)
+    menu_action(dock, "Undo").trigger()
+    assert dock.state.selection.mask[30]
+    menu_action(dock, "Invert").trigger()
+    assert dock.state.selection.count == z.shape[0] - 12
+    assert not menu_action(dock, "The same group").isEnabled(), "there are no groups yet"
+
+
+def test_a_group_is_selected_in_the_legend_and_its_histogram(open_dock: Open, qtbot: QtBot) -> None:
+    from particle_explorer.widgets.plot_frame import swatches
+
+    dock = open_dock(2)
+    kinds = np.where(np.arange(dock.state.selection.mask.size) % 3 == 0, "round", "long")
+    dock.state.set_features(dock.state.features.assign(kind=kinds))
+    qtbot.waitUntil(lambda: dock.colour.findData("kind") >= 0)
+    choose(dock.colour, "kind")
+    qtbot.waitUntil(lambda: dock.canvas._colouring.kind == "category")
+    found, _ = swatches(dock.canvas.plot_rect(), dock.canvas._colouring, dock.canvas.font())
+    place = next(box for _, words, box in found if words == "round").center().toPoint()
+    QTest.mouseClick(dock.canvas, LEFT, NONE, place)
+    assert np.array_equal(dock.state.selection.mask, kinds == "round")
+    QTest.mouseClick(dock.histogram_button, LEFT)
+    qtbot.waitUntil(lambda: dock.histogram.histogram.counts is not None)
+    bars = dock.histogram.histogram
+    QTest.mouseClick(bars, LEFT, NONE, QPoint(round(bars.to_x(0)), round(bars.plot().center().y())))
+    assert np.array_equal(dock.state.selection.mask, kinds == "long")
+    qtbot.waitUntil(lambda: bool((bars.counts.selected == [(kinds == "long").sum(), 0]).all()))
+
+
+def test_numbers_of_the_histogram_select_and_its_handles_recolour(open_dock: Open, qtbot: QtBot) -> None:
+    dock = open_dock(2)
+    choose(dock.colour, "log_likelihood")
+    QTest.mouseClick(dock.histogram_button, LEFT)
+    qtbot.waitUntil(lambda: dock.histogram.histogram.colouring is not None)
+    dock.histogram.low.setText("0.5")
+    QTest.keyClick(dock.histogram.low, Qt.Key.Key_Return)
+    values = dock.state.features["log_likelihood"].to_numpy()
+    assert np.array_equal(dock.state.selection.mask, values >= 0.5)
+    dock.histogram.histogram.limits_moved.emit(-0.2, 0.2)
+    assert (dock.canvas._colouring.low, dock.canvas._colouring.high) == (-0.2, 0.2)
+    QTest.mouseClick(dock.histogram.reset_button, LEFT)
+    qtbot.waitUntil(lambda: dock.canvas._colouring.high > 1)

@@ -105,6 +105,16 @@ def colour_by(name: str, values: pd.Series | NDArray[np.generic], title: str = "
     low, high = (float(v) for v in np.percentile(sample, (0.5, 99.5))) if sample.size else (0.0, 1.0)
     if not high > low:
         low, high = low - 0.5, high + 0.5
+    return _ranged(numbers, title, low, high)
+
+
+def with_limits(colouring: Colouring, low: float, high: float) -> Colouring:
+    """A continuous colouring over another range; values beyond have the colours of its ends."""
+    assert colouring.kind == "continuous" and colouring.values is not None
+    return _ranged(np.asarray(colouring.values, float), colouring.title, low, high)
+
+
+def _ranged(numbers: NDArray[np.float64], title: str, low: float, high: float) -> Colouring:
     scaled = np.clip((numbers - low) * ((N_LEVELS - 1) / (high - low)), 0, N_LEVELS - 1)
     return Colouring(_levels(scaled), RANGE, "continuous", title, low, high, values=numbers)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qtpy.QtCore import QPointF, QRectF, QSignalBlocker, QSize, Qt, QTimer, Signal
+from qtpy.QtCore import QPoint, QPointF, QRectF, QSignalBlocker, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import QColor, QIcon, QImage, QPainter, QPainterPath, QPen, QPixmap, QResizeEvent, QShowEvent
 from qtpy.QtWidgets import (
+    QApplication,
     QComboBox,
     QFrame,
     QHBoxLayout,
     QLabel,
     QLineEdit,
+    QMenu,
     QPushButton,
     QScrollArea,
     QSizePolicy,
@@ -25,12 +29,14 @@ from qtpy.QtWidgets import (
     QToolButton,
     QVBoxLayout,
     QWidget,
+    QWidgetAction,
 )
 
 from particle_explorer.configs import ClusterConfig
 from particle_explorer.state import AppState, Mask, Opened, Preview, read
 from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
-from particle_explorer.widgets.colours import Colouring
+from particle_explorer.widgets.colours import Colouring, plain, title_of, with_limits
+from particle_explorer.widgets.histogram import Counts, HistogramPanel, count, recount, within
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
 from particle_explorer.widgets.latent_axes import (
     ONE_COLOUR,
@@ -44,6 +50,7 @@ from particle_explorer.widgets.latent_axes import (
 )
 from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool, follow
 from particle_explorer.widgets.painted import to_qimage
+from particle_explorer.widgets.picking import groups, micrographs, nearest, same
 from particle_explorer.widgets.pictures import Decoder, Pictures, displayed, thumbnail
 from particle_explorer.widgets.splat import Points
 
@@ -100,6 +107,8 @@ class LatentDock(QWidget):
         self._hint_shown = False
         self._asked_axes: tuple[str, str] | None = None
         self._asked_colour: str | None = None
+        self._colouring: Colouring = plain(0)
+        self._limits: tuple[float, float] | None = None
         self._view_of: tuple[Path | None, int] | None = (
             None  # what the view is a view of: zoom is kept while this stays
         )
@@ -115,6 +124,10 @@ class LatentDock(QWidget):
         picture.addWidget(self.canvas, 1)
         layout.addLayout(picture, 1)
         layout.addLayout(self._build_choices())
+        self.histogram = HistogramPanel()
+        self.histogram.setVisible(False)
+        self._counts: Counts | None = None
+        layout.addWidget(self.histogram)
         layout.addWidget(self._build_sliders_area())
         layout.addWidget(self._build_actions())
         self.job = JobBar()
@@ -126,6 +139,13 @@ class LatentDock(QWidget):
 
         self.canvas.handle_moved.connect(self._on_hand_moved)
         self.canvas.hovered.connect(self._on_hovered)
+        self.canvas.menu_asked.connect(self._on_menu_asked)
+        self.canvas.help_asked.connect(self._show_help)
+        self.histogram.histogram.brushed.connect(self._brushed)
+        self.histogram.histogram.brushing.connect(self._brushing)
+        self.histogram.histogram.limits_moved.connect(self._on_limits)
+        self.histogram.gated.connect(self._gated)
+        self.histogram.reset.connect(self._reset_limits)
         self.canvas.snap_asked.connect(self._on_snap)
         self.canvas.tool_changed.connect(self._on_tool)
         self.canvas.density_changed.connect(self._on_density)
@@ -144,6 +164,7 @@ class LatentDock(QWidget):
         follow(self, state.axes_asked, self._on_axes_asked)
         follow(self, state.colour_asked, self._on_colour_asked)
         follow(self, state.selection.changed, self._show_counts)
+        follow(self, state.selection.changed, self._recount)
         follow(self, state.selection.hinted, self._show_hinted_count)
         follow(self, state.preview_changed, self._show_preview)
         for signal in (state.features_changed, state.run_changed, state.view_changed, state.held_changed):
@@ -202,10 +223,16 @@ class LatentDock(QWidget):
             axes.addWidget(combo, 1)
         self.x.activated.connect(self._on_axes_chosen)
         self.y.activated.connect(self._on_axes_chosen)
-        self.colour.activated.connect(self._show_colour)
+        self.colour.activated.connect(self._on_colour_chosen)
         below = QHBoxLayout()
         below.addWidget(QLabel("colour"))
         below.addWidget(self.colour, 1)
+        self.histogram_button = _tool_button(
+            "Histogram of the colour column: set the range of the colours,\nselect by brushing or by numbers",
+            checkable=True,
+        )
+        self.histogram_button.toggled.connect(self._on_histogram)
+        below.addWidget(self.histogram_button)
         self.live_button = QToolButton()
         self.live_button.setText("live")
         self.live_button.setCheckable(True)
@@ -281,13 +308,17 @@ class LatentDock(QWidget):
         self.umap_button = QPushButton("Compute UMAP")
         self.cluster_button = QPushButton("Cluster…")
         self.save_button = QPushButton("Save set…")
-        self.clear_button = QPushButton("Clear")
+        self.select_button = QPushButton("Select")
+        self.select_button.setToolTip("Select all, others, neighbours, a micrograph; undo; the shortcuts")
+        self.select_menu = QMenu(self)
+        self.select_menu.aboutToShow.connect(lambda: self._fill_menu(self.select_menu, None))
+        self.select_button.setMenu(self.select_menu)
+        self.n_nearest = 100
         self.umap_button.clicked.connect(self.compute_umap)
         self.cluster_button.clicked.connect(self._ask_clusters)
         self.save_button.clicked.connect(self._ask_name)
-        self.clear_button.clicked.connect(self.state.selection.clear)
         self.actions_stack.addWidget(
-            _row(self.umap_button, self.cluster_button, self.save_button, self.clear_button)
+            _row(self.umap_button, self.cluster_button, self.save_button, self.select_button)
         )
         self.n_clusters = QSpinBox()
         self.n_clusters.setRange(2, 1000)
@@ -305,6 +336,23 @@ class LatentDock(QWidget):
         self.confirm_save = QPushButton("Save")
         self.confirm_save.clicked.connect(self.save_set)
         self.actions_stack.addWidget(_row(self.set_name, self.confirm_save, self._back_button()))
+        self.point_size = QSlider(Qt.Orientation.Horizontal)
+        self.point_size.setRange(0, 24)
+        self.point_size.setToolTip("Size of the points; at the left end it follows from their number")
+        self.point_size.valueChanged.connect(lambda value: self.canvas.set_point_size(value / 2))
+        self.opacity = QSlider(Qt.Orientation.Horizontal)
+        self.opacity.setRange(10, 100)
+        self.opacity.setValue(100)
+        self.opacity.setToolTip("Strength of the points")
+        self.opacity.valueChanged.connect(lambda value: self.canvas.set_opacity(value / 100))
+        self.density = QComboBox()
+        self.density.setToolTip("Single points or how densely they lie; automatic from 300 000 points on")
+        for words, mode in (("auto", "auto"), ("density", "on"), ("points", "off")):
+            self.density.addItem(words, mode)
+        self.density.activated.connect(lambda _: self.canvas.set_density(self.density.currentData()))
+        look = _row(QLabel("size"), self.point_size, QLabel("strength"), self.opacity, self.density)
+        look.layout().addWidget(self._back_button())
+        self.actions_stack.addWidget(look)
         return self.actions_stack
 
     def _back_button(self) -> QPushButton:
@@ -455,14 +503,192 @@ class LatentDock(QWidget):
             self._asked_colour, chosen = None, True
         return chosen
 
+    def _on_colour_chosen(self, *_: object) -> None:
+        self._limits = None
+        self._show_colour()
+
     def _show_colour(self, *_: object) -> None:
-        columns, key = self._columns, self.colour.currentData()
+        columns, key, limits = self._columns, self.colour.currentData(), self._limits
+        key = ONE_COLOUR if key is None else key
+
+        def work() -> Colouring:
+            colouring = columns.colouring(key)
+            ranged = limits is not None and colouring.kind == "continuous"
+            return with_limits(colouring, *limits) if ranged and limits is not None else colouring
 
         def done(colouring: Colouring) -> None:
+            self._colouring = colouring
             self.canvas.set_colouring(colouring)
+            self._count_colours()
 
-        key = ONE_COLOUR if key is None else key
-        self.tasks.run("colour", lambda: columns.colouring(key), done, self._complain)
+        self.tasks.run("colour", work, done, self._complain)
+
+    # ---- the histogram of the colours --------------------------------------------------
+
+    def _on_histogram(self, shown: bool) -> None:
+        self.histogram.setVisible(shown)
+        if shown:
+            self._count_colours()
+
+    def _count_colours(self) -> None:
+        colouring, mask = self._colouring, self.state.selection.mask
+        if self.histogram.isHidden():
+            self._counts = None
+            return
+        if colouring.kind == "none" or colouring.level.size != mask.size:
+            self._counts = None
+            self.histogram.show_counts(None, None)
+            return
+        self.tasks.run("histogram", lambda: (count(colouring, mask), colouring), self._on_counts)
+
+    def _on_counts(self, found: tuple[Counts, Colouring]) -> None:
+        self._counts, colouring = found
+        self.histogram.show_counts(self._counts, colouring)
+
+    def _recount(self, *_: object) -> None:
+        counts, mask, colouring = self._counts, self.state.selection.mask, self._colouring
+        if counts is not None and not self.histogram.isHidden() and counts.bin.size == mask.size:
+            self.tasks.run("histogram", lambda: (recount(counts, mask), colouring), self._on_counts)
+
+    def _on_limits(self, low: float, high: float) -> None:
+        if self._colouring.kind == "continuous":
+            self._limits = (low, high)
+            self._colouring = with_limits(self._colouring, low, high)
+            self.canvas.set_colouring(self._colouring)
+            self.histogram.histogram.show_counts(self._counts, self._colouring)
+
+    def _reset_limits(self) -> None:
+        self._limits = None
+        self._show_colour()
+
+    def _brushed(self, low: float, high: float, modifiers: Qt.KeyboardModifier) -> None:
+        if self._colouring.level.size == self.state.selection.mask.size:
+            self.canvas.choose(within(self._colouring, low, high), modifiers)
+            self.state.selection.hint(None)
+
+    def _brushing(self, low: float, high: float, modifiers: Qt.KeyboardModifier) -> None:
+        if self._colouring.level.size == self.state.selection.mask.size:
+            mask = within(self._colouring, low, high)
+            self.state.selection.hint(self.canvas.combined(mask, modifiers))
+
+    def _gated(self, low: float, high: float) -> None:
+        self._brushed(low, high, Qt.KeyboardModifier.NoModifier)
+
+    # ---- selecting by what particles are -------------------------------------------------
+
+    def _on_menu_asked(self, row: int | None, where: QPoint) -> None:
+        menu = QMenu(self)
+        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        self._fill_menu(menu, row)
+        menu.popup(where)
+
+    def _fill_menu(self, menu: QMenu, row: int | None) -> None:
+        """Everything that can be selected, `row` being the particle that was clicked."""
+        menu.clear()
+        menu.setToolTipsVisible(True)
+        selection, features = self.state.selection, self.state.features
+        n, marked = selection.count, selection.active if row is None else row
+        has_map = self._columns.n_dims > 0 and len(self._columns.features) == selection.mask.size
+        if row is not None:
+            menu.addSection(f"particle {number(row + 1)}")
+        self._add_k(menu)
+        k = number(self.n_nearest)
+
+        def offer(words: str, does: Callable[[], object], able: bool, tip: str, keys: str = "") -> None:
+            action = menu.addAction(words + (f"\t{keys}" if keys else ""))
+            action.setToolTip(tip)
+            action.setEnabled(able)
+            action.triggered.connect(lambda *_: does())
+
+        near = self.state.handle_z
+        offer(
+            f"The {k} nearest to ◉",
+            lambda: self._pick_nearest(near),
+            has_map and near.size == self._columns.n_dims,
+            "Particles whose positions on the map (all its dimensions) are nearest to the handle",
+        )
+        there = has_map and marked is not None and bool(np.isfinite(self._columns.z[marked]).all())
+        offer(
+            f"The {k} most like this one",
+            lambda: self._pick_nearest(self._columns.z[marked]),
+            there,
+            "Particles nearest on the map to the one clicked or looked at",
+        )
+        from_rows = np.array([marked]) if row is not None or not n else selection.rows
+        able = row is not None or n > 0 or marked is not None
+        micrograph = micrographs(features)
+        offer(
+            "The same micrograph",
+            lambda: self._pick_same(str(micrograph), from_rows),
+            able and micrograph is not None,
+            "All particles of the micrographs of these particles"
+            if micrograph
+            else "The file names no micrographs, or one for all",
+        )
+        group = groups(features, self.colour.currentData())
+        offer(
+            "The same group" + (f" ({title_of(group)})" if group else ""),
+            lambda: self._pick_same(str(group), from_rows),
+            able and group is not None,
+            "All particles of the groups of these particles; or click a group in the legend"
+            if group
+            else "There are no groups yet: Cluster…",
+        )
+        menu.addSeparator()
+        offer("All", lambda: selection.set(np.ones(selection.mask.size, bool)), n < selection.mask.size, "")
+        offer("Invert", selection.invert, selection.mask.size > 0, "What is not selected now", "I")
+        offer("Clear", selection.clear, n > 0, "Select nothing; undo brings it back", "Esc")
+        offer("Undo", selection.undo, selection.can_undo, "The selection before this one", "Ctrl+Z")
+        offer("Redo", selection.redo, selection.can_redo, "", "Ctrl+Shift+Z")
+        menu.addSeparator()
+        offer("Points and density…", self._show_look, True, "Size and strength of the points")
+        offer("Shortcuts…", self._show_help, True, "What keys and mouse do on the map", "F1")
+
+    def _add_k(self, menu: QMenu) -> None:
+        page = QWidget()
+        row = QHBoxLayout(page)
+        row.setContentsMargins(20, 2, 8, 2)
+        row.addWidget(QLabel("neighbours"))
+        spin = QSpinBox()
+        spin.setRange(1, max(1, self.state.selection.mask.size))
+        spin.setValue(min(self.n_nearest, spin.maximum()))
+        spin.setToolTip("How many particles the two lines below select")
+        spin.valueChanged.connect(self._set_n_nearest)
+        row.addWidget(spin, 1)
+        action = QWidgetAction(menu)
+        action.setDefaultWidget(page)
+        menu.addAction(action)
+        self._k_menu = menu
+
+    def _set_n_nearest(self, k: int) -> None:
+        self.n_nearest = k
+        for action in self._k_menu.actions():
+            action.setText(re.sub(r"^The [\d\u202f]+ ", f"The {number(k)} ", action.text()))
+
+    def _pick_nearest(self, z: NDArray[np.floating]) -> None:
+        points, k = self._columns.z, self.n_nearest
+        self._pick(lambda: nearest(points, z, k))
+
+    def _pick_same(self, column: str, rows: NDArray[np.intp]) -> None:
+        values = self.state.features[column]
+        self._pick(lambda: same(values, rows))
+
+    def _pick(self, work: Callable[[], Mask]) -> None:
+        modifiers = QApplication.keyboardModifiers()
+
+        def done(mask: Mask) -> None:
+            if mask.size == self.state.selection.mask.size:
+                self.canvas.choose(mask, modifiers)
+
+        self.tasks.run("pick", work, done, self._complain)
+
+    def _show_look(self) -> None:
+        self.actions_stack.setCurrentIndex(3)
+
+    def _show_help(self) -> None:
+        from particle_explorer.widgets.shortcuts import show_shortcuts
+
+        show_shortcuts(self)
 
     def _show_state(self) -> None:
         """Words where there is nothing to see; what cannot be done now says why."""
@@ -511,10 +737,7 @@ class LatentDock(QWidget):
             self.counts.setText(f"{number(n)} of {number(total)} selected")
         else:
             self.counts.setText(f"{number(total)} particles")
-        for button, tip in (
-            (self.save_button, "Keep the selected particles under a name (S)"),
-            (self.clear_button, "Select nothing (Esc); Ctrl+Z brings it back"),
-        ):
+        for button, tip in ((self.save_button, "Keep the selected particles under a name (S)"),):
             button.setEnabled(n > 0)
             button.setToolTip(tip if n else "Nothing is selected; draw a lasso around particles first")
         if n == 0 and self.actions_stack.currentIndex() == 2:
@@ -745,7 +968,14 @@ class LatentDock(QWidget):
     def _on_theme(self, *_: object) -> None:
         look = LOOKS["dark"] if self.viewer is None else look_of(self.viewer.theme)
         self.canvas.set_look(look)
-        for name, button in (*self.tools.items(), ("fit", self.fit_button), ("density", self.density_button)):
+        self.histogram.histogram.look = look
+        self.histogram.histogram.update()
+        for name, button in (
+            *self.tools.items(),
+            ("fit", self.fit_button),
+            ("density", self.density_button),
+            ("histogram", self.histogram_button),
+        ):
             button.setIcon(_icon(name, look.text, look.line))
             button.setStyleSheet(
                 f"QToolButton:checked:enabled {{ background: {look.line}; border-radius: 3px; }}"
@@ -924,6 +1154,9 @@ def _drawing(name: str, colour: str) -> QPixmap:
                 painter.drawLine(
                     tip, QPointF(tip.x() - 7 * dx + 7 * side * dy, tip.y() - 7 * dy + 7 * side * dx)
                 )
+    elif name == "histogram":
+        for x, height in ((11, 14), (22, 32), (33, 24), (44, 10)):
+            painter.fillRect(QRectF(x - 4, 46 - height, 8, height), QColor(colour))
     elif name == "fit":
         for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
             corner = QPointF(27 + 18 * dx, 27 + 18 * dy)

@@ -22,6 +22,7 @@ from psygnal import SignalInstance
 from qtpy.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import (
     QColor,
+    QContextMenuEvent,
     QFontMetricsF,
     QImage,
     QKeyEvent,
@@ -38,7 +39,7 @@ from qtpy.QtWidgets import QSizePolicy, QWidget
 
 from particle_explorer.state import Mask, Selection
 from particle_explorer.widgets.colours import DENSITY, Colouring, plain
-from particle_explorer.widgets.plot_frame import LOOKS, Look, paint_axes, paint_legend, plot_rect
+from particle_explorer.widgets.plot_frame import LOOKS, Look, paint_axes, paint_legend, plot_rect, swatches
 from particle_explorer.widgets.splat import (
     Owners,
     Points,
@@ -97,6 +98,12 @@ class ScatterCanvas(QWidget):
     """whether the picture shows density now"""
     hovered = Signal(int)
     """the particle under the mouse, -1 for none"""
+    menu_asked = Signal(object, object)
+    """right click: the particle there or None, and where on the screen (QPoint)"""
+    help_asked = Signal()
+    """F1 or ?"""
+    view_changed = Signal()
+    """another part is shown, or in another way"""
     save_asked = Signal()
     """S: keep the selection as a set"""
     cluster_asked = Signal()
@@ -125,6 +132,7 @@ class ScatterCanvas(QWidget):
         self._density: Density = "auto"
         self._was_density = False
         self._size_px = 0.0  # 0: automatic
+        self._opacity = 1.0
         self._kept_size: float | None = None
         self._projection: Projection | None = None
         self._owners: Owners | None = None
@@ -270,6 +278,34 @@ class ScatterCanvas(QWidget):
         """Diameter of a point in widget pixels; 0 fits it to the number of visible points."""
         self._size_px = size_px
         self._forget(projection=True)
+
+    @property
+    def point_size(self) -> float:
+        return self._size_px
+
+    @property
+    def opacity(self) -> float:
+        return self._opacity
+
+    @property
+    def density(self) -> Density:
+        """Whether density is shown: always, never, or as the number of points asks for."""
+        return self._density
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether all points are shown, not a part that was zoomed to."""
+        return self._fitted
+
+    def set_opacity(self, opacity: float) -> None:
+        """Strength of the points over the ground, 0 to 1."""
+        self._opacity = opacity
+        self._forget()
+
+    def show_part(self, view: tuple[float, float, float, float]) -> None:
+        """Show x0, x1, y0, y1."""
+        self._fitted = False
+        self._set_view(view, keep_size=False)
 
     def set_handle(self, x: float | None, y: float | None) -> None:
         """Put the handle there, silently; None in one axis makes it a line, None in both hides it."""
@@ -437,6 +473,7 @@ class ScatterCanvas(QWidget):
             self._kept_size = None
         self._view = view
         self._forget(projection=True)
+        self.view_changed.emit()
 
     def _hand_moves(self) -> None:
         if self._points.rows.size > GESTURE_POINTS:
@@ -572,7 +609,7 @@ class ScatterCanvas(QWidget):
         ground = _channels(look.plot)
         colours = self._colouring.lut if self._colouring.kind != "none" else _channels(look.plain)[None]
         unknown = mix(_channels(look.text)[None], ground, np.array([0.45]))
-        full = np.concatenate([colours, unknown, ground[None]])
+        full = mix(np.concatenate([colours, unknown, ground[None]]), ground, np.array([self._opacity]))
         return pack(full), pack(mix(full, ground, np.full(len(full), FADE)))
 
     def _density_pixels(
@@ -797,10 +834,11 @@ class ScatterCanvas(QWidget):
         if found.size:
             self._active_at = self._points.place(int(found[0]))
 
-    def _choose(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> None:
-        self._selection.set(self._combined(mask, modifiers))
+    def choose(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> None:
+        """Select particles in the way that the keys held down ask for."""
+        self._selection.set(self.combined(mask, modifiers))
 
-    def _combined(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> Mask:
+    def combined(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> Mask:
         """The selection with `mask` added, taken away or intersected, as the keys held down ask."""
         shift = bool(modifiers & Qt.KeyboardModifier.ShiftModifier)
         # many Linux desktops move the window on Alt + drag, so Ctrl does the same
@@ -818,7 +856,7 @@ class ScatterCanvas(QWidget):
     def _hint_selection(self) -> None:
         if self._drag in ("lasso", "rectangle", "ellipse") and len(self._path) > 1:
             self._hinting = True
-            self._selection.hint(self._combined(self.inside(self._polygon()), self._modifiers))
+            self._selection.hint(self.combined(self.inside(self._polygon()), self._modifiers))
 
     # ---- hands -------------------------------------------------------
 
@@ -863,6 +901,10 @@ class ScatterCanvas(QWidget):
             self.save_asked.emit()
         elif key == Qt.Key.Key_C:
             self.cluster_asked.emit()
+        elif key == Qt.Key.Key_I:
+            self._selection.invert()
+        elif key in (Qt.Key.Key_F1, Qt.Key.Key_Question):
+            self.help_asked.emit()
         elif key == Qt.Key.Key_Space:
             self._space = True
             self._update_cursor()
@@ -924,6 +966,10 @@ class ScatterCanvas(QWidget):
         at = event.position()
         self._press = self._last = at
         self._hover = None
+        group = self._legend_at(at)
+        if group is not None and event.button() == Qt.MouseButton.LeftButton:
+            self.choose(self._colouring.level == group, event.modifiers())
+            return
         if not self._points.rows.size or not self.plot_rect().adjusted(-4, -4, 4, 4).contains(at):
             return
         middle = event.button() == Qt.MouseButton.MiddleButton
@@ -991,7 +1037,7 @@ class ScatterCanvas(QWidget):
         if drag not in ("lasso", "rectangle", "ellipse"):
             return
         if moved:
-            self._choose(self.inside(path), event.modifiers())
+            self.choose(self.inside(path), event.modifiers())
             if hinting:  # after the selection, so that its average does not blink
                 self._selection.hint(None)
             return
@@ -999,8 +1045,24 @@ class ScatterCanvas(QWidget):
         if row is not None:
             one = np.zeros(self._selection.mask.size, bool)
             one[row] = True
-            self._choose(one, event.modifiers())
+            self.choose(one, event.modifiers())
             self._selection.set_active(row)
+
+    def _legend_at(self, at: QPointF) -> int | None:
+        """The group whose name in the legend is at a place."""
+        fits = self._colouring.level.size == self._selection.mask.size
+        if self._colouring.kind != "category" or not self._points.rows.size or not fits:
+            return None
+        found, _ = swatches(self.plot_rect(), self._colouring, self.font())
+        return next((level for level, _, box in found if level >= 0 and box.contains(at)), None)
+
+    def contextMenuEvent(self, event: QContextMenuEvent | None) -> None:
+        if event is not None and self._points.rows.size:
+            self._cancel_drag()
+            at = QPointF(event.pos())
+            self._press = self._last = at
+            self.menu_asked.emit(self.nearest(at, CLICK_REACH_PX), event.globalPos())
+            event.accept()
 
     def mouseDoubleClickEvent(self, event: QMouseEvent | None) -> None:
         self._cancel_drag()
@@ -1073,7 +1135,7 @@ class ScatterCanvas(QWidget):
             shape = Qt.CursorShape.OpenHandCursor
         elif self._drag == "handle":
             shape = Qt.CursorShape.ClosedHandCursor
-        elif self._over_handle(self._last):
+        elif self._over_handle(self._last) or self._legend_at(self._last) is not None:
             shape = Qt.CursorShape.PointingHandCursor
         else:
             shape = Qt.CursorShape.CrossCursor
@@ -1103,6 +1165,9 @@ _KEYS: set[int] = {
     Qt.Key.Key_Enter,
     Qt.Key.Key_S,
     Qt.Key.Key_C,
+    Qt.Key.Key_I,
+    Qt.Key.Key_F1,
+    Qt.Key.Key_Question,
 }
 
 

@@ -99,7 +99,7 @@ def paint_legend(
     middle = plot.top() - 4 - line / 2
     painter.setPen(QColor(look.text))
     if colouring.kind == "category":
-        _paint_swatches(painter, plot, middle, colouring, metrics)
+        _paint_swatches(painter, plot, middle, colouring, font)
         return
     if colouring.kind == "none" and not n_max:
         words = f"{n:,} particles".replace(",", "\u202f")
@@ -129,30 +129,45 @@ def paint_legend(
     painter.drawText(QRectF(plot.left(), middle - line / 2, room, line), LEFT, title)
 
 
-def _paint_swatches(
-    painter: QPainter, plot: QRectF, middle: float, colouring: Colouring, metrics: QFontMetricsF
-) -> None:
+def swatches(plot: QRectF, colouring: Colouring, font: QFont) -> tuple[list[tuple[int, str, QRectF]], str]:
+    """Level, words and place of the groups that the legend has room for, and words for the rest."""
+    metrics = QFontMetricsF(font)
     line = metrics.height()
+    middle = plot.top() - 4 - line / 2
     title = metrics.elidedText(colouring.title, Qt.TextElideMode.ElideRight, plot.width() * 0.4)
-    painter.drawText(QRectF(plot.left(), middle - line / 2, 10, line), LEFT, title)
     x = plot.left() + metrics.horizontalAdvance(title) + 10
-    painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+    found: list[tuple[int, str, QRectF]] = []
     for i, label in enumerate(colouring.labels):
         words = metrics.elidedText(label, Qt.TextElideMode.ElideMiddle, plot.width() * 0.3)
         rest = f"+ {len(colouring.labels) - i} more"
         end = x + 13 + metrics.horizontalAdvance(words)
         is_last = i == len(colouring.labels) - 1
         if end > plot.right() - (0 if is_last else metrics.horizontalAdvance(rest) + 10):
-            painter.drawText(QRectF(x, middle - line / 2, 10, line), LEFT, rest)
+            found.append((-1, rest, QRectF(x, middle - line / 2, metrics.horizontalAdvance(rest), line)))
             break
-        red, green, blue = (int(value) for value in colouring.lut[i])
+        found.append((i, words, QRectF(x, middle - line / 2, end - x, line)))
+        x = end + 9
+    return found, title
+
+
+def _paint_swatches(
+    painter: QPainter, plot: QRectF, middle: float, colouring: Colouring, font: QFont
+) -> None:
+    line = QFontMetricsF(font).height()
+    found, title = swatches(plot, colouring, font)
+    painter.drawText(QRectF(plot.left(), middle - line / 2, 10, line), LEFT, title)
+    painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+    for level, words, box in found:
+        if level < 0:
+            painter.drawText(box, LEFT, words)
+            continue
+        red, green, blue = (int(value) for value in colouring.lut[level])
         painter.save()
         painter.setPen(Qt.PenStyle.NoPen)
         painter.setBrush(QColor(red, green, blue))
-        painter.drawEllipse(QRectF(x, middle - 4, 8, 8))
+        painter.drawEllipse(QRectF(box.left(), middle - 4, 8, 8))
         painter.restore()
-        painter.drawText(QRectF(x + 11, middle - line / 2, 10, line), LEFT, words)
-        x = end + 9
+        painter.drawText(box.adjusted(11, 0, 0, 0), LEFT, words)
 
 
 def ticks(low: float, high: float, n: int) -> tuple[list[float], float]:

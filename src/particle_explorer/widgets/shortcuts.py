@@ -1,0 +1,79 @@
+"""The list of keys and mouse buttons."""
+
+from __future__ import annotations
+
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QDialog, QDialogButtonBox, QLabel, QScrollArea, QVBoxLayout, QWidget
+
+SHORTCUTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "On the map",
+        (
+            ("D", "handle: click or drag to move ◉"),
+            ("L · R · O", "lasso · rectangle · ellipse"),
+            ("P, space, middle button", "move the view"),
+            ("wheel", "zoom; over an axis only that axis"),
+            ("double click", "show the whole map"),
+            ("right click", "select by neighbours, micrograph or group"),
+            ("click a name in the legend", "select that group"),
+        ),
+    ),
+    (
+        "The selection",
+        (
+            ("Shift · Alt or Ctrl · both", "add · take away · keep the overlap"),
+            ("Esc · I", "clear · invert"),
+            ("Ctrl+Z · Ctrl+Shift+Z", "undo · redo"),
+            ("S · C", "save it as a set · cluster"),
+            ("A · E", "average it · export"),
+        ),
+    ),
+    (
+        "The handle",
+        (
+            ("arrow keys", "one step, with Shift ten"),
+            ("Enter", "to the nearest particle"),
+        ),
+    ),
+    (
+        "Particles in the gallery and in the layer",
+        (
+            ("click · Shift · Alt", "look at it · select it too · take it away"),
+            ("drag", "select all that it passes"),
+            ("arrow keys, wheel", "on and back"),
+        ),
+    ),
+)
+
+
+def shortcut_text() -> str:
+    """The list as rich text."""
+    parts = []
+    for title, lines in SHORTCUTS:
+        rows = "".join(
+            f"<tr><td style='padding-right:14px'><b>{keys}</b></td><td>{does}</td></tr>"
+            for keys, does in lines
+        )
+        parts.append(f"<p style='margin-bottom:2px'><u>{title}</u></p><table>{rows}</table>")
+    return "".join(parts)
+
+
+def show_shortcuts(parent: QWidget) -> QDialog:
+    """Show the list; nothing waits for it to be closed."""
+    dialog = QDialog(parent)
+    dialog.setWindowTitle("Shortcuts")
+    dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+    words = QLabel(shortcut_text())
+    words.setTextFormat(Qt.TextFormat.RichText)
+    words.setMargin(8)
+    area = QScrollArea()
+    area.setWidget(words)
+    area.setWidgetResizable(True)
+    buttons = QDialogButtonBox(QDialogButtonBox.StandardButton.Close)
+    buttons.rejected.connect(dialog.close)
+    layout = QVBoxLayout(dialog)
+    layout.addWidget(area)
+    layout.addWidget(buttons)
+    dialog.resize(520, 480)
+    dialog.show()
+    return dialog
