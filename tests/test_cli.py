@@ -207,6 +207,70 @@ def test_a_session_without_runs_exports_its_particles(tiny_session, tiny_stack, 
     assert (table["class_id"] == tiny_session.table["true_junk"].to_numpy() + 1).all()
 
 
+def test_a_cryosparc_source_goes_back_to_cryosparc(tiny_stack, tmp_path, say, capsys):
+    """Out of a `.cs` file, through a session and a model, into a `.cs` file with its result group."""
+    path = Path(say("import", tiny_stack.with_suffix(".cs"), "--session", tmp_path / "s")[-1])
+    say("train", path, *TINY)
+    say("cluster", path, "--n-clusters", 3)
+    session = Session.open(path)
+    session.save_selection("half", np.arange(120) % 2 == 0)
+    out = tmp_path / "half.cs"
+    assert main(["export", str(path), "--out", str(out), "--selection", "half", "--latents"]) == 0
+    assert "checked: 60 particles averaged again from what was written" in capsys.readouterr().err
+    run = session.newest_finished_run()
+    latents, found = run.latents(), read(out, project_dir=tiny_stack.parent).table
+    assert found.index.tolist() == session.uid[::2].tolist()
+    turn = found["angle_deg"].to_numpy() - latents.angle_deg[::2]
+    np.testing.assert_allclose((turn + 180) % 360 - 180, 0, atol=1e-3)
+    np.testing.assert_allclose(found["explorer/z_0"], latents.z[::2, 0], rtol=1e-6)
+    assert found["class_id"].tolist() == run.column("cluster-kmeans")["cluster-kmeans"][::2].tolist()
+    assert "num_items: 60" in out.with_suffix(".csg").read_text()
+
+
+def test_tables_and_lists_of_rows(trained, tiny_stack, tmp_path, say, refuse):
+    session, latents = trained.session, trained.latents()
+    mask = np.arange(120) % 3 == 1
+    session.save_selection("third", mask)
+    words = ("export", session.path, "--selection", "third", "--out")
+    say(*words, tmp_path / "rows.txt")
+    assert np.loadtxt(tmp_path / "rows.txt", int).tolist() == np.flatnonzero(mask).tolist()
+    say(*words, tmp_path / "t.csv")
+    say(*words, tmp_path / "t.parquet")
+    tables = (
+        pd.read_csv(tmp_path / "t.csv", dtype={"uid": np.uint64}).set_index("uid"),
+        pd.read_parquet(tmp_path / "t.parquet"),
+    )
+    for table in tables:
+        assert table.index.tolist() == session.uid[mask].tolist()
+        np.testing.assert_allclose(table["z_0"], latents.z[mask, 0], rtol=1e-5)
+        np.testing.assert_allclose(table["shift_x_px"], latents.shift_yx_px[mask, 1], rtol=1e-5)
+        assert table["rlnImageName"].tolist() == session.table["rlnImageName"][mask].tolist()
+    say(*words, tmp_path / "z.star", "--latents", "--no-poses")
+    found = read(tmp_path / "z.star", project_dir=tiny_stack.parent).table
+    np.testing.assert_allclose(found["explorerZ0"], latents.z[mask, 0], rtol=1e-5)
+    assert not {"rlnAnglePsi", "rlnOriginXAngst"} & set(found)
+    assert "none of the endings" in refuse(*words, tmp_path / "t.xlsx")
+
+
+def test_an_export_elsewhere_says_where_its_images_are(trained, tmp_path, capsys):
+    """Names stay relative to the project; nothing is said where they can be found."""
+    words = ["export", str(trained.session.path), "--out"]
+    assert main([*words, str(tmp_path / "far.star")]) == 0
+    told = capsys.readouterr().err
+    assert "lead nowhere from" in told and "run RELION in" in told
+
+
+def test_a_wrong_pose_in_an_export_is_noticed(trained, tmp_path, monkeypatch):
+    """The sign of psi turned in the writer: the averages of what was written tell."""
+    from particle_explorer.io import relion
+
+    right = relion.to_relion
+    monkeypatch.setattr(relion, "to_relion", lambda *given: (-right(*given)[0], *right(*given)[1:]))
+    with pytest.raises(RuntimeError, match="averages by the written poses are not those that were meant"):
+        main(["export", str(trained.session.path), "--out", str(tmp_path / "wrong.star")])
+    assert not (tmp_path / "wrong.star").exists()
+
+
 def test_an_export_never_overwrites_what_matters(tiny_session, tiny_stack, tmp_path, say, refuse):
     out = tmp_path / "out.star"
     out.write_text("precious")

@@ -819,7 +819,9 @@ class Export(JobCommand):
     session: CliPositionalArg[Path]
     """Folder of the session"""
     out: str
-    """The .star or .cs file to write; the dialect is that of the source"""
+    """The file to write. Its ending says what: .star for RELION, in the dialect of the source; .cs for
+    cryoSPARC, with a .csg beside it; .csv, .tsv or .parquet for a table of classes, poses and latents; .txt
+    for the rows of the source, counted from 0"""
     run: str = ""
     """Name or number of the run whose poses are written; by default the newest finished one"""
     selection: str = ""
@@ -828,6 +830,11 @@ class Export(JobCommand):
     """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
     held: bool = False
     """Write the poses that hold a part still (hold-still) instead of the run's own"""
+    poses: bool = True
+    """Write angle and shift; --no-poses leaves those of the source as they are"""
+    latents: bool = False
+    """Also write the latent coordinates, as columns explorerZ0, explorerZ1 ... of a star file or fields
+    explorer/z_0 ... of a cs file; tables have them anyway"""
     averages: str = ""
     """Also write the averages of these classes to this .mrcs file"""
     average: AverageConfig = AverageConfig()
@@ -838,7 +845,8 @@ class Export(JobCommand):
         """Export, and print the paths of the files."""
         import numpy as np
 
-        from particle_explorer.io.writing import export_averages, export_particles
+        from particle_explorer.exporting import TABLE_SUFFIXES, choose, export, latent_columns
+        from particle_explorer.io.writing import export_averages
         from particle_explorer.membership import by_class
         from particle_explorer.session import Session
 
@@ -853,7 +861,10 @@ class Export(JobCommand):
             for path in files:
                 _check_writable(path, session, self.overwrite)
             number = _class_numbers(session, run, self.classes)
-            angle, shift = _poses(run, self.held) if run is not None else (None, None)
+            angle, shift = _poses(run, self.held) if run is not None and self.poses else (None, None)
+            if self.latents and run is None:
+                raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
+            with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
             averages = None
             if self.averages:  # first, because they take long and can be stopped
                 if number is None or run is None:
@@ -863,16 +874,21 @@ class Export(JobCommand):
                 source: PoseSource = "held" if self.held else "run"
                 averages = _average(run, members, captions, source, self.average, job)
             job.tell("writing")
-            notes = export_particles(
+            chosen = choose(
+                session,
+                mask,
+                class_id=number,
+                angle_deg=angle,
+                shift_yx_px=shift,
+                further=latent_columns(run) if run is not None and with_latents else None,
+            )
+            notes = export(
                 out,
-                table=session.table[mask],
-                source=session.source_path,
-                kind=session.info.source_kind,
-                class_id=None if number is None else number[mask],
-                angle_deg=None if angle is None else angle[mask],
-                shift_yx_px=None if shift is None else shift[mask],
+                chosen,
+                average=self.average,
                 overwrite=self.overwrite,
-                protected=[session.original_source],
+                progress=job.tell,
+                stop=job.stop,
             )
             for note in notes:
                 job.note(note)

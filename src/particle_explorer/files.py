@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
+"""A disk, a quota or a file system without room for what is written."""
 
 
 class UserError(Exception):
@@ -30,11 +34,57 @@ def replacing(path: Path, *, overwrite: bool = True, sync: bool = True) -> Itera
     A crash at any moment leaves either the old file or the new one. With `overwrite=False` an existing
     `path` raises `UserError` and stays untouched, also when it appears while the new one is written.
     `sync=False` leaves out the wait for the disk, for files that tell of a moment: a power cut may empty
-    them.
+    them. A disk that is full is a `UserError` too, and leaves nothing behind.
     """
-    path = Path(path)
-    if not overwrite and path.exists():
-        raise _exists_already(path)
+    with replacing_all([path], overwrite=overwrite, sync=sync) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def replacing_all(
+    paths: Sequence[Path], *, overwrite: bool = True, sync: bool = True
+) -> Iterator[tuple[Path, ...]]:
+    """`replacing` for files that belong together: none of them gets its name before all are complete."""
+    paths = [Path(path) for path in paths]
+    if not overwrite:
+        for path in paths:
+            if path.exists():
+                raise _exists_already(path)
+    temporaries: list[Path] = []
+    new: list[Path] = []
+    try:
+        for path in paths:
+            temporaries.append(_temporary_beside(path))
+        yield tuple(temporaries)
+        for temporary in temporaries:
+            temporary.chmod(0o666 & ~_umask())  # last: some writers put a file of their own in the place
+            if sync:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            if overwrite:
+                temporary.replace(path)
+            else:
+                _move_without_overwriting(temporary, path)
+                new.append(path)
+    except OSError as error:
+        _remove(new)
+        if error.errno in _NO_ROOM:
+            raise UserError(
+                f"cannot write {paths[0]}: {error.strerror}; nothing of it was kept, make room and try again"
+            ) from error
+        raise
+    except BaseException:
+        _remove(new)
+        raise
+    finally:
+        _remove(temporaries)
+    if sync:
+        for folder in dict.fromkeys(path.parent for path in paths):
+            sync_folder(folder)
+
+
+def _temporary_beside(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ending = f".part{path.suffix}"
@@ -42,21 +92,12 @@ def replacing(path: Path, *, overwrite: bool = True, sync: bool = True) -> Itera
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
     os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # last: some writers put a file of their own in the place
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        if overwrite:
-            temporary.replace(path)
-        else:
-            _move_without_overwriting(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if sync:
-        sync_folder(path.parent)
+    return Path(name)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _move_without_overwriting(temporary: Path, path: Path) -> None:

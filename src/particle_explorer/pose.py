@@ -67,6 +67,16 @@ def from_cryosparc(
     return from_relion(np.rad2deg(np.asarray(pose_rad)), shift[..., 0], shift[..., 1], pixel_size_A)
 
 
+def to_cryosparc(
+    angle_deg: ArrayLike, shift_yx_px: ArrayLike, alignment_pixel_size_A: ArrayLike, pixel_size_A: ArrayLike
+) -> tuple[Float, Float]:
+    """Our pose → `alignments2D/pose` (rad) and `alignments2D/shift` (x, y; pixels of
+    `alignments2D/psize_A`)."""
+    psi_deg, x_A, y_A = to_relion(angle_deg, shift_yx_px, pixel_size_A)
+    unit = np.asarray(alignment_pixel_size_A, dtype=np.float64)
+    return np.deg2rad(psi_deg), np.stack([x_A / unit, y_A / unit], -1)
+
+
 def from_spatial_vae(theta_rad: ArrayLike, shift_xy_units: ArrayLike, box_px: int) -> tuple[Float, Float]:
     """spatial-VAE's (theta, dx) → our angle (°) and shift (y, x) (px of a `box_px` image).
 

@@ -42,7 +42,7 @@ from pydantic import TypeAdapter, ValidationError
 from particle_explorer import __version__, preprocess
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing, sync_folder, write_text
-from particle_explorer.io import mrc, reading
+from particle_explorer.io import cryosparc, cs_writing, mrc, reading
 from particle_explorer.io.inspecting import look_at_contrast
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
@@ -381,6 +381,11 @@ class Session:
     def source_path(self) -> Path | None:
         """The verbatim copy of the star or cs file, or None for bare stacks and layers."""
         return self.path / "source" / self.info.source_copy if self.info.source_copy else None
+
+    @property
+    def group_file(self) -> Path | None:
+        """The `.csg` that lists the cs file, as it was, where there is one."""
+        return None if self.source_path is None else cs_writing.group_file_of(self.source_path)
 
     @property
     def original_source(self) -> Path:
@@ -912,8 +917,17 @@ def _keep_source(particles: Particles, folder: Path, path: Path, progress: Progr
     if particles.kind not in ("star", "cs"):
         return ""
     (folder / "source").mkdir()
-    shutil.copyfile(particles.source, folder / "source" / particles.source.name)
+    for path in [particles.source, *_belonging(particles)]:
+        shutil.copyfile(path, folder / "source" / path.name)
     return particles.source.name
+
+
+def _belonging(particles: Particles) -> list[Path]:
+    """What lies beside a cs file and is part of it: its passthrough file and its result group."""
+    if particles.kind != "cs":
+        return []
+    found = (cryosparc.passthrough_of(particles.source), cs_writing.group_file_of(particles.source))
+    return [path for path in found if path is not None]
 
 
 def _keep_layer(particles: Particles, folder: Path, path: Path, progress: ProgressCallback | None) -> None:

@@ -7,7 +7,7 @@ Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,9 +344,10 @@ def edited_star(
     class_id: NDArray[np.int64] | None,
     angle_deg: NDArray[np.float64] | None,
     shift_yx_px: NDArray[np.float64] | None,
+    further: Mapping[str, list[str]] | None = None,
 ) -> tuple[Iterator[bytes], list[str], dict[str, list[str]], list[str]]:
-    """The source's own text with only the rows of `table`, and class and pose in place: (text in pieces,
-    image name of every row, the new columns as printed, notes).
+    """The source's own text with only the rows of `table`, and class, pose and `further` columns in place:
+    (text in pieces, image name of every row, the new columns as printed, notes).
 
     `table` is in the order of the source. Cells that do not change, and all other blocks, stay to the letter;
     line ends become those of UNIX, because RELION stops at others.
@@ -385,6 +386,7 @@ def edited_star(
             notes.append(
                 f"set {' and '.join(out_of_plane)} to 0, as the new angle is in the plane of the image"
             )
+    edit.values |= further or {}
     names: list[str] = []
     lines = _edited_rows(star, block, rows, edit, names)
     return _joined(star, block, lines, edit), names, edit.values, notes
@@ -452,12 +454,26 @@ def _joined(star: StarFile, block: Block, lines: Iterator[bytes], edit: Edit) ->
         yield star.line(line).encode(star.encoding) + b"\n"
 
 
-def check_written(path: Path, names: Sequence[str], values: dict[str, list[str]] | None = None) -> None:
-    """Read an export again: rows, images and new columns must be what was meant."""
+def check_written(
+    path: Path, names: Sequence[str], values: dict[str, list[str]] | None, pixel_size_A: NDArray[np.float64]
+) -> pd.DataFrame:
+    """Read an export again: rows, images and new columns must be what was meant. Returns what the file says
+    of class and pose, in our words and by the file's own pixel size; `pixel_size_A` where it has none."""
     star = StarFile(path)
-    table = star.table(particles_block(star))
+    block = particles_block(star)
+    table = star.table(block)
     if table["rlnImageName"].tolist() != list(names):
         raise RuntimeError(f"{path} does not hold the particles that were to be written")
     for label, wanted in (values or {}).items():
-        if not np.allclose(numbers(table, label, path), np.array(wanted, float), rtol=0, atol=1e-6):
+        if not np.allclose(
+            numbers(table, label, path), np.array(wanted, float), rtol=0, atol=1e-6, equal_nan=True
+        ):
             raise RuntimeError(f"{path} does not hold the values of {label} that were to be written")
+    optics = optics_block(star, block)
+    if optics is not None:
+        table = _with_optics(star, table, star.table(optics), [])
+    own = _own_pixel_size(star, table)
+    found = _pose(star, table, np.where(np.isfinite(own), own, pixel_size_A), [])
+    if "rlnClassNumber" in table:
+        found["class_id"] = numbers(table, "rlnClassNumber", path)
+    return pd.DataFrame(found, index=range(len(table)))

@@ -1,20 +1,22 @@
-"""Exports: particles as star files that RELION reads, averages as image stacks. Everything is read back and
-checked before it gets its name."""
+"""Exports: particles as star files that RELION reads or as groups that cryoSPARC reads, averages as image
+stacks, tables of numbers. Everything is read back and checked before it gets its name."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from particle_explorer.files import UserError, replacing
-from particle_explorer.io import relion
+from particle_explorer.files import Stopped, UserError, replacing, replacing_all
+from particle_explorer.io import cs_writing, relion
 from particle_explorer.io.mrc import MrcFile, write_stack, write_stack_in_batches
 from particle_explorer.io.reading import open_stacks
 from particle_explorer.io.star import format_block
@@ -23,6 +25,8 @@ from particle_explorer.particles import ImageStack
 _CTF_PARTICLE = ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "phase_shift_deg")
 _CTF_OPTICS = ("voltage_kV", "spherical_aberration_mm", "amplitude_contrast")
 _BATCH = 256
+_WATCHED = 20_000
+"""Rows between two looks at whether to stop."""
 
 
 def export_particles(
@@ -34,56 +38,279 @@ def export_particles(
     class_id: ArrayLike | None = None,
     angle_deg: ArrayLike | None = None,
     shift_yx_px: ArrayLike | None = None,
+    further: Mapping[str, ArrayLike] | None = None,
+    group_file: Path | None = None,
     overwrite: bool = False,
     protected: Iterable[Path] = (),
+    check: Check | None = None,
+    progress: Callable[[float], None] | None = None,
+    stop: Event | None = None,
 ) -> list[str]:
-    """Write particles as a star file; what the user should know comes back as notes, one sentence each.
+    """Write particles as a star or cs file; what the user should know comes back as notes, one sentence each.
 
     Parameters
     ----------
     table
         The particles to write, with the vocabulary of `Particles`; they come out in the order of the source.
     source, kind
-        The star file they were read from (or a copy of it) and its kind. A star file is written as its own
-        text, edited: same dialect, same columns. Everything else becomes a star file of RELION 3.1.
+        The star or cs file they were read from (or a copy of it) and its kind. A star file is written as its
+        own text, edited: same dialect, same columns; a cs file as its own records. Everything else becomes
+        a star file of RELION 3.1, or new records.
     class_id
         `(N,)` whole numbers from 1, or None to leave classes as they are.
     angle_deg, shift_yx_px
         `(N,)` and `(N, 2)` in our convention (`pose`; pixels of the original), or None to leave poses as they
-        are. protected
+        are.
+    further
+        `(N,)` numbers by name, such as latent coordinates: columns `_explorerName` of a star file, fields
+        `explorer/name` of a cs file.
+    group_file
+        For a cs file: the `.csg` of the source, which is written anew beside it with its names and numbers in
+        place.
+    protected
         Files that must never be replaced, such as the original of `source`. The image stacks and `source`
         never are, also when `out` is a link to one.
+    check
+        Called with what the written file says of its particles: `angle_deg`, `shift_y_px`, `shift_x_px` and
+        `class_id` where it has them, indexed by uid. What it raises keeps the export from its name.
     """
     out = Path(out).absolute()
-    if out.suffix.lower() != ".star":
-        raise UserError(f"{out} does not end in .star; particles are exported as a star file")
+    if out.suffix.lower() not in (".star", ".cs"):
+        raise UserError(f"{out} does not end in .star or .cs; particles are exported as one of these")
     if not len(table):
         raise UserError("there are no particles to export; the selection is empty")
-    _refuse_originals(out, [*([] if source is None else [source]), *protected], table)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; choose another name or allow overwriting (--overwrite)")
+    targets = [out] if out.suffix.lower() == ".star" else list(cs_writing.group_paths(out))
+    for target in targets:
+        _refuse_originals(target, [*([] if source is None else [source]), *protected], table)
+        if target.exists() and not overwrite:
+            raise UserError(
+                f"{target} exists already; choose another name or allow overwriting (--overwrite)"
+            )
     order = np.argsort(table["source_row"].to_numpy(), kind="stable")
     table = table.iloc[order]
-    classes = None if class_id is None else _classes(class_id, order)
-    angle = None if angle_deg is None else _finite(angle_deg, "angle", (len(order),))[order]
-    shift = None if shift_yx_px is None else _finite(shift_yx_px, "shift", (len(order), 2))[order]
+    new = _New(
+        None if class_id is None else _classes(class_id, order),
+        None if angle_deg is None else _finite(angle_deg, "angle", (len(order),))[order],
+        None if shift_yx_px is None else _finite(shift_yx_px, "shift", (len(order), 2))[order],
+        {name: np.asarray(values, np.float64)[order] for name, values in (further or {}).items()},
+    )
+    watch = _Watch(len(table), progress, stop)
+    if out.suffix.lower() == ".cs":
+        return _export_group(
+            out, table, source if kind == "cs" else None, group_file, new, overwrite, check, watch
+        )
+    made: list[Path] = []
+    try:
+        return _export_star(out, table, source, kind, new, overwrite, check, watch, made)
+    except BaseException:
+        _take_back(made)
+        raise
 
+
+class Event(Protocol):
+    """The part of `threading.Event` that is needed here."""
+
+    def is_set(self) -> bool: ...
+
+
+Check = Callable[[pd.DataFrame], None]
+
+
+class _New(NamedTuple):
+    """What is set in the export, rows in the order of the source."""
+
+    class_id: NDArray[np.int64] | None
+    angle_deg: NDArray[np.float64] | None
+    shift_yx_px: NDArray[np.float64] | None
+    further: dict[str, NDArray[np.float64]]
+
+
+class _Watch:
+    """Tells how many of `n` rows are done, and ends the work when told to stop."""
+
+    def __init__(self, n: int, progress: Callable[[float], None] | None, stop: Event | None) -> None:
+        self.n, self.progress, self.stop = n, progress, stop
+
+    def __call__(self, done: int) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped("stopped; nothing was written")
+        if self.progress is not None:
+            self.progress(min(1.0, done / self.n))
+
+    def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for done, piece in enumerate(pieces):
+            if done % _WATCHED == 0:
+                self(done)
+            yield piece
+
+
+def _export_star(
+    out: Path,
+    table: pd.DataFrame,
+    source: Path | None,
+    kind: str,
+    new: _New,
+    overwrite: bool,
+    check: Check | None,
+    watch: _Watch,
+    made: list[Path],
+) -> list[str]:
+    further = {star_label(name): _printed(values) for name, values in new.further.items()}
     if kind == "star" and source is not None:
-        text, names, values, notes = relion.edited_star(source, table, classes, angle, shift)
+        text, names, values, notes = relion.edited_star(source, table, *new[:3], further)
+        notes += _place_note(out, table)
         pieces: Iterable[bytes] = text
     else:
-        names, notes = _image_names(out, table, overwrite)
-        written, values, more = _new_star(table, names, classes, angle, shift)
+        names, notes = _image_names(out, table, overwrite, made)
+        written, values, more = _new_star(table, names, *new[:3], further)
         pieces, notes = [written.encode()], notes + more
     with replacing(out, overwrite=overwrite) as temporary:
         with temporary.open("wb") as file:
-            file.writelines(pieces)
+            file.writelines(watch.over(pieces))
         if kind == "star" and "rlnImageName" in table and names != table["rlnImageName"].tolist():
             raise UserError(
                 f"{source} is not the file that these particles were read from; it has changed since"
             )
-        relion.check_written(temporary, names, values)
+        sizes = table["pixel_size_A"].to_numpy(np.float64)
+        found = relion.check_written(temporary, names, values, sizes)
+        if check is not None:
+            check(found.set_axis(table.index))
     return notes
+
+
+def _export_group(
+    out: Path,
+    table: pd.DataFrame,
+    source: Path | None,
+    group_file: Path | None,
+    new: _New,
+    overwrite: bool,
+    check: Check | None,
+    watch: _Watch,
+) -> list[str]:
+    """A `.cs` file, its passthrough where there is one, and the `.csg` of both."""
+    sizes = table["pixel_size_A"].to_numpy(np.float64)
+    notes: list[str] = []
+    if source is not None:
+        before = cs_writing.filtered(source, table)
+    else:
+        records, notes = cs_writing.new_records(table, out)
+        before = cs_writing.Group(records, None, {})
+    group, more = cs_writing.with_poses(
+        before,
+        class_id=new.class_id,
+        angle_deg=new.angle_deg,
+        shift_yx_px=new.shift_yx_px,
+        pixel_size_A=sizes,
+    )
+    notes += more if source is not None else []
+    group = group._replace(records=cs_writing.with_latents(group.records, new.further))
+    text = cs_writing.group_text(group, source, group_file, out)
+    primary, passthrough, listing = cs_writing.group_paths(out)
+    targets = [primary, listing, *([passthrough] if group.passed is not None else [])]
+    with replacing_all(targets, overwrite=overwrite) as temporaries:
+        with temporaries[0].open("wb") as file:
+            cs_writing.write_records(file, group.records, watch)
+        temporaries[1].write_text(text, encoding="utf-8", newline="\n")
+        if group.passed is not None:
+            with temporaries[2].open("wb") as file:
+                cs_writing.write_records(file, group.passed)
+        records = cs_writing.check_written(temporaries[0], group.records, before.records, group.values)
+        passed = None
+        if group.passed is not None and before.passed is not None:
+            passed = cs_writing.check_written(temporaries[2], group.passed, before.passed, group.values)
+        if check is not None:
+            check(cs_writing.poses_of(cs_writing.Group(records, passed, {}), sizes).set_axis(table.index))
+    notes.append(
+        f"in cryoSPARC, Import Result Group with {listing.name}; "
+        f"keep {' and '.join(path.name for path in targets)} together"
+    )
+    if source is not None:
+        notes.append("image paths start from the cryoSPARC project folder, as in the source")
+    return notes
+
+
+def star_label(name: str) -> str:
+    """The column of a star file for one of our columns: `z_0` → `explorerZ0`."""
+    return "explorer" + "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+
+
+def _printed(values: NDArray[np.float64]) -> list[str]:
+    return [f"{value:.6g}" for value in values.tolist()]
+
+
+def _place_note(out: Path, table: pd.DataFrame) -> list[str]:
+    """Image names stay as they were written; said where they lead nowhere from the place of the export."""
+    if "rlnImageName" not in table:
+        return []
+    first = table.drop_duplicates("stack_path")
+    for name in first["rlnImageName"].tolist():
+        stack = str(name).rpartition("@")[2]
+        if os.path.isabs(stack) or any(os.path.isfile(folder / stack) for folder in out.parents):
+            continue
+        root = project_root(table)
+        where = "the project folder of the source" if root is None else str(root)
+        return [
+            f"image names start from {where}, as in the source ({stack}), and lead nowhere from "
+            f"{out.parent}: run RELION in {where} and import the file there"
+        ]
+    return []
+
+
+def project_root(table: pd.DataFrame) -> Path | None:
+    """The folder that the image names of a star or cs file start from, by where their stacks were found."""
+    column = next((name for name in ("rlnImageName", "blob/path") if name in table), None)
+    if column is None:
+        return None
+    first = table.drop_duplicates("stack_path")
+    for name, path in zip(first[column].tolist(), first["stack_path"].tolist(), strict=True):
+        stack = Path(str(name).rpartition("@")[2].lstrip(">"))
+        if stack.is_absolute() or ".." in stack.parts:
+            continue
+        whole = Path(path)
+        if whole.parts[-len(stack.parts) :] == stack.parts:
+            return Path(*whole.parts[: -len(stack.parts)])
+    return None
+
+
+def _take_back(made: Sequence[Path]) -> None:
+    """Remove links and stacks that were made for an export that did not come about."""
+    for path in made:
+        path.unlink(missing_ok=True)
+    for folder in dict.fromkeys(path.parent for path in made):
+        with contextlib.suppress(OSError):  # not empty, so it is not ours alone
+            folder.rmdir()
+
+
+def export_table(out: Path | str, table: pd.DataFrame, *, overwrite: bool = False) -> list[str]:
+    """Write a table indexed by uid as `.csv`, `.tsv` or `.parquet`, and read it back."""
+    out = Path(out).absolute()
+    with replacing(out, overwrite=overwrite) as temporary:
+        if out.suffix.lower() == ".parquet":
+            table.to_parquet(temporary, compression="zstd")
+            back = pd.read_parquet(temporary)
+        else:
+            separator = "\t" if out.suffix.lower() == ".tsv" else ","
+            table.to_csv(temporary, sep=separator, lineterminator="\n")
+            back = pd.read_csv(temporary, sep=separator, dtype={"uid": np.uint64}).set_index("uid")
+        if not np.array_equal(back.index.to_numpy(np.uint64), table.index.to_numpy(np.uint64)):
+            raise RuntimeError(f"{out} does not hold the particles that were to be written")
+        for name in table.columns:
+            if pd.api.types.is_numeric_dtype(table[name]) and not np.allclose(
+                back[name].to_numpy(float), table[name].to_numpy(float), rtol=1e-5, atol=1e-6, equal_nan=True
+            ):
+                raise RuntimeError(f"{out} does not hold the values of {name} that were to be written")
+    return []
+
+
+def export_indices(out: Path | str, rows: NDArray[np.int64], *, overwrite: bool = False) -> list[str]:
+    """Write rows of the source, counted from 0, one a line, and read them back."""
+    out = Path(out).absolute()
+    with replacing(out, overwrite=overwrite) as temporary:
+        temporary.write_text("".join(f"{row}\n" for row in rows.tolist()), encoding="utf-8", newline="\n")
+        if not np.array_equal(np.loadtxt(temporary, np.int64, ndmin=1), rows):
+            raise RuntimeError(f"{out} does not hold the rows that were to be written")
+    return ["rows of the source file, counted from 0"]
 
 
 def export_averages(
@@ -136,7 +363,9 @@ def _finite(values: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[np.
     return found
 
 
-def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[str], list[str]]:
+def _image_names(
+    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path]
+) -> tuple[list[str], list[str]]:
     """`rlnImageName` of every row, for stacks that may not be named as RELION wants them."""
     paths = table["stack_path"]
     if not bool((paths != "").all()):
@@ -145,7 +374,7 @@ def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[
         )
     unique = [str(path) for path in paths.unique()]
     if any(path.lower().endswith(".npy") for path in unique):
-        return _copied_stack(out, table, overwrite)
+        return _copied_stack(out, table, overwrite, made)
     notes = []
     shown: dict[str, str] = {}
     # a name with a space would end at it
@@ -158,7 +387,7 @@ def _image_names(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[
     for path in unique:
         target = Path(path)
         if path in linked:
-            target = _link(folder, target)
+            target = _link(folder, target, made)
         shown[path] = _shown(target, out.parent)
     if linked:
         notes.append(
@@ -178,10 +407,13 @@ def _shown(stack: Path, folder: Path) -> str:
     return (stack.relative_to(folder) if stack.is_relative_to(folder) else stack).as_posix()
 
 
-def _link(folder: Path, stack: Path) -> Path:
+def _link(folder: Path, stack: Path, made: list[Path]) -> Path:
     """A relative link named .mrcs to `stack`; an existing one is used again, anything else stays
     untouched."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     for attempt in range(1, 1000):
         name = re.sub(r"\s+", "_", stack.stem) + (f"-{attempt}" if attempt > 1 else "") + ".mrcs"
         link = folder / name
@@ -196,11 +428,14 @@ def _link(folder: Path, stack: Path) -> Path:
                 f"cannot make the link {link}, which RELION needs because {stack} is not named .mrcs: "
                 f"{error.strerror}"
             ) from error
+        made.append(link)
         return link
     raise UserError(f"no free name for a link to {stack} in {folder}; remove old links there")
 
 
-def _copied_stack(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list[str], list[str]]:
+def _copied_stack(
+    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path]
+) -> tuple[list[str], list[str]]:
     """RELION reads no .npy, so the exported images are written as a stack beside the star file."""
     stack = open_stacks(table)
     if stack.n_channels != 1:
@@ -211,9 +446,11 @@ def _copied_stack(out: Path, table: pd.DataFrame, overwrite: bool) -> tuple[list
     path = out.with_suffix(".mrcs")
     _refuse_originals(path, [], table)
     sizes = table["pixel_size_A"].to_numpy(np.float64)
+    was_there = path.exists()
     write_stack_in_batches(
         path, _batches(stack), len(stack), int(boxes[0]), float(sizes[0]), overwrite=overwrite
     )
+    made += [] if was_there else [path]
     names = [f"{i:06d}@{path.name}" for i in range(1, len(table) + 1)]
     return names, [
         f"RELION reads no .npy, so the {len(table)} images were written to {path}",
@@ -232,6 +469,7 @@ def _new_star(
     class_id: NDArray[np.int64] | None,
     angle_deg: NDArray[np.float64] | None,
     shift_yx_px: NDArray[np.float64] | None,
+    further: dict[str, list[str]],
 ) -> tuple[str, dict[str, list[str]], list[str]]:
     """A star file for particles that did not come from one: (text, new columns, notes).
 
@@ -285,7 +523,7 @@ def _new_star(
     ):
         angle_deg = table["angle_deg"].to_numpy(np.float64)
         shift_yx_px = table[["shift_y_px", "shift_x_px"]].to_numpy(np.float64)
-    values |= relion.pose_columns(angle_deg, shift_yx_px, sizes, in_pixels=in_pixels)
+    values |= relion.pose_columns(angle_deg, shift_yx_px, sizes, in_pixels=in_pixels) | further
     particles = pd.DataFrame({**columns, **values}, dtype=object)
     return optics + format_block("images" if in_pixels else "particles", particles), values, notes
 

@@ -1,0 +1,259 @@
+"""What a session gives to other programs: particles, averages, tables; chosen, written, checked.
+
+Every export of poses is averaged again from what the written file says before it gets its name: a wrong
+sign, axis or unit cannot leave this program unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from particle_explorer.averaging import Event, average_classes
+from particle_explorer.configs import AverageConfig
+from particle_explorer.files import UserError
+from particle_explorer.io import writing
+from particle_explorer.particles import ImageStack
+from particle_explorer.preprocess import Plan
+from particle_explorer.session import Run, Session
+
+PARTICLE_SUFFIXES = (".star", ".cs")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+SUFFIXES = (*PARTICLE_SUFFIXES, *TABLE_SUFFIXES, ".txt")
+"""What `export` writes; .txt is a list of rows."""
+
+CHECKED_PARTICLES = 2000
+"""As many particles, or the smallest class, are averaged again from an exported file."""
+AGREEMENT = 0.99
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is exported of a session: which rows, with which classes and poses."""
+
+    session: Session
+    rows: NDArray[np.int64]
+    """Rows of the session, in the order of the source."""
+    class_id: NDArray[np.int64] | None = None
+    """`(k,)` from 1, of those rows; so are all below."""
+    angle_deg: NDArray[np.float64] | None = None
+    shift_yx_px: NDArray[np.float64] | None = None
+    further: Mapping[str, NDArray[np.float64]] | None = None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows of the session's table."""
+        return self.session.table.iloc[self.rows]
+
+
+def choose(
+    session: Session,
+    mask: NDArray[np.bool_],
+    *,
+    class_id: NDArray[np.int64] | None = None,
+    angle_deg: NDArray[np.float64] | None = None,
+    shift_yx_px: NDArray[np.float64] | None = None,
+    further: pd.DataFrame | None = None,
+) -> Chosen:
+    """The rows of `mask` `(N,)`; classes, poses and further columns are given for all `N` rows."""
+    rows = np.flatnonzero(mask)
+    rows = rows[np.argsort(session.table["source_row"].to_numpy()[rows], kind="stable")]
+    return Chosen(
+        session,
+        rows,
+        None if class_id is None else class_id[rows],
+        None if angle_deg is None else angle_deg[rows],
+        None if shift_yx_px is None else shift_yx_px[rows],
+        None if further is None else {str(name): further[name].to_numpy(float)[rows] for name in further},
+    )
+
+
+def latent_columns(run: Run) -> pd.DataFrame:
+    """Coordinates, spreads and scores of a run by the rows of its session, without the pose."""
+    latents = run.latents()
+    if latents is None:
+        raise UserError(f"run {run.name} has no latents yet; its state is {run.state!r}")
+    table = latents.table.reindex(run.session.table.index)
+    return table.drop(columns=["angle_deg", "shift_y_px", "shift_x_px"], errors="ignore")
+
+
+def export(
+    out: Path,
+    chosen: Chosen,
+    *,
+    average: AverageConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Event | None = None,
+) -> list[str]:
+    """Write the chosen particles in the form that the ending of `out` names; returns notes."""
+    suffix = out.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{out} has none of the endings that are exported: {', '.join(SUFFIXES)}")
+    session = chosen.session
+    if not len(chosen.rows):
+        raise UserError("there are no particles to export; the selection is empty")
+    if suffix == ".txt":
+        return writing.export_indices(out, chosen.table["source_row"].to_numpy(np.int64), overwrite=overwrite)
+    if suffix in TABLE_SUFFIXES:
+        return writing.export_table(out, as_table(chosen), overwrite=overwrite)
+    said: list[str] = []
+
+    def check(found: pd.DataFrame) -> None:
+        if chosen.angle_deg is not None:
+            said.append(check_poses(chosen, found, average or AverageConfig(), progress, stop))
+
+    notes = writing.export_particles(
+        out,
+        table=chosen.table,
+        source=session.source_path,
+        kind=session.info.source_kind,
+        class_id=chosen.class_id,
+        angle_deg=chosen.angle_deg,
+        shift_yx_px=chosen.shift_yx_px,
+        further=chosen.further,
+        group_file=session.group_file,
+        overwrite=overwrite,
+        protected=[session.original_source],
+        check=check,
+        progress=None if progress is None else lambda done: progress("writing", done),
+        stop=stop,
+    )
+    return [*notes, *said]
+
+
+def as_table(chosen: Chosen) -> pd.DataFrame:
+    """One row per particle, indexed by uid: where its image is, class, pose, latent coordinates."""
+    names = [name for name in ("rlnImageName", "blob/path", "blob/idx") if name in chosen.table]
+    table = chosen.table[["source_row", *(names or ["stack_path", "stack_index"])]].copy()
+    if chosen.class_id is not None:
+        table["class_id"] = chosen.class_id
+    if chosen.angle_deg is not None:
+        table["angle_deg"] = chosen.angle_deg
+    if chosen.shift_yx_px is not None:
+        table["shift_y_px"], table["shift_x_px"] = chosen.shift_yx_px.T
+    for name, values in (chosen.further or {}).items():
+        table[name] = values
+    return table
+
+
+class _Written:
+    """Some particles of a session, to be averaged at the poses that a file says they have."""
+
+    def __init__(self, session: Session, rows: NDArray[np.int64], images: ImageStack) -> None:
+        self.plan: Plan = session.plan
+        self.table = session.table.iloc[rows]
+        self._images = images.take(rows)
+
+    def originals(self) -> ImageStack:
+        return self._images
+
+
+def check_poses(
+    chosen: Chosen,
+    found: pd.DataFrame,
+    config: AverageConfig,
+    progress: Progress | None = None,
+    stop: Event | None = None,
+    shown: Mapping[int, NDArray[np.float32]] | None = None,
+) -> str:
+    """Average particles by the poses that the written file says (`found`, rows as chosen), and compare.
+
+    With `shown` (class number → average of all its members) that is what must come out; else the averages
+    by the poses that were meant. A wrong file is a `RuntimeError`; a right one a sentence.
+    """
+    n = len(chosen.rows)
+    classes = np.ones(n, np.int64) if chosen.class_id is None else chosen.class_id
+    if chosen.class_id is not None and not np.array_equal(found["class_id"].to_numpy(np.int64), classes):
+        raise RuntimeError("the written file does not hold the classes that were meant")
+    try:
+        images = chosen.session.originals()
+    except UserError as error:
+        return f"not checked by averaging, because {error}"
+    # what is averaged together has one scale; with averages to compare with it has that anyway
+    scales = pd.factorize(pd.MultiIndex.from_frame(chosen.table[["box_px", "pixel_size_A"]].round(6)))[0]
+    parts = [_to_check(classes, shown)] if shown else _some_of_each(scales, classes)
+    meant = _poses(chosen.angle_deg, chosen.shift_yx_px, n)
+    written = _poses(
+        found["angle_deg"].to_numpy(float) if "angle_deg" in found else None,
+        found[["shift_y_px", "shift_x_px"]].to_numpy(float) if "shift_y_px" in found else None,
+        n,
+    )
+    worst = 1.0
+    for i, part in enumerate(parts):
+        where = _Written(chosen.session, chosen.rows[part], images)
+
+        def averages(
+            poses: tuple[NDArray[np.float64], NDArray[np.float64]],
+            first: int = i,
+            part: NDArray[np.int64] = part,
+            where: _Written = where,
+        ) -> dict[int, NDArray[np.float32]]:
+            made = average_classes(
+                where,
+                classes[part],
+                poses[0][part],
+                poses[1][part],
+                config,
+                progress=lambda done: progress("checking", (first + done) / len(parts)) if progress else None,
+                stop=stop,
+            )
+            return {int(average.label): average.image for average in made}
+
+        again = averages(written)
+        wanted = shown or averages(meant)
+        worst = min(worst, *(_correlation(again[label], wanted[label]) for label in again))
+    if not worst > AGREEMENT:
+        raise RuntimeError(f"averages by the written poses are not those that were meant (r {worst:.3f})")
+    total = sum(map(len, parts))
+    return f"checked: {total} particles averaged again from what was written, r {worst:.4f}"
+
+
+def _poses(
+    angle_deg: NDArray[np.float64] | None, shift_yx_px: NDArray[np.float64] | None, n: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return (
+        np.zeros(n) if angle_deg is None else angle_deg,
+        np.zeros((n, 2)) if shift_yx_px is None else shift_yx_px,
+    )
+
+
+def _some_of_each(scales: NDArray[np.int64], classes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows to average again, some of the largest classes of every scale."""
+    parts = []
+    for scale in np.unique(scales):
+        rows = np.flatnonzero(scales == scale)
+        labels, counts = np.unique(classes[rows], return_counts=True)
+        largest = labels[np.argsort(-counts, kind="stable")][:20]
+        each = max(1, CHECKED_PARTICLES // len(largest))
+        parts.append(
+            np.sort(
+                np.concatenate([rows[np.flatnonzero(classes[rows] == label)[:each]] for label in largest])
+            )
+        )
+    return parts
+
+
+def _to_check(classes: NDArray[np.int64], shown: Mapping[int, NDArray[np.float32]]) -> NDArray[np.int64]:
+    """Rows of whole classes, the smallest first, as many as may be; at least one class."""
+    labels, counts = np.unique(classes, return_counts=True)
+    taken: list[int] = []
+    total = 0
+    for label, count in sorted(zip(labels.tolist(), counts.tolist(), strict=True), key=lambda one: one[1]):
+        if label in shown and (not taken or total + count <= CHECKED_PARTICLES):
+            taken.append(label)
+            total += count
+    return np.flatnonzero(np.isin(classes, taken))
+
+
+def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / norm if norm > 0 else 1.0
