@@ -261,12 +261,12 @@ def test_an_export_elsewhere_says_where_its_images_are(trained, tmp_path, capsys
 
 
 def test_a_wrong_pose_in_an_export_is_noticed(trained, tmp_path, monkeypatch):
-    """The sign of psi turned in the writer: the averages of what was written tell."""
+    """The sign of psi turned in the writer: what was written is not what was meant."""
     from particle_explorer.io import relion
 
     right = relion.to_relion
     monkeypatch.setattr(relion, "to_relion", lambda *given: (-right(*given)[0], *right(*given)[1:]))
-    with pytest.raises(RuntimeError, match="averages by the written poses are not those that were meant"):
+    with pytest.raises(RuntimeError, match="120 of the written poses are not those that were meant"):
         main(["export", str(trained.session.path), "--out", str(tmp_path / "wrong.star")])
     assert not (tmp_path / "wrong.star").exists()
 

@@ -19,6 +19,7 @@ from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError
 from particle_explorer.io import writing
 from particle_explorer.particles import ImageStack
+from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.session import Run, Session
 
@@ -30,6 +31,8 @@ SUFFIXES = (*PARTICLE_SUFFIXES, *TABLE_SUFFIXES, ".txt")
 CHECKED_PARTICLES = 2000
 """As many particles, or the smallest class, are averaged again from an exported file."""
 AGREEMENT = 0.99
+_SAME_DEG, _SAME_PX = 1e-3, 1e-2
+"""What the printing of numbers may take from a pose."""
 
 Progress = Callable[[str, float], None]
 
@@ -164,7 +167,8 @@ def check_poses(
     stop: Event | None = None,
     shown: Mapping[int, NDArray[np.float32]] | None = None,
 ) -> str:
-    """Average particles by the poses that the written file says (`found`, rows as chosen), and compare.
+    """Compare the poses that the written file says (`found`, rows as chosen) with those that were meant, and
+    average particles by them.
 
     With `shown` (class number → average of all its members) that is what must come out; else the averages
     by the poses that were meant. A wrong file is a `RuntimeError`; a right one a sentence.
@@ -186,6 +190,15 @@ def check_poses(
         found[["shift_y_px", "shift_x_px"]].to_numpy(float) if "shift_y_px" in found else None,
         n,
     )
+    # a blob turned the wrong way still looks alike, so every pose is compared as well
+    turn = np.abs(wrap_deg(written[0] - meant[0]))
+    moved = np.abs(written[1] - meant[1]).max(axis=1) if chosen.shift_yx_px is not None else np.zeros(n)
+    off = np.flatnonzero((turn > _SAME_DEG) | (moved > _SAME_PX))
+    if len(off):
+        raise RuntimeError(
+            f"{len(off)} of the written poses are not those that were meant; the first is particle "
+            f"{int(off[0]) + 1}, {turn[off[0]]:.3g}° and {moved[off[0]]:.3g} px off"
+        )
     worst = 1.0
     for i, part in enumerate(parts):
         where = _Written(chosen.session, chosen.rows[part], images)
