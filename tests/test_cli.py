@@ -245,7 +245,7 @@ def test_tables_and_lists_of_rows(trained, tiny_stack, tmp_path, say, refuse):
         np.testing.assert_allclose(table["z_0"], latents.z[mask, 0], rtol=1e-5)
         np.testing.assert_allclose(table["shift_x_px"], latents.shift_yx_px[mask, 1], rtol=1e-5)
         assert table["rlnImageName"].tolist() == session.table["rlnImageName"][mask].tolist()
-    say(*words, tmp_path / "z.star", "--latents", "--no-poses")
+    say(*words, tmp_path / "z.star", "--latents", "--poses", "none")
     found = read(tmp_path / "z.star", project_dir=tiny_stack.parent).table
     np.testing.assert_allclose(found["explorerZ0"], latents.z[mask, 0], rtol=1e-5)
     assert not {"rlnAnglePsi", "rlnOriginXAngst"} & set(found)

@@ -829,9 +829,10 @@ class Export(JobCommand):
     classes: str = ""
     """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
     held: bool = False
-    """Write the poses that hold a part still (hold-still) instead of the run's own"""
-    poses: bool = True
-    """Write angle and shift; --no-poses leaves those of the source as they are"""
+    """Write the poses that hold a part still (hold-still) instead of the run's own; as --poses held"""
+    poses: Literal["run", "held", "refined", "none"] = "run"
+    """Whose poses are written: the run's, `held` with a part held still, `refined` by `refine`; `none` leaves
+    those of the source as they are"""
     latents: bool = False
     """Also write the latent coordinates, as columns explorerZ0, explorerZ1 ... of a star file or fields
     explorer/z_0 ... of a cs file; tables have them anyway"""
@@ -861,7 +862,10 @@ class Export(JobCommand):
             for path in files:
                 _check_writable(path, session, self.overwrite)
             number = _class_numbers(session, run, self.classes)
-            angle, shift = _poses(run, self.held) if run is not None and self.poses else (None, None)
+            source: PoseSource | None = "held" if self.held else None if self.poses == "none" else self.poses
+            angle, shift = (None, None)
+            if run is not None and source is not None:
+                angle, shift = _poses_of(run, source)
             if self.latents and run is None:
                 raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
             with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
@@ -871,8 +875,7 @@ class Export(JobCommand):
                     raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
                 members, classes = by_class(np.where(mask, number, -1))
                 captions = [str(c) for c in classes]
-                source: PoseSource = "held" if self.held else "run"
-                averages = _average(run, members, captions, source, self.average, job)
+                averages = _average(run, members, captions, source or "run", self.average, job)
             job.tell("writing")
             chosen = choose(
                 session,
