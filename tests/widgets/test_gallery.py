@@ -216,7 +216,7 @@ def test_in_the_window_it_lies_under_the_canvas(
     beside = QRect(column.mapToGlobal(QPoint(0, 0)), column.size())
     assert not bottom.intersects(beside) and bottom.right() <= beside.left()
     assert 100 <= bottom.height() <= 180 and beside.bottom() >= bottom.top() + 50
-    assert isinstance(workspace._gallery_dock, QDockWidget)
+    assert isinstance(workspace.gallery_dock, QDockWidget)
     click(workspace.gallery, 3)
     qtbot.waitUntil(lambda: len(viewer.layers["selected particles"].data) == 1)
     workspace.shutdown()

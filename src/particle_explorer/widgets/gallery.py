@@ -399,7 +399,7 @@ class Gallery(QWidget):
         self.tasks = Tasks(self)
         self._pictures: Pictures | None = None
         self._mine = False  # the selection is being changed by a hand in here
-        self._keys: list[str] = []
+        self._wanted: tuple[str, bool] | None = None
         self._mailbox = Mailbox(self, _thumbnails, self._on_thumbnails, lambda _: None, "gallery")
 
         self.strip = Strip()
@@ -534,7 +534,11 @@ class Gallery(QWidget):
         for choice in choices:
             self.sort.addItem(choice.title, choice.key)
         self.sort.setCurrentIndex(max(0, self.sort.findData(before)))
-        if before and self.sort.currentData() != before:
+        wanted = self._wanted
+        if wanted is not None and self.sort.findData(wanted[0]) >= 0:
+            self._wanted = None
+            self.sort_by(wanted[0], descending=wanted[1])
+        elif before and self.sort.currentData() != before:
             self._arrange()
 
     def sort_by(self, key: str, *, descending: bool = False) -> None:
@@ -544,6 +548,12 @@ class Gallery(QWidget):
             self.sort.setCurrentIndex(index)
             self.down_button.setChecked(descending)
             self._arrange()
+
+    def sort_when_there(self, key: str, descending: bool) -> None:
+        """Order by a column now, or as soon as a table with it has been looked through."""
+        self._wanted = (key, descending)
+        if self.sort.findData(key) >= 0:
+            self.sort_by(key, descending=descending)
 
     # --- order ------------------------------------------------------------------------------------
 

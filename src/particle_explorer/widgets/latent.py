@@ -109,6 +109,8 @@ class LatentDock(QWidget):
         self._asked_colour: str | None = None
         self._colouring: Colouring = plain(0)
         self._limits: tuple[float, float] | None = None
+        self._remembered: dict[str, Any] | None = None
+        self._part: tuple[float, float, float, float] | None = None  # to be shown once points are there
         self._view_of: tuple[Path | None, int] | None = (
             None  # what the view is a view of: zoom is kept while this stays
         )
@@ -367,6 +369,8 @@ class LatentDock(QWidget):
         self._live_run, self._held, self._new_from = None, None, None
         self._live.follow(None if session is None else session.path)
         self.canvas.set_density("auto")
+        self.density.setCurrentIndex(0)
+        self._limits, self._remembered, self._part = None, None, None
         self.canvas.clear_points()
         self.canvas.set_handle(None, None)
         self._view_of = None
@@ -426,6 +430,7 @@ class LatentDock(QWidget):
         if first is not None and (not chosen or self._view_of is None or self._view_of[1] != columns.n_dims):
             _choose(self.x, first[0])
             _choose(self.y, first[1])
+        self._recall(columns)
         self._show_points(keep_view=self._view_of == source)
         self._view_of = source
         self._show_colour()
@@ -433,6 +438,67 @@ class LatentDock(QWidget):
             self.state.set_handle(columns.median)  # the origin may be far from every particle
         self._build_sliders()
         self._show_state()
+
+    # ---- what a session remembers -------------------------------------------------------
+
+    def remembered(self) -> dict[str, Any]:
+        """How the map is looked at, for `recall`."""
+        canvas = self.canvas
+        return {
+            "x": self.x.currentData(),
+            "y": self.y.currentData(),
+            "colour": self.colour.currentData(),
+            "limits": None if self._limits is None else list(self._limits),
+            "part": None if canvas.is_fitted or not canvas.n_points else list(canvas.view),
+            "tool": canvas.tool,
+            "density": canvas.density,
+            "point_size": canvas.point_size,
+            "opacity": canvas.opacity,
+            "histogram": self.histogram_button.isChecked(),
+            "n_nearest": self.n_nearest,
+        }
+
+    @property
+    def is_recalling(self) -> bool:
+        """Whether something is still to be put back."""
+        waits = self._remembered is not None or self._part is not None
+        return waits and self.state.run is not None
+
+    def recall(self, found: dict[str, Any]) -> None:
+        """Look at the map as `remembered` said, as soon as it is there; what has gone is passed over."""
+        self._remembered = found
+        if self._columns.features is self.state.features:
+            self._recall(self._columns)
+            self._show_points()
+            self._show_colour()
+            self._build_sliders()
+
+    def _recall(self, columns: Columns) -> None:
+        if self._remembered is None or not columns.n_dims:
+            return
+        found, self._remembered = self._remembered, None
+        axes = {choice.key for choice in columns.axes}
+        if found.get("x") in axes and found.get("y") in axes and found["x"] != found["y"]:
+            _choose(self.x, found["x"])
+            _choose(self.y, found["y"])
+            part = found.get("part")
+            if part is not None:
+                x0, x1, y0, y1 = (float(value) for value in part)
+                self._part = (x0, x1, y0, y1)
+        if self.colour.findData(found.get("colour")) >= 0:
+            _choose(self.colour, found["colour"])
+            limits = found.get("limits")
+            self._limits = None if limits is None else (float(limits[0]), float(limits[1]))
+        if found.get("tool") in TOOLS:
+            self.canvas.set_tool(found["tool"])
+        density = self.density.findData(found.get("density"))
+        if density >= 0:
+            self.density.setCurrentIndex(density)
+            self.canvas.set_density(self.density.currentData())
+        self.point_size.setValue(round(2 * float(found.get("point_size", 0))))
+        self.opacity.setValue(round(100 * float(found.get("opacity", 1))))
+        self.histogram_button.setChecked(bool(found.get("histogram")))
+        self.n_nearest = max(1, int(found.get("n_nearest", self.n_nearest)))
 
     def _offer_columns(self, columns: Columns) -> None:
         axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
@@ -471,6 +537,9 @@ class LatentDock(QWidget):
                 return
             points, self._axes = found
             self.canvas.set_points(points, titles=titles, keep_view=keep_view)
+            part, self._part = self._part, None
+            if part is not None:
+                self.canvas.show_part(part)
             self._show_handle(self.state.handle_z)
             self._show_hint()
 

@@ -126,6 +126,7 @@ class Workspace(QWidget):
         from particle_explorer.widgets.explore import ExploreDock
         from particle_explorer.widgets.gallery import Gallery
         from particle_explorer.widgets.latent import LatentDock
+        from particle_explorer.widgets.memory import Memory
         from particle_explorer.widgets.pictures import Decoder
         from particle_explorer.widgets.preview_average import PreviewAverage
         from particle_explorer.widgets.reconstruction import Reconstruction
@@ -147,7 +148,8 @@ class Workspace(QWidget):
         self.selected = SelectedParticles(self.viewer, self, self.decoder)
         self.preview = PreviewAverage(self.state, self, self.decoder)
         self.gallery = Gallery(self.viewer, self.state, self.decoder)
-        self._gallery_dock: QDockWidget | None = None
+        self.gallery_dock: QDockWidget | None = None
+        self.memory = Memory(self)
 
         self.tabs = QTabWidget()
         for dock, name, hint in (
@@ -206,6 +208,7 @@ class Workspace(QWidget):
 
     def shutdown(self) -> None:
         """End all threads and workers of this column; jobs that train or average go on."""
+        self.memory.stop()
         self.latent.shutdown()
         self.reconstruction.stop()
         self.explore.shutdown()
@@ -275,10 +278,10 @@ class Workspace(QWidget):
 
     def _show_gallery(self) -> None:
         """Lay the gallery under the canvas, the first time there is something to show in it."""
-        if self._gallery_dock is None:
+        if self.gallery_dock is None:
             dock = self.viewer.window.add_dock_widget(self.gallery, name=GALLERY_NAME, area="bottom")
             main = dock.parentWidget()
-            self._gallery_dock = dock
+            self.gallery_dock = dock
             if isinstance(main, QMainWindow):
                 # the column beside it keeps the whole height
                 right = Qt.DockWidgetArea.RightDockWidgetArea
@@ -320,6 +323,7 @@ class Workspace(QWidget):
     def hideEvent(self, event: QHideEvent | None) -> None:
         # napari never sends closeEvent to a dock, and `destroyed` comes late
         super().hideEvent(event)
+        self.memory.save()
         if event is None or not event.spontaneous():
             self._away.start()
 
