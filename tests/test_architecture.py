@@ -26,7 +26,7 @@ RANKS: dict[str, int] = {
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["session", "gauge", "traversals", "membership", "refining"],
             ["training", "exporting"],
-            ["jobs", "state", "report"],
+            ["jobs", "state"],
             ["demo", "cli", "plugin"],
             ["widgets"],
             ["bench"],

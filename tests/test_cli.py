@@ -89,6 +89,8 @@ def test_from_a_stack_to_a_star_file(tiny_stack, tmp_path, say):
     shift = exported.table[["shift_y_px", "shift_x_px"]].to_numpy()
     np.testing.assert_allclose(shift, latents.shift_yx_px, atol=1e-3)
     assert MrcFile(tmp_path / "out.mrcs").n_images == 5
+    assert say("export-classes", path, "--out", tmp_path / "c") == [str(tmp_path / "c")]
+    assert len(read(tmp_path / "c" / "run_it000_data.star", project_dir=tiny_stack.parent)) == 120
 
 
 def test_ways_through_the_map_are_drawn_and_averaged(trained, tmp_path, say, refuse):

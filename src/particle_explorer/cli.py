@@ -902,6 +902,43 @@ class Export(JobCommand):
             job.result(" ".join(map(str, files)))
 
 
+class ExportClasses(JobCommand):
+    """Write class averages and their particles for RELION's class display and as templates of cryoSPARC."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    out: Path
+    """A new folder: run_it000_classes.mrcs with its _model.star, _data.star and _optimiser.star,
+    class_averages.star, backup_selection.star, templates.mrc with .cs and .csg, montage.png"""
+    averages: str = ""
+    """Name of the averages, as `average` printed it; by default those that were made last"""
+    project_dir: str = ""
+    """The folder that RELION runs in, from which names in the files start; by default that of the source,
+    where --out lies in it"""
+
+    def execute(self) -> None:
+        """Export, and print the path of the folder."""
+        from particle_explorer.exporting import export_classes
+        from particle_explorer.session import Session
+
+        with self.job("exporting class averages") as job:
+            session = Session.open(self.session)
+            name = self.averages or session.newest_classes()
+            if not name:
+                raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
+            notes = export_classes(
+                self.out,
+                session,
+                name,
+                project_dir=_path(self.project_dir),
+                progress=job.tell,
+                stop=job.stop,
+            )
+            for note in notes:
+                job.note(note)
+            job.result(self.out)
+
+
 # ---------------------------------------------------------------------- the rest
 
 
@@ -1052,6 +1089,7 @@ COMMANDS: dict[str, type[Command]] = {
     "average": Average,
     "refine": Refine,
     "export": Export,
+    "export-classes": ExportClasses,
     "open": Open,
     "simulate": Simulate,
     "demo": Demo,

@@ -6,9 +6,13 @@ sign, axis or unit cannot leave this program unnoticed.
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +20,15 @@ from numpy.typing import NDArray
 
 from particle_explorer.averaging import Event, average_classes
 from particle_explorer.configs import AverageConfig
-from particle_explorer.files import UserError
+from particle_explorer.files import UserError, umask
 from particle_explorer.io import writing
+from particle_explorer.io.class_files import ROOT, ClassSet, class_numbers, write_relion, write_templates
+from particle_explorer.movies import contact_sheet
 from particle_explorer.particles import ImageStack
 from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
-from particle_explorer.session import Run, Session
+from particle_explorer.report import png_file
+from particle_explorer.session import Run, Session, StoredClasses
 
 PARTICLE_SUFFIXES = (".star", ".cs")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -130,6 +137,140 @@ def export(
         stop=stop,
     )
     return [*notes, *said]
+
+
+def export_classes(
+    folder: Path,
+    session: Session,
+    name: str,
+    *,
+    project_dir: Path | None = None,
+    progress: Progress | None = None,
+    stop: Event | None = None,
+) -> list[str]:
+    """Write the averages `name` of a session and their particles into a new folder, for RELION's class
+    display and as templates of cryoSPARC; returns notes. The folder appears at once, complete.
+
+    `project_dir` is the folder that RELION runs in, from which names in the files start; by default that of
+    the source, where `folder` lies in it.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose a new folder for the class averages")
+    stored = session.classes(name)
+    images = stored.images if stored.images.ndim == 3 else stored.images.mean(1)
+    number = class_numbers([str(one["label"]) for one in stored.classes])
+    members = _members(session, stored.members, number)
+    classes = _class_set(images, number, members, stored)
+    root = project_dir.absolute() if project_dir is not None else writing.project_root(session.table)
+    notes: list[str] = []
+    if root is not None and folder.is_relative_to(root):
+        shown = folder.relative_to(root).as_posix() + "/"
+        notes.append(f"run relion_display in {root}: names in the files start from there")
+    else:
+        shown = folder.as_posix() + "/"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write into {folder.parent}: {error.strerror}") from error
+    try:
+        notes += _write_classes(new, session, stored, classes, members, shown, progress, stop)
+        new.chmod(0o777 & ~umask())
+        if folder.exists():
+            folder.rmdir()
+        new.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; nothing of it was kept") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return [note.replace(str(new), str(folder)) for note in notes]
+
+
+def _write_classes(
+    new: Path,
+    session: Session,
+    stored: StoredClasses,
+    classes: ClassSet,
+    members: pd.DataFrame,
+    shown: str,
+    progress: Progress | None,
+    stop: Event | None,
+) -> list[str]:
+    write_relion(new, classes, shown)
+    notes = ["averages are in this program's own grey scale: RELION's autopicking wants them rescaled"]
+    if math.isfinite(classes.pixel_size_A):
+        write_templates(new, classes)
+    else:
+        notes.append("the pixel size is not known, so there are no templates for cryoSPARC")
+    filled = classes.images[classes.counts > 0]
+    picture = contact_sheet([filled], math.ceil(math.sqrt(len(filled))))
+    (new / "montage.png").write_bytes(png_file(picture))
+    mask = np.isin(session.uid, members.index)
+    where = pd.Index(session.uid)
+    rows = where[mask]
+    mine = members.loc[rows]
+    chosen = choose(
+        session,
+        mask,
+        class_id=_full(mask, mine["class_id"].to_numpy(np.int64)),
+        angle_deg=_full(mask, mine["angle_deg"].to_numpy(float)),
+        shift_yx_px=_full(mask, mine[["shift_y_px", "shift_x_px"]].to_numpy(float)),
+    )
+    config = AverageConfig.model_validate(stored.how.get("config", {}))
+    whole = bool((stored.members.get("weight", pd.Series([1.0])) == 1).all()) and stored.images.ndim == 3
+    averages = {number + 1: image for number, image in enumerate(classes.images)}
+    said: list[str] = []
+
+    def check(found: pd.DataFrame) -> None:
+        compared = averages if whole and not stored.members.index.has_duplicates else None
+        said.append(check_poses(chosen, found, config, progress, stop, compared))
+
+    notes += writing.export_particles(
+        new / f"{ROOT}_data.star",
+        table=chosen.table,
+        source=session.source_path,
+        kind=session.info.source_kind,
+        class_id=chosen.class_id,
+        angle_deg=chosen.angle_deg,
+        shift_yx_px=chosen.shift_yx_px,
+        check=check,
+        progress=None if progress is None else lambda done: progress("writing", done),
+        stop=stop,
+    )
+    return notes + said
+
+
+def _full(mask: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[Any]:
+    full = np.zeros((len(mask), *values.shape[1:]), values.dtype)
+    full[mask] = values
+    return full
+
+
+def _members(session: Session, members: pd.DataFrame, number: NDArray[np.int64]) -> pd.DataFrame:
+    """One row per particle, by uid: `class_id` and the pose it was averaged at. A particle of several
+    averages belongs to that in which it counts most."""
+    if not {"angle_deg", "shift_y_px", "shift_x_px"} <= set(members):
+        raise UserError("these averages were made by an older version, without poses; average again")
+    table = members.assign(class_id=number[members["average"].to_numpy(np.int64)])
+    weight = table["weight"].to_numpy(float) if "weight" in table else np.ones(len(table))
+    table = table.iloc[np.argsort(-weight, kind="stable")]
+    table = table[~table.index.duplicated()]
+    return table[table.index.isin(session.uid)]
+
+
+def _class_set(
+    images: NDArray[np.float32], number: NDArray[np.int64], members: pd.DataFrame, stored: StoredClasses
+) -> ClassSet:
+    """The averages at the rows of their numbers; a number without an average is an empty class."""
+    k = int(number.max())
+    every = np.zeros((k, *images.shape[1:]), np.float32)
+    every[number - 1] = images
+    counts = np.bincount(members["class_id"].to_numpy(np.int64) - 1, minlength=k)
+    resolution = np.full(k, np.nan)
+    found = [one.get("ssnr_radius_A") for one in stored.classes]
+    resolution[number - 1] = [math.nan if value is None else float(value) for value in found]
+    return ClassSet(every, counts, resolution, stored.pixel_size_A)
 
 
 def as_table(chosen: Chosen) -> pd.DataFrame:

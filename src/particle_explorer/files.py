@@ -57,7 +57,7 @@ def replacing_all(
             temporaries.append(_temporary_beside(path))
         yield tuple(temporaries)
         for temporary in temporaries:
-            temporary.chmod(0o666 & ~_umask())  # last: some writers put a file of their own in the place
+            temporary.chmod(0o666 & ~umask())  # last: some writers put a file of their own in the place
             if sync:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
@@ -173,7 +173,8 @@ def _exists_already(path: Path) -> UserError:
     return UserError(f"{path} exists already; choose another name or allow overwriting (--overwrite)")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files do without."""
     current = os.umask(0)
     os.umask(current)
     return current

@@ -481,6 +481,14 @@ class Session:
         """Names of the saved sets of averages."""
         return _stems(self.path / "classes")
 
+    def newest_classes(self) -> str:
+        """The set of averages that was made last, or an empty text."""
+        folder = self.path / "classes"
+        names = self.class_sets()
+        return max(
+            names, key=lambda name: str(_read_json(folder / f"{name}.json").get("made", "")), default=""
+        )
+
     def save_classes(
         self, name: str, averages: Sequence[ClassAverage], labels: Sequence[str], how: Mapping[str, Any]
     ) -> str:
