@@ -12,12 +12,14 @@ from particle_explorer.configs import ClusterConfig, EmbedConfig
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.latents import (
     Latents,
+    agreement,
     angle_leak,
     cluster,
     embed,
     latent_columns,
     merged,
     pca,
+    rand_index,
     split,
 )
 
@@ -168,6 +170,34 @@ def test_umap_says_how_far_it_is_and_can_be_stopped():
 
     with pytest.raises(Stopped):
         embed(z, EmbedConfig(), stop)
+
+
+def test_runs_agree_up_to_what_no_fit_can_know():
+    rng = np.random.default_rng(2)
+    n = 1500
+    z = rng.uniform(-1, 1, (n, 2)).astype(np.float32)
+    uid, angle = np.arange(n, dtype=np.uint64), rng.uniform(-180, 180, n)
+    noise = rng.normal(0, 3, n)
+    one = Latents(uid, z, angle_deg=angle.astype(np.float32))
+    # another map of the same: bent and turned, its frame turned by 50° and ±20° along the map
+    bent = np.stack([z[:, 1] + 0.2 * z[:, 0] ** 2, -z[:, 0]], 1)
+    turned = (angle + 50 + 20 * z[:, 0] + noise + 180) % 360 - 180
+    other = Latents(uid, bent, angle_deg=turned.astype(np.float32))
+    groups = (z[:, 0] > 0).astype(int)
+    found = agreement(one, other, groups, 1 - groups)
+    assert found.position > 0.97 and found.clusters == 1 and found.n == n
+    assert 5 < found.angle_deg < 14 and found.angle_along_map_deg < 4
+    nothing = Latents(uid, rng.normal(size=(n, 2)).astype(np.float32))
+    assert agreement(one, nothing).position < 0.1 and np.isnan(agreement(one, nothing).angle_deg)
+    with pytest.raises(UserError, match="different particles"):
+        agreement(one, Latents(uid + 1, z))
+
+
+def test_rand_index_is_that_of_sklearn():
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 5, 400), rng.integers(0, 3, 400)
+    assert rand_index(a, b) == pytest.approx(adjusted_rand_score(a, b))
+    assert rand_index(a, a // 2) == pytest.approx(adjusted_rand_score(a, a // 2))
 
 
 def test_leak_tells_content_that_knows_the_angle_from_content_that_does_not():

@@ -429,6 +429,97 @@ def angle_leak(z: Array, angle_deg: Array, k: int = 20, at_most: int = 4000, see
     return float(np.clip((found + 1 / k) / (1 + 1 / k), 0.0, 1.0))
 
 
+class Agreement(NamedTuple):
+    """How far two runs say the same of the same particles; NaN for what one of them does not say."""
+
+    n: int
+    """Particles compared"""
+    position: float
+    """Share of the spread of one map's positions that the other predicts, the worse way round"""
+    angle_deg: float
+    """Median difference of the angles after one common turn"""
+    angle_along_map_deg: float
+    """The same after a turn that may change smoothly along the map, which no fit can know"""
+    clusters: float
+    """Adjusted Rand index of two clusterings (Hubert & Arabie 1985): 1 the same, 0 as chance would"""
+
+
+def agreement(
+    a: Latents,
+    b: Latents,
+    groups_a: NDArray[np.integer] | None = None,
+    groups_b: NDArray[np.integer] | None = None,
+    at_most: int = 5000,
+) -> Agreement:
+    """Compare two runs on the particles of one session; rows of both are in the same order."""
+    if not np.array_equal(a.uid, b.uid):
+        raise UserError("the runs belong to different particles; compare runs of one session")
+    good = np.flatnonzero(np.isfinite(a.z).all(1) & np.isfinite(b.z).all(1))
+    rows = good[_some(len(good), at_most, 0)]
+    nan = float("nan")
+    if len(rows) < 50:
+        return Agreement(len(rows), nan, nan, nan, nan)
+    k = 15
+    near = [_others(each.z[rows], k) for each in (a, b)]
+    position = min(_explained(b.z[rows], near[0]), _explained(a.z[rows], near[1]))
+    angle = along = nan
+    if a.angle_deg is not None and b.angle_deg is not None:
+        turn = np.exp(1j * np.deg2rad((b.angle_deg[rows] - a.angle_deg[rows]).astype(np.float64)))
+        # the commonest turn, not the mean one: some particles may be found upside down
+        middle = turn * np.conj(_mode(turn))
+        angle = float(np.median(np.abs(np.angle(middle, deg=True))))
+        smooth = turn[_others(a.z[rows], 40)]
+        local = turn * np.conj(smooth.mean(1))
+        along = float(np.median(np.abs(np.angle(local, deg=True))))
+    clusters = nan
+    if groups_a is not None and groups_b is not None:
+        clusters = rand_index(groups_a[good], groups_b[good])
+    return Agreement(len(rows), position, angle, along, clusters)
+
+
+def rand_index(a: NDArray[np.integer], b: NDArray[np.integer]) -> float:
+    """Adjusted Rand index of two groupings of the same particles."""
+    _, first = np.unique(a, return_inverse=True)
+    _, second = np.unique(b, return_inverse=True)
+    table = np.zeros((first.max() + 1, second.max() + 1))
+    np.add.at(table, (first, second), 1)
+
+    def pairs(counts: NDArray[np.float64]) -> float:
+        return float((counts * (counts - 1)).sum() / 2)
+
+    both, rows, columns = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    chance = rows * columns / max(len(a) * (len(a) - 1) / 2, 1)
+    most = (rows + columns) / 2
+    return 1.0 if most == chance else (both - chance) / (most - chance)
+
+
+def _others(z: Array, k: int) -> NDArray[np.intp]:
+    """`(n, k)` the particles nearest to each, itself left out."""
+    near = np.asarray(cKDTree(z).query(z, k + 1)[1])
+    own = near == np.arange(len(z))[:, None]
+    own[~own.any(1), -1] = True
+    return near[~own].reshape(-1, k)
+
+
+def _explained(z: Array, near: NDArray[np.intp]) -> float:
+    """Share of the spread of `z` that the means over `near` explain, at least 0."""
+    left = ((z - z[near].mean(1)) ** 2).sum()
+    spread = ((z - z.mean(0)) ** 2).sum()
+    return max(0.0, 1 - float(left) / max(float(spread), 1e-30))
+
+
+def _mode(turn: NDArray[np.complex128]) -> complex:
+    """The commonest of unit numbers, to a fraction of a degree."""
+    angle = np.angle(turn, deg=True)
+    counts, edges = np.histogram(angle, 72, (-180, 180))
+    smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
+    at = np.deg2rad(edges[smooth.argmax()] + 2.5)
+    centre = np.exp(1j * at)
+    close = np.abs(np.angle(turn * np.conj(centre))) < np.deg2rad(20)
+    mean = turn[close].mean() if close.any() else centre
+    return complex(mean / max(abs(mean), 1e-12))
+
+
 def _check_finite(z: Array) -> None:
     bad = np.flatnonzero(~np.isfinite(z).all(1))
     if bad.size:

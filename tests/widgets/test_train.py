@@ -18,8 +18,10 @@ from napari.components import ViewerModel
 from pytestqt.qtbot import QtBot
 
 from particle_explorer import jobs
-from particle_explorer.configs import ClassMapConfig, RunConfig
+from particle_explorer.configs import ClassMapConfig, RunConfig, TrainConfig
+from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
+from particle_explorer.state import read
 from particle_explorer.status import STOP, StatusWriter
 from particle_explorer.widgets.train import TrainDock, drawn, model_classes, read_metrics, round_limits
 
@@ -183,6 +185,109 @@ def test_the_curve_of_other_models_is_their_loss() -> None:
     assert plot.curve is not None and list(plot.curve.y) == [21, 11]
     assert list(plot.curve.x) == [0.5, 1.0]
     assert plot.title == "Loss per particle: 11" and plot.better == "lower" and "kl angle 1." in plot.tip
+
+
+def test_parts_of_a_loss_trends_and_a_log_scale(dock: TrainDock) -> None:
+    log = _log(list(np.linspace(20.0, 10.0, 100)), "reconstruction", 5, steps_per_epoch=20)
+    log = log.assign(kl_angle=1.0)
+    plot = drawn(log, 5)
+    assert [curve.name for curve in plot.terms] == ["reconstruction", "kl angle"]
+    dock._draw(plot)
+    assert [curve.faint for curve in dock.curves.curves] == [False, True], "a trend over the points"
+    smooth, raw = dock.curves.curves
+    assert np.corrcoef(smooth.y[5:-5], raw.y[5:-5])[0, 1] > 0.999
+    dock.each_term.setChecked(True)
+    assert {curve.name for curve in dock.curves.curves} == {"reconstruction", "kl angle", ""}
+    dock.log_scale.setChecked(True)
+    assert dock.curves.log_y and np.nanmax(dock.curves.curves[0].y) < 1.4
+    dock.curves.grab()
+
+
+def test_a_run_is_put_into_the_form_again(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
+    model = ClassMapConfig(latent_dim=1, nodes_per_dim=9)
+    run = tiny_session.new_run(
+        RunConfig(model=model, train=TrainConfig(n_epochs=7), data=tiny_session.data_spec())
+    )
+    dock.state.open_session(tiny_session)
+    dock.use_settings(run.name)
+    assert dock.forms["class-map"].value() == model and dock.train_form.value().n_epochs == 7
+
+
+def test_particles_of_another_file_are_placed_by_a_job(
+    dock: TrainDock, tiny_session: Session, tiny_stack: Path, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], folder: Path) -> Path:
+        started.append(arguments)
+        with StatusWriter(folder):
+            pass
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    run = _with_latents(tiny_session, 0.0)
+    dock.state.open_run(None)
+    dock.state.open_session(tiny_session)
+    dock.state.open_run(run)
+    dock.encode_others(tiny_stack)
+    qtbot.waitUntil(lambda: bool(started))
+    assert started == [["encode", str(run.path), "--stack", str(tiny_stack)]]
+    qtbot.waitUntil(lambda: dock.encode_bar.folder is None, timeout=10_000)
+
+
+def _with_latents(session: Session, turn_deg: float) -> Run:
+    """A run whose map is a disc, angles free of it and turned by so much from one run to the next."""
+    rng = np.random.default_rng(0)
+    n = session.n_particles
+    run = _new_run(session)
+    z = rng.normal(size=(n, 2)).astype(np.float32)
+    angle = (rng.uniform(-180, 180, n) + turn_deg + 180) % 360 - 180
+    run.save_latents(Latents(session.uid, z, angle_deg=angle.astype(np.float32)))
+    return run
+
+
+def test_runs_stand_in_a_table_and_two_are_compared_and_shown_beside(
+    make_napari_viewer: Any, tiny_session: Session, qtbot: QtBot
+) -> None:
+    viewer = make_napari_viewer()
+    dock = TrainDock(viewer)
+    qtbot.addWidget(dock)
+    first, second = _with_latents(tiny_session, 0.0), _with_latents(tiny_session, 40.0)
+    groups = pd.DataFrame({"cluster-kmeans": np.arange(120) % 3}, index=tiny_session.table.index)
+    for run in (first, second):
+        run.write_column("cluster-kmeans", groups, {})
+    dock.state.open_session(tiny_session)
+    dock.state.open_run(first)
+    qtbot.waitUntil(lambda: "none to speak of" in dock.leak.text(), timeout=10_000)
+    dock._list_runs()
+    qtbot.waitUntil(lambda: dock.runs.count() == 2)
+    dock.show_table()
+    window = dock.table
+    assert window is not None
+    qtbot.waitUntil(lambda: window.table.rowCount() == 2)
+    assert window.table.item(1, 0).text() == f"● {first.name}"
+    assert not window.compare_button.isEnabled() and window.compare_button.toolTip()
+    window.table.selectAll()
+    assert window.chosen() == [second.name, first.name]
+    window.compare_button.click()
+    qtbot.waitUntil(lambda: "Rand" in window.words.text(), timeout=10_000)
+    assert "angles differ by 0.0°" in window.words.text() and "agree to 1.00" in window.words.text()
+
+    window.table.selectRow(0)
+    window.second_button.click()
+    qtbot.waitUntil(lambda: window.second is not None, timeout=10_000)
+    assert window.second is not None
+    _, twin = window.second
+    assert twin.run.name == second.name and dock.state.run.name == first.name
+    mask = np.arange(120) < 30
+    dock.state.selection.set(mask)
+    np.testing.assert_array_equal(twin.selection.mask, mask)
+    dock.state.show(read(None))
+    assert window.second is None, "it goes with the session"
+    dock.tasks.stop()
+    dock.stop_following()
+    window.tasks.stop()
+    qtbot.wait(50)
 
 
 def test_a_resumed_log_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:

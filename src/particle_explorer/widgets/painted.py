@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,8 @@ class Curve:
     x: NDArray[np.floating]
     y: NDArray[np.floating]
     dashed: bool = False
+    faint: bool = False
+    """In the colour of the curve before it, thinner"""
 
 
 class CurveView(QWidget):
@@ -129,7 +131,7 @@ class CurveView(QWidget):
         self.curves: list[Curve] = []
         self.y_range: tuple[float, float] | None = None
         self.levels: tuple[float, ...] = ()
-        self.x_as_period = False
+        self.x_as_period = self.log_y = False
         self.setMinimumHeight(height)
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Preferred)
 
@@ -140,8 +142,16 @@ class CurveView(QWidget):
         y_range: tuple[float, float] | None = None,
         levels: tuple[float, ...] = (),
         x_as_period: bool = False,
+        log_y: bool = False,
     ) -> None:
-        """Show these curves; `levels` are horizontal lines; `x_as_period` writes x as 1/x (Å from 1/Å)."""
+        """Show these curves; `levels` are horizontal lines; `x_as_period` writes x as 1/x (Å from 1/Å).
+
+        With `log_y` the axis is logarithmic; what is not above 0 is left out.
+        """
+        self.log_y = log_y
+        if log_y:
+            curves = [replace(curve, y=_log10(curve.y)) for curve in curves]
+            y_range = None
         self.curves, self.y_range, self.levels, self.x_as_period = list(curves), y_range, levels, x_as_period
         self.update()
 
@@ -163,7 +173,8 @@ class CurveView(QWidget):
             return
         low, high = self.y_range or _limits([curve.y for curve in shown])
         left, right = _limits([curve.x for curve in shown])
-        margin = max(self.fontMetrics().horizontalAdvance(_number(v)) for v in (low, high)) + 8
+        ends = {v: _number(10**v if self.log_y else v) for v in (low, high)}
+        margin = max(self.fontMetrics().horizontalAdvance(words) for words in ends.values()) + 8
         named = sum(bool(curve.name) for curve in shown) > 1
         box = QRectF(margin, line + 6 + line * named, self.width() - margin - 8, 0)
         box.setBottom(self.height() - 2 * line - 4)
@@ -178,7 +189,7 @@ class CurveView(QWidget):
         painter.setPen(text)
         for value, y in ((high, box.top()), (low, box.bottom())):
             painter.drawText(
-                QRectF(0, y - line / 2, margin - 4, line), Qt.AlignmentFlag.AlignRight, _number(value)
+                QRectF(0, y - line / 2, margin - 4, line), Qt.AlignmentFlag.AlignRight, ends[value]
             )
         for fraction, align in ((0.0, "AlignLeft"), (0.5, "AlignHCenter"), (1.0, "AlignRight")):
             value = left + fraction * (right - left)
@@ -195,12 +206,17 @@ class CurveView(QWidget):
         )
         across = box.left()
         painter.setClipRect(QRectF(0, 0, self.width(), self.height()))
-        for curve, colour in zip(shown, COLOURS, strict=False):
-            pen = QPen(QColor(colour), 1.6)
+        colours = iter(COLOURS * (1 + len(shown) // len(COLOURS)))
+        colour = COLOURS[0]
+        for curve in shown:
+            colour = colour if curve.faint else next(colours)
+            tone = QColor(colour)
+            tone.setAlphaF(0.35 if curve.faint else 1.0)
+            pen = QPen(tone, 1.0 if curve.faint else 1.6)
             if curve.dashed:
                 pen.setStyle(Qt.PenStyle.DashLine)
             painter.setPen(pen)
-            if named:
+            if named and curve.name:
                 words = curve.name
                 painter.drawText(QPointF(across, 2 * line), words)
                 across += self.fontMetrics().horizontalAdvance(words) + 12
@@ -211,6 +227,11 @@ class CurveView(QWidget):
             if len(points) == 1:
                 painter.drawEllipse(points[0], 2.0, 2.0)
             painter.drawPolyline(points)
+
+
+def _log10(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    positive = np.where(values > 0, values, np.nan)
+    return np.asarray(np.log10(positive))
 
 
 def _limits(values: Sequence[NDArray[np.floating]]) -> tuple[float, float]:

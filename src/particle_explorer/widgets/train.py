@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from qtpy.QtCore import Qt, Signal
 from qtpy.QtWidgets import (
+    QCheckBox,
     QComboBox,
     QHBoxLayout,
     QLabel,
@@ -25,12 +27,13 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import CLASS_MAP_WARM_UP, Config, ModelConfig, TrainConfig
+from particle_explorer.latents import angle_leak
 from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_stop
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
-from particle_explorer.widgets.job_bar import Complaint, duration, number, progress_words
+from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number, progress_words
 from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     import napari
 
     from particle_explorer.session import Run, Session
+    from particle_explorer.widgets.runs import RunsWindow
 
 NAMES = {
     "class-map": "Class map",
@@ -69,6 +73,15 @@ LIKELIHOOD_TIP = (
 )
 
 
+SMOOTH_FROM = 40
+"""Curves of so many points are drawn faint, under their running mean."""
+LEAK_TIP = (
+    "How well the position on the map predicts the angle in the plane: the share of the angles' spread that "
+    "the particles near by explain, each left out in turn. 0 % is what one wants: content without pose. Much "
+    "of it means that the map orders particles by how they lie, or that views prefer angles."
+)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What one look into the folder of a run found."""
@@ -79,6 +92,8 @@ class Seen:
     log: str = ""
     run_path: Path | None = None
     """The run that the job has made, when the folder is a job's"""
+    memory_GiB: float = 0.0
+    """Memory of the process that trains, 0 where it is not known"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,8 @@ class Drawn:
     curve: Curve | None = None
     better: str = "higher"
     """Which way is better"""
+    terms: tuple[Curve, ...] = ()
+    """What the curve is the sum of"""
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,7 @@ class TrainDock(QWidget):
         self._run_path: Path | None = None
         self._live_seen = ""
         self._runs: list[Listed] = []
+        self.table: RunsWindow | None = None
         self._estimates: dict[str, float] = {}
 
         self.no_session = QLabel("Open and prepare particles first: tab Particles.")
@@ -192,15 +210,27 @@ class TrainDock(QWidget):
         self.stop_button.clicked.connect(self.stop)
         self.curves = CurveView(x_label="epoch", height=120)
         self.panel = ImageRows()
+        self.each_term = QCheckBox("each part of the loss")
+        self.each_term.setToolTip("Draw the parts that the loss is the sum of")
+        self.log_scale = QCheckBox("logarithmic")
+        self.log_scale.setToolTip("A logarithmic scale: late, small changes can be seen")
+        self._plot: Drawn | None = None
+        for box in (self.each_term, self.log_scale):
+            box.toggled.connect(lambda _: None if self._plot is None else self._draw(self._plot))
         row = QHBoxLayout()
         row.addWidget(self.bar, 1)
         row.addWidget(self.stop_button)
+        choices = QHBoxLayout()
+        choices.addWidget(self.each_term)
+        choices.addWidget(self.log_scale)
+        choices.addStretch(1)
         layout = QVBoxLayout(page)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self.words)
         layout.addLayout(row)
         layout.addWidget(self.panel)
         layout.addWidget(self.curves)
+        layout.addLayout(choices)
         return page
 
     def _build_runs(self) -> QWidget:
@@ -217,14 +247,42 @@ class TrainDock(QWidget):
         self.load_button = QPushButton("Load a trained run…")
         self.load_button.setToolTip("Choose the folder of a run, of this session or of another one")
         self.load_button.clicked.connect(self._ask_for_run)
+        self.table_button = QPushButton("Compare…")
+        self.table_button.setToolTip("All runs with their settings and figures; two of them side by side")
+        self.table_button.clicked.connect(self.show_table)
+        self.encode_button = QPushButton("Encode others…")
+        self.encode_button.setToolTip(
+            "<p>Place the particles of another file on the map of the run that is shown, without training</p>"
+        )
+        self.encode_button.clicked.connect(self._ask_for_stack)
+        self.leak = QLabel()
+        self.leak.setWordWrap(True)
+        self.leak.setToolTip(f"<p>{LEAK_TIP}</p>")
+        self.angle_button = QPushButton("Colour by angle")
+        self.angle_button.setToolTip(
+            "<p>Colour the map by the angle in the plane: colours that mix mean content without pose</p>"
+        )
+        self.angle_button.clicked.connect(lambda: self.state.colour_asked.emit("angle_deg"))
+        self.encode_bar = JobBar()
+        self.encode_bar.finished.connect(self._on_encoded)
+        self.encode_bar.failed.connect(self.complaint.show_failure)
         row = QHBoxLayout()
         row.addWidget(self.resume_button)
         row.addWidget(self.load_button, 1)
+        more = QHBoxLayout()
+        more.addWidget(self.table_button, 1)
+        more.addWidget(self.encode_button, 1)
+        below = QHBoxLayout()
+        below.addWidget(self.leak, 1)
+        below.addWidget(self.angle_button)
         layout = QVBoxLayout(page)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self.runs_words)
         layout.addWidget(self.runs)
+        layout.addLayout(below)
         layout.addLayout(row)
+        layout.addLayout(more)
+        layout.addWidget(self.encode_bar)
         return page
 
     # --- choosing ---------------------------------------------------------------------------------
@@ -293,10 +351,73 @@ class TrainDock(QWidget):
             self._follow(self.state.session.path / "runs" / running[0].name)
         resumable = any(run.resumable for run in self._runs)
         self.resume_button.setVisible(resumable)
+        self.table_button.setEnabled(bool(self._runs))
 
     def _on_run(self, _: object) -> None:
         if self.state.session is not None:
             self._list_runs()
+        self._show_leak()
+
+    def _show_leak(self) -> None:
+        """How well content predicts the angle, of the run that is shown."""
+        run = self.state.run
+        self.leak.clear()
+        self.leak.setVisible(run is not None)
+        self.angle_button.setVisible(run is not None and "angle_deg" in self.state.features)
+        self.encode_button.setEnabled(run is not None and self.encode_bar.folder is None)
+        if run is not None and "angle_deg" in self.state.features:
+            self.tasks.run("leak", lambda: leak_of(run), self._on_leak, lambda _: None)
+
+    def _on_leak(self, leak: float) -> None:
+        self.leak.setText("" if np.isnan(leak) else f"Pose in the content: {leak_words(leak)}")
+
+    def use_settings(self, name: str) -> None:
+        """Put the settings of a run into the form, to train it again as it was or changed."""
+        session = self.state.session
+        if session is None:
+            return
+        config = session.run(name).config
+        self.model.setCurrentIndex(self.model.findData(config.model.kind))
+        self.forms[config.model.kind].setValue(config.model)
+        self.train_form.setValue(config.train)
+        self.complaint.clear()
+
+    def show_table(self) -> None:
+        """Open the table of runs."""
+        from particle_explorer.widgets.runs import RunsWindow
+
+        if self.table is None:
+            self.table = RunsWindow(self.viewer, self)
+        self.table.read()
+        self.table.show()
+        self.table.raise_()
+
+    # --- particles of another file ------------------------------------------------------------------
+
+    def _ask_for_stack(self) -> None:
+        start = "" if self.state.session is None else str(self.state.session.path.parent)
+        ask_path(self, "Particles to place on this map", self.encode_others, start=start)
+
+    def encode_others(self, path: str | Path) -> None:
+        """Place the particles of a file on the map of the run that is shown, in the background."""
+        from particle_explorer import jobs
+
+        run = self.state.run
+        if run is None or self.encode_bar.folder is not None:
+            return
+        self.complaint.clear()
+        arguments = ["encode", str(run.path), "--stack", str(path)]
+        self.tasks.run(
+            "encode",
+            lambda: jobs.start(arguments, run.session.new_job("encode")),
+            lambda folder: self.encode_bar.follow(folder, "Placing the particles"),
+            self.complaint.show_failure,
+        )
+
+    def _on_encoded(self, status: Status) -> None:
+        from napari.utils.notifications import show_info
+
+        show_info(f"Positions and poses of the other particles: {status.message}")
 
     def _show_clicked(self, item: QListWidgetItem) -> None:
         name = str(item.data(Qt.ItemDataRole.UserRole))
@@ -415,7 +536,9 @@ class TrainDock(QWidget):
             self._on_over(seen)
             return
         if self.stop_button.isEnabled():
-            self.words.setText(progress_words(status) + (f" · on {status.device}" if status.device else ""))
+            memory = f" · {seen.memory_GiB:.1f} GiB" if seen.memory_GiB else ""
+            device = f" · on {status.device}" if status.device else ""
+            self.words.setText(progress_words(status) + memory + device)
         self.bar.setRange(0, 1000 if status.fraction > 0 else 0)
         self.bar.setValue(int(1000 * status.fraction))
         self._draw(drawn(seen.metrics, status.n_epochs))
@@ -425,8 +548,16 @@ class TrainDock(QWidget):
         self.curves.title, self.curves.empty = plot.title, plot.empty
         self.curves.x_label = f"epoch ({plot.better} is better)"
         self.curves.setToolTip(f"<p>{plot.tip}</p>" if plot.tip else "")
-        curves = [] if plot.curve is None else [plot.curve]
-        self.curves.set_curves(curves, y_range=None if plot.curve is None else round_limits(plot.curve.y))
+        self._plot = plot
+        self.each_term.setVisible(len(plot.terms) > 1)
+        parts = self.each_term.isChecked() and len(plot.terms) > 1
+        shown = list(plot.terms) if parts else [] if plot.curve is None else [plot.curve]
+        curves = [each for curve in shown for each in with_trend(curve)]
+        positive = bool(curves) and all(np.nanmin(curve.y) > 0 for curve in curves)
+        self.log_scale.setEnabled(positive)
+        y_range = round_limits(np.concatenate([curve.y for curve in curves])) if curves else None
+        log_y = positive and self.log_scale.isChecked()
+        self.curves.set_curves(curves, y_range=y_range, log_y=log_y)
         self.curves.setVisible(True)
 
     def _show_live(self, live: dict[str, NDArray[Any]]) -> None:
@@ -478,7 +609,47 @@ def look(folder: Path) -> Seen:
         return Seen(status, pd.DataFrame(), {}, log, run_of(folder, status))
     pictures = sorted((folder / "live").glob("*.npz"))
     live = read_live(pictures[-1]) if pictures else {}
-    return Seen(status, read_metrics(folder / "metrics.csv"), live, log)
+    metrics = read_metrics(folder / "metrics.csv")
+    return Seen(status, metrics, live, log, memory_GiB=memory_GiB(status))
+
+
+def memory_GiB(status: Status) -> float:
+    """Memory of the process of a job on this computer; 0 where it is not known."""
+    import psutil
+
+    if status.state != "running" or not status.pid or status.host != socket.gethostname():
+        return 0.0
+    try:
+        return float(psutil.Process(status.pid).memory_info().rss) / 2**30
+    except psutil.Error:
+        return 0.0
+
+
+def leak_of(run: Run) -> float:
+    """How well content predicts the angle; NaN for a run without poses."""
+    latents = run.latents()
+    if latents is None or latents.angle_deg is None:
+        return float("nan")
+    return angle_leak(latents.z, latents.angle_deg)
+
+
+def leak_words(leak: float) -> str:
+    """A leak and what to think of it."""
+    verdict = "none to speak of" if leak < 0.05 else "some" if leak < 0.2 else "much"
+    return f"{100 * leak:.0f} % ({verdict})"
+
+
+def with_trend(curve: Curve) -> list[Curve]:
+    """A curve of many noisy points with its running mean, which comes first; else as it is."""
+    n = len(curve.y)
+    if n < SMOOTH_FROM:
+        return [curve]
+    width = max(3, n // 20) | 1
+    filled = np.where(np.isfinite(curve.y), curve.y, 0.0)
+    kernel = np.ones(width)
+    count = np.convolve(np.isfinite(curve.y).astype(float), kernel, "same")
+    smooth = np.convolve(filled, kernel, "same") / np.maximum(count, 1)
+    return [Curve(curve.name, curve.x, smooth), Curve("", curve.x, curve.y, faint=True)]
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -521,7 +692,9 @@ def drawn(metrics: pd.DataFrame, n_epochs: int) -> Drawn:
     if len(terms) > 1:
         parts = ", ".join(f"{name.replace('_', ' ')} {_in_short(y[-1])}" for name, y in terms.items())
         tip = f"The sum of {parts}."
-    return Drawn(f"Loss per particle: {_in_short(loss[-1])}", "", tip, Curve("loss", at, loss), "lower")
+    curves = tuple(Curve(name.replace("_", " "), at, y) for name, y in terms.items())
+    title = f"Loss per particle: {_in_short(loss[-1])}"
+    return Drawn(title, "", tip, Curve("loss", at, loss), "lower", curves)
 
 
 def _over_epochs(metrics: pd.DataFrame, n_epochs: int) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
