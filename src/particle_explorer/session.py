@@ -459,15 +459,77 @@ class Session:
         """Names of the saved selections."""
         return _stems(self.path / "selections")
 
-    def save_selection(self, name: str, mask: Mask, how: str = "") -> None:
-        """Keep which particles `(N,)` are selected, and how they were chosen; replaces one of that name."""
+    def save_selection(
+        self, name: str, mask: Mask, how: str = "", colour: str = "", *, aside: bool = True
+    ) -> None:
+        """Keep which particles `(N,)` are selected, and how they were chosen.
+
+        A set of that name is put aside first (`bring_back_selection`), unless `aside` is off.
+        """
         if mask.shape != (self.info.n,):
             raise ValueError(f"mask of {mask.shape} for {self.info.n} particles")
         folder = self.path / "selections"
         with self._writing():
+            there = (folder / f"{_checked(name)}.json").is_file()
+            colour = colour or (str(self.selection_record(name).get("colour", "")) if there else "")
+            if there and aside:
+                self._put_selection_aside(name)
             table = pd.DataFrame(index=pd.Index(self.uid[mask], name="uid"))
-            _write_parquet(table, folder / f"{_checked(name)}.parquet")
-            _write_json(folder / f"{name}.json", {"how": how, "n": int(mask.sum()), "made": _now()})
+            _write_parquet(table, folder / f"{name}.parquet")
+            record = {"how": how, "n": int(mask.sum()), "made": _now()}
+            _write_json(folder / f"{name}.json", record | ({"colour": colour} if colour else {}))
+
+    def selection_record(self, name: str) -> dict[str, Any]:
+        """How a selection was chosen: how, n, made, and its colour (RRGGBB) where it was given one."""
+        return _read_json(self.path / "selections" / f"{_checked(name)}.json")
+
+    def colour_selection(self, name: str, colour: str) -> None:
+        """Give a selection another colour, RRGGBB."""
+        with self._writing():
+            path = self.path / "selections" / f"{_checked(name)}.json"
+            _write_json(path, self.selection_record(name) | {"colour": colour})
+
+    def rename_selection(self, name: str, new: str) -> None:
+        """Give a selection another name, which must be free."""
+        folder = self.path / "selections"
+        with self._writing():
+            if (folder / f"{_checked(new)}.json").exists():
+                raise UserError(f"there is a set {new!r} already; choose another name")
+            for suffix in (".parquet", ".json"):  # the record last: it announces the rest
+                (folder / f"{_checked(name)}{suffix}").rename(folder / f"{new}{suffix}")
+
+    def remove_selection(self, name: str) -> None:
+        """Put a selection aside, into `selections/removed/`; `bring_back_selection` undoes it."""
+        self.selection_record(name)  # a wrong name is said before anything moves
+        with self._writing():
+            self._put_selection_aside(name)
+
+    def removed_selections(self) -> list[tuple[str, str]]:
+        """Name, and name of the files, of what was put aside, the latest last."""
+        folder = self.path / "selections" / "removed"
+        found = [(path.stem.partition(" ")[2], path.stem) for path in folder.glob("*.json")]
+        return sorted(found, key=lambda each: each[1])
+
+    def bring_back_selection(self) -> str:
+        """Bring back what was put aside last, under its name or NAME-2 …; returns the name."""
+        folder = self.path / "selections"
+        with self._writing():
+            removed = self.removed_selections()
+            if not removed:
+                raise UserError(f"no set of {self.path} was removed")
+            name, stem = removed[-1]
+            used = _unused(folder, name)
+            for suffix in (".parquet", ".json"):
+                (folder / "removed" / f"{stem}{suffix}").rename(folder / f"{used}{suffix}")
+        return used
+
+    def _put_selection_aside(self, name: str) -> None:
+        folder = self.path / "selections"
+        (folder / "removed").mkdir(exist_ok=True)
+        numbers = [int(stem.partition(" ")[0]) for _, stem in self.removed_selections()]
+        stem = f"{max(numbers, default=0) + 1:04d} {name}"
+        for suffix in (".json", ".parquet"):
+            (folder / f"{name}{suffix}").rename(folder / "removed" / f"{stem}{suffix}")
 
     def selection(self, name: str) -> Mask:
         """`(N,)` bool."""

@@ -19,8 +19,6 @@ from qtpy.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QLineEdit,
-    QListWidget,
-    QListWidgetItem,
     QMenu,
     QPushButton,
     QSizePolicy,
@@ -36,6 +34,7 @@ from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, numbe
 from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.number_box import Number
 from particle_explorer.widgets.painted import ImageRows
+from particle_explorer.widgets.sets import SetsList
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -123,7 +122,6 @@ class ParticlesDock(QWidget):
         self._preview_timer.setInterval(250)
         self._preview_timer.timeout.connect(self._preview)
         follow(self, self.state.session_changed, self._on_session)
-        follow(self, self.state.sets_changed, self._list_sets)
         self.viewer.layers.events.inserted.connect(self._on_layer_inserted)
         self.viewer.layers.selection.events.active.connect(self._on_active_layer)
         self._on_active_layer()
@@ -263,10 +261,7 @@ class ParticlesDock(QWidget):
         self.session_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.sets_words = QLabel()
         self.sets_words.setWordWrap(True)
-        self.sets = QListWidget()
-        self.sets.setMaximumHeight(110)
-        self.sets.setToolTip("Click a set to select its particles")
-        self.sets.itemClicked.connect(self._select_set)
+        self.sets = SetsList(self.state, self.sets_words, self.complain)
         self.another_button = QPushButton("Open another…")
         self.another_button.setToolTip("Choose another particle file or session")
         self.another_button.clicked.connect(self.ask_for_file)
@@ -548,36 +543,7 @@ class ParticlesDock(QWidget):
             self._show(self.start_page)
             return
         self.session_words.setText("\n".join(session_lines(session)))
-        self._list_sets()
         self._show(self.session_page)
-
-    def _list_sets(self) -> None:
-        session = self.state.session
-        if session is None:
-            return
-
-        def work() -> list[tuple[str, int]]:
-            return [(name, int(np.count_nonzero(session.selection(name)))) for name in session.selections()]
-
-        self.tasks.run("sets", work, self._on_sets)
-
-    def _on_sets(self, sets: list[tuple[str, int]]) -> None:
-        self.sets.clear()
-        for name, count in sets:
-            item = QListWidgetItem(f"{name} · {number(count)} particles")
-            item.setData(Qt.ItemDataRole.UserRole, name)
-            self.sets.addItem(item)
-        self.sets.setVisible(bool(sets))
-        self.sets_words.setText(
-            "Sets" if sets else "No sets yet: select particles on the map and save them under a name (S)."
-        )
-
-    def _select_set(self, item: QListWidgetItem) -> None:
-        session = self.state.session
-        if session is None:
-            return
-        name = str(item.data(Qt.ItemDataRole.UserRole))
-        self.tasks.run("set", lambda: session.selection(name), self.state.selection.set)
 
 
 @dataclass(frozen=True)

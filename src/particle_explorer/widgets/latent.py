@@ -52,6 +52,7 @@ from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, To
 from particle_explorer.widgets.painted import to_qimage
 from particle_explorer.widgets.picking import groups, micrographs, nearest, same
 from particle_explorer.widgets.pictures import Decoder, Pictures, displayed, thumbnail
+from particle_explorer.widgets.sets import sets_colouring
 from particle_explorer.widgets.splat import Points
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ TOOLS: dict[Tool, str] = {
     "The wheel zooms, over an axis only that axis.",
 }
 SLIDER_STEPS = 1000
+SETS = "named sets"
+"""Key of the colouring by sets, which are no column of the table"""
 
 
 class LatentDock(QWidget):
@@ -167,6 +170,7 @@ class LatentDock(QWidget):
         follow(self, state.colour_asked, self._on_colour_asked)
         follow(self, state.selection.changed, self._show_counts)
         follow(self, state.selection.changed, self._recount)
+        follow(self, state.sets_changed, self._on_sets)
         follow(self, state.selection.hinted, self._show_hinted_count)
         follow(self, state.preview_changed, self._show_preview)
         for signal in (state.features_changed, state.run_changed, state.view_changed, state.held_changed):
@@ -502,6 +506,8 @@ class LatentDock(QWidget):
 
     def _offer_columns(self, columns: Columns) -> None:
         axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
+        if colours and self.state.session is not None and self.state.session.selections():
+            colours = (*colours[:1], Choice(SETS, "set"), *colours[1:])
         for combo, choices in ((self.x, axes), (self.y, axes), (self.colour, colours)):
             _offer(combo, choices)
 
@@ -580,7 +586,11 @@ class LatentDock(QWidget):
         columns, key, limits = self._columns, self.colour.currentData(), self._limits
         key = ONE_COLOUR if key is None else key
 
+        session = self.state.session
+
         def work() -> Colouring:
+            if key == SETS and session is not None:
+                return sets_colouring(session)
             colouring = columns.colouring(key)
             ranged = limits is not None and colouring.kind == "continuous"
             return with_limits(colouring, *limits) if ranged and limits is not None else colouring
@@ -591,6 +601,11 @@ class LatentDock(QWidget):
             self._count_colours()
 
         self.tasks.run("colour", work, done, self._complain)
+
+    def _on_sets(self) -> None:
+        self._offer_columns(self._columns)
+        if self.colour.currentData() == SETS:
+            self._show_colour()
 
     # ---- the histogram of the colours --------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from psygnal import Signal
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QWidget
 
@@ -89,6 +90,9 @@ class ParticleRows:
 class SelectedParticles:
     """Shows the selection as a layer whose slider is the particle; with no selection, all particles."""
 
+    made = Signal(object)
+    """the layer, when it is new"""
+
     def __init__(self, viewer: napari.Viewer, owner: QWidget, decoder: Decoder | None = None) -> None:
         self.viewer = unwrapped(viewer)
         self.state = state_of(self.viewer)
@@ -162,6 +166,7 @@ class SelectedParticles:
         tile(self.layer)
         self.viewer.dims.set_current_step(self._axis(), 0)
         fit_view(self.viewer)
+        self.made.emit(self.layer)
 
     def _scale(self, session: Session) -> tuple[float, float, float]:
         size = session.plan.cached_pixel_size_A

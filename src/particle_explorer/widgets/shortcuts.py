@@ -41,6 +41,7 @@ SHORTCUTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("click · Shift · Alt", "look at it · select it too · take it away"),
             ("drag", "select all that it passes"),
             ("arrow keys, wheel", "on and back"),
+            ("G · B", "mark the one looked at as good · bad; they are sets of these names"),
         ),
     ),
 )

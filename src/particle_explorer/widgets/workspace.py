@@ -131,6 +131,7 @@ class Workspace(QWidget):
         from particle_explorer.widgets.preview_average import PreviewAverage
         from particle_explorer.widgets.reconstruction import Reconstruction
         from particle_explorer.widgets.selected import SelectedParticles
+        from particle_explorer.widgets.sets import Marks, bind_marks
         from particle_explorer.widgets.train import TrainDock
 
         super().__init__()
@@ -149,6 +150,9 @@ class Workspace(QWidget):
         self.preview = PreviewAverage(self.state, self, self.decoder)
         self.gallery = Gallery(self.viewer, self.state, self.decoder)
         self.gallery_dock: QDockWidget | None = None
+        self.marks = Marks(self.state, self, lambda words: caption(self.viewer, "marks", words))
+        self.gallery.strip.marked.connect(self.marks.mark)
+        self.selected.made.connect(lambda layer: bind_marks(layer, self.marks))
         self.memory = Memory(self)
 
         self.tabs = QTabWidget()
@@ -208,6 +212,7 @@ class Workspace(QWidget):
 
     def shutdown(self) -> None:
         """End all threads and workers of this column; jobs that train or average go on."""
+        self.marks.flush()
         self.memory.stop()
         self.latent.shutdown()
         self.reconstruction.stop()
@@ -323,6 +328,7 @@ class Workspace(QWidget):
     def hideEvent(self, event: QHideEvent | None) -> None:
         # napari never sends closeEvent to a dock, and `destroyed` comes late
         super().hideEvent(event)
+        self.marks.flush()
         self.memory.save()
         if event is None or not event.spontaneous():
             self._away.start()
