@@ -190,7 +190,10 @@ def test_a_run_keeps_its_gauge_and_its_poses(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(
         path=tmp_path,
         config=config,
-        session=SimpleNamespace(table=pd.DataFrame({"box_px": 40}, index=pd.Index(uid, name="uid"))),
+        session=SimpleNamespace(
+            table=pd.DataFrame({"box_px": 40}, index=pd.Index(uid, name="uid")),
+            plan=SimpleNamespace(mixed=False, cached_box_px=20),
+        ),
         latents=lambda: found,
         gauge=lambda: saved.get("gauge"),
         save_gauge=lambda content: saved.update(gauge=content),

@@ -12,7 +12,7 @@ import pytest
 from particle_explorer.files import UserError
 from particle_explorer.io.arrays import ArrayFile
 from particle_explorer.io.reading import read_array
-from particle_explorer.particles import ImageStack, make_uids, where_mask
+from particle_explorer.particles import ImageStack, make_uids, random_subset, where_mask
 
 
 def images(n: int, box: int, seed: int = 0) -> np.ndarray:
@@ -134,3 +134,15 @@ def test_bad_conditions_are_one_sentence(table: pd.DataFrame, text: str, said: s
     with pytest.raises(UserError, match=said) as caught:
         where_mask(table, text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_random_subset_is_in_order_and_the_same_again() -> None:
+    table = pd.DataFrame({"class_id": [1] * 50 + [2] * 5 + [3] * 20})
+    rows = random_subset(table, 10)
+    assert len(rows) == len(set(rows)) == 10 and np.all(np.diff(rows) > 0)
+    np.testing.assert_array_equal(rows, random_subset(table, 10))
+    assert not np.array_equal(rows, random_subset(table, 10, seed=1))
+    each = table["class_id"].iloc[random_subset(table, 8, "class_id")]
+    assert each.value_counts().to_dict() == {1: 8, 2: 5, 3: 8}
+    with pytest.raises(UserError, match="no column"):
+        random_subset(table, 8, "psi")

@@ -12,10 +12,15 @@ from particle_explorer.files import UserError
 from particle_explorer.preprocess import (
     apply,
     background_ring,
+    bad_images,
     effective_ctf,
     fourier_crop,
+    mask_softly,
     normalise_background,
+    original_pixels,
+    outliers,
     plan,
+    resampling,
     with_pixel_size,
 )
 
@@ -108,8 +113,11 @@ def test_a_given_pixel_size_replaces_another_one_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("table", "config", "said"),
     [
-        (rows(box_px=[64, 64, 96, 96]), {}, "--where"),
-        (rows(pixel_size_A=[1.0, 1.0, 2.0, 2.0]), {}, "--where"),
+        (rows(box_px=[64, 64, 96, 96], size=np.nan), {}, "--where"),
+        (rows(pixel_size_A=[1.0, 1.0, 2.0, 2.0]), {"box_px": 64}, "48 px in the 96 Å"),
+        (rows(size=np.nan), {"low_pass_A": 20}, "pixel size is not known"),
+        (rows(), {"low_pass_A": 20, "high_pass_A": 10}, "leave nothing"),
+        (rows(), {"ctf": "model"}, "no defocus"),
         (rows(pixel_size_A=[1.0, 1.0, np.nan, 2.0]), {}, "unknown"),
         (rows(pixel_size_A=[1.0, 1.0, np.nan, 1.0]), {}, "--preprocess.pixel-size-A 1"),
         (rows(contrast_sign=[1, 1, -1, 1]), {}, "--where"),
@@ -248,3 +256,84 @@ def test_broken_images_are_named_by_row(value: float | str) -> None:
     table = rows()
     with pytest.raises(UserError, match=r"row 3 .*image 3 of /x/stack.mrcs.*source_row != 2"):
         apply(images, table, plan(table, PreprocessConfig()))
+
+
+@pytest.mark.parametrize("n", [96, 97])
+@pytest.mark.parametrize("m", [40, 41, 64])
+def test_resampling_keeps_centre_and_scale(n: int, m: int) -> None:
+    """Also where the fields differ: `m` pixels of 1.3 Å out of `n` of 1 Å."""
+    field = m * 1.3 / n
+    y, x = (np.indices((m, m)) - m // 2) / m * field
+    parts = [(0.1, 0.05, 0.06, 1.0), (-0.12, 0.1, 0.05, 0.7), (0.02, -0.15, 0.07, -0.5)]
+    wanted = sum(h * np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * s * s)) for a, b, s, h in parts) + 3.0
+    matrix = resampling(n, 1.0, m, 1.3)
+    np.testing.assert_allclose(matrix @ blobs(n, 3.0) @ matrix.T, wanted, atol=5e-3)
+
+
+def test_resampling_to_the_same_field_is_a_fourier_crop() -> None:
+    image = np.random.default_rng(0).normal(size=(97, 97)).astype(np.float32)
+    matrix = resampling(97, 1.0, 49, 97 / 49)
+    np.testing.assert_allclose(
+        matrix @ image @ matrix.T, fourier_crop(image[None, None], 49)[0, 0], atol=1e-4
+    )
+
+
+def test_mixed_pixel_sizes_and_boxes_come_to_one() -> None:
+    """The same blobs at 1 Å in 96 px, 1.5 Å in 64 px, and 2 Å in 64 px, a wider field."""
+    wide = np.zeros((64, 64), np.float32)
+    wide[8:56, 8:56] = blobs(48)
+    table = rows(3, size=np.nan, pixel_size_A=[1.0, 1.5, 2.0], box_px=[96, 64, 64])
+    made = plan(table, PreprocessConfig(background="none", contrast="keep", diameter_A=60))
+    assert made.mixed and made.cached_pixel_size_A == pytest.approx(2.0)
+    assert any("brought to one pixel size" in reason for reason in made.reasons)
+    originals = [blobs(96), blobs(64), wide]
+    cached = [apply(image[None, None], table.iloc[[i]], made)[0, 0] for i, image in enumerate(originals)]
+    for image in cached:
+        np.testing.assert_allclose(image, blobs(48), atol=1e-2)
+    np.testing.assert_allclose(original_pixels(table, made), [2, 4 / 3, 1])
+
+
+def test_the_ctf_of_mixed_images_is_that_of_the_common_pixel_size() -> None:
+    table = rows(2, state="raw", size=np.nan, pixel_size_A=[2.0, 3.0], box_px=[96, 64])
+    made = plan(table, PreprocessConfig(box_px=48))
+    single = plan(rows(2, box=96, size=2.0, state="raw"), PreprocessConfig(box_px=48))
+    assert made.cached_pixel_size_A == single.cached_pixel_size_A == 4.0
+    np.testing.assert_allclose(effective_ctf(table, made), effective_ctf(table.assign(box_px=96), single))
+
+
+def test_filters_keep_their_band() -> None:
+    x = np.arange(96)
+    waves = {length: np.cos(2 * np.pi * x * 1.5 / length) for length in (144.0, 24.0, 6.0)}
+    images = np.broadcast_to(sum(waves.values()), (1, 1, 96, 96)).astype(np.float32)
+    config = PreprocessConfig(low_pass_A=12, high_pass_A=60, background="none", box_px=96, contrast="keep")
+    table = rows(1)
+    got = apply(images, table, plan(table, config))[0, 0]
+    np.testing.assert_allclose(got, np.broadcast_to(waves[24.0], (96, 96)), atol=0.02)
+
+
+def test_the_soft_mask_leaves_the_particle_and_takes_the_corners() -> None:
+    images = np.ones((2, 1, 64, 64), np.float32)
+    mask_softly(images, 40.0)
+    radius = np.hypot(*(np.indices((64, 64)) - 32))
+    assert np.all(images[:, :, radius <= 20] == 1) and np.all(images[:, :, radius >= 24] == 0)
+    assert 0.2 < images[0, 0, 32, 54] < 0.8
+
+
+def test_a_ctf_left_to_the_model_keeps_its_sign() -> None:
+    table = rows(2, state="raw")
+    made = plan(table, PreprocessConfig(ctf="model"))
+    image = np.random.default_rng(0).normal(size=(2, 1, 96, 96)).astype(np.float32)
+    unflipped = plan(table, PreprocessConfig(ctf="none"))
+    np.testing.assert_array_equal(apply(image, table, made), apply(image, table, unflipped))
+    transfer = effective_ctf(table, made)
+    assert transfer is not None and transfer.min() < -0.5
+
+
+def test_bad_images_and_outliers_are_told_from_good_ones() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(50, 1, 16, 16)).astype(np.float32)
+    images[3], images[4, 0, 2, 2], images[5, 0, 0, 0] = 7, np.nan, np.inf
+    assert np.flatnonzero(bad_images(images)).tolist() == [3, 4, 5]
+    statistics = np.stack([rng.normal(size=50), rng.uniform(0.9, 1.1, 50)], axis=1)
+    statistics[7, 0], statistics[9, 1], statistics[11] = 40, 5.0, np.nan
+    assert np.flatnonzero(outliers(statistics, 6)).tolist() == [7, 9]

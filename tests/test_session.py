@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -407,3 +408,89 @@ def test_pickles_and_strange_files_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             read_table(tmp_path / name, 1)
+
+
+def _noise(n: int = 40, box: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(n, box, box)).astype("f4")
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    """All of them are found, and the cache is that of the good ones alone."""
+    images = _noise()
+    images[3], images[17, 2, 2], images[30] = 5, np.nan, images[30] * 50
+    np.save(tmp_path / "bad.npy", images)
+    good = np.delete(images, [3, 17, 30], axis=0)
+    np.save(tmp_path / "good.npy", good)
+    made = Session.create(tmp_path / "a", read(tmp_path / "bad.npy"), PreprocessConfig(outlier_sd=6))
+    wanted = Session.create(tmp_path / "b", read(tmp_path / "good.npy"), PreprocessConfig())
+    assert made.n_particles == 37 and made.table["source_row"].tolist()[2:5] == [2, 4, 5]
+    np.testing.assert_array_equal(made.images[:], wanted.images[:])
+    text = "\n".join(made.info.notes)
+    assert "2 images (rows 4, 18 of the file) are blank or broken and left out" in text
+    assert "1 image (row 31 of the file) is more than 6 SD" in text
+    (tmp_path / "a" / "images.npy").unlink()
+    made.prepare_images()
+    np.testing.assert_array_equal(Session.open(tmp_path / "a").images[:], wanted.images[:])
+    with pytest.raises(UserError, match="row 4"):
+        Session.create(tmp_path / "c", read(tmp_path / "bad.npy"), PreprocessConfig(bad_images="stop"))
+    images[:] = 0
+    np.save(tmp_path / "none.npy", images)
+    with pytest.raises(UserError, match="none of the 40 images can be used"):
+        Session.create(tmp_path / "d", read(tmp_path / "none.npy"))
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_cache_is_found_by_its_checksum_and_made_again(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", _noise())
+    session = Session.create(tmp_path / "s", read(tmp_path / "a.npy"))
+    before = session.images[:]
+    path = tmp_path / "s" / "images.npy"
+    content = path.read_bytes()
+    path.write_bytes(content)  # touched and the same: only looked at
+    session.prepare_images()
+    assert path.read_bytes() == content
+    path.write_bytes(content[:900] + bytes([content[900] ^ 1]) + content[901:])
+    os.utime(path, ns=(1, 1))
+    session.prepare_images()
+    np.testing.assert_array_equal(Session.open(tmp_path / "s").images[:], before)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from particle_explorer import session as module
+
+    np.save(tmp_path / "a.npy", _noise())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module._Cache, "_finish", full)
+    with pytest.raises(UserError, match="No space left on device; nothing was kept"):
+        Session.create(tmp_path / "s", read(tmp_path / "a.npy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_several_pixel_sizes_make_one_session(tmp_path: Path) -> None:
+    """The same images at 2 Å in 32 px and, Fourier-cropped, at 4 Å in 16 px come to the same cache."""
+    from particle_explorer.io.mrc import write_stack
+    from particle_explorer.preprocess import fourier_crop
+
+    y, x = np.indices((32, 32)) - 16
+    fine = np.stack([np.exp(-((x - i % 5) ** 2 + (y + i % 3) ** 2) / 40) for i in range(10)]).astype("f4")
+    write_stack(tmp_path / "a.mrcs", fine, 2.0)
+    write_stack(tmp_path / "b.mrcs", fourier_crop(fine[:, None], 16)[:, 0], 4.0)
+    text = (
+        "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n1 2.0\n2 4.0\n\ndata_particles\n\nloop_\n"
+    )
+    text += "_rlnImageName\n_rlnOpticsGroup\n"
+    text += "".join(
+        f"{i}@{name}.mrcs {group}\n" for i in range(1, 11) for group, name in ((1, "a"), (2, "b"))
+    )
+    (tmp_path / "p.star").write_text(text)
+    session = Session.create(tmp_path / "s", read(tmp_path / "p.star"), PreprocessConfig(background="none"))
+    assert session.plan.mixed and session.images.shape == (20, 1, 16, 16)
+    np.testing.assert_allclose(session.images[::2], session.images[1::2], atol=2e-3)

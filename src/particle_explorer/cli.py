@@ -219,6 +219,10 @@ class Import(JobCommand):
     preprocess: PreprocessConfig = PreprocessConfig()
     where: str = ""
     """Take only these particles: COLUMN OP VALUE [and ...], e.g. "rlnClassNumber == 3" """
+    sample: int = Field(0, ge=0)
+    """Take at most this many of them, at random; 0 takes all"""
+    sample_by: str = ""
+    """With --sample: as many of each value of this column, e.g. class_id"""
     table: str = ""
     """A .csv, .tsv, .parquet, .npy or .npz file with more columns, by `uid` or in the particles' order"""
     project_dir: str = ""
@@ -231,6 +235,7 @@ class Import(JobCommand):
         from dataclasses import replace
 
         from particle_explorer.io.reading import read
+        from particle_explorer.particles import random_subset, where_mask
         from particle_explorer.session import Session, default_path, join, read_table
 
         with self.job("reading") as job:
@@ -240,6 +245,11 @@ class Import(JobCommand):
             if self.table:
                 extra = read_table(Path(self.table), len(particles))
                 particles = replace(particles, table=join(particles.table, extra))
+            if self.sample:
+                particles = particles[where_mask(particles.table, self.where)]
+                rows = random_subset(particles.table, self.sample, self.sample_by)
+                note = f"{len(rows)} of {len(particles)} particles were taken at random"
+                particles = replace(particles[rows], notes=(*particles.notes, note))
             session = Session.create(
                 _path(self.session) or default_path(self.stack),
                 particles,
@@ -249,7 +259,7 @@ class Import(JobCommand):
                 progress=job.tell,
                 stop=job.stop,
             )
-            for reason in session.plan.reasons:
+            for reason in [*session.info.notes[len(particles.notes) :], *session.plan.reasons]:
                 job.note(reason)
             job.result(session.path)
 
@@ -1635,11 +1645,12 @@ def _averages_of_cached(
     import numpy as np
 
     from particle_explorer.averaging import align
+    from particle_explorer.preprocess import original_pixels
 
     rows = np.flatnonzero(label >= 0)
     m = session.images.shape[-1]
     total, count = np.zeros((k, m, m)), np.zeros(k)
-    scale = m / session.table["box_px"].to_numpy(float)
+    scale = 1 / original_pixels(session.table, session.plan)
     tell = job.tell_share("averaging the particles along the way")
     for start in range(0, len(rows), 256):
         part = rows[start : start + 256]

@@ -101,8 +101,26 @@ class PreprocessConfig(Config):
     background: Literal["ring", "none"] = setting("ring", "Background", advanced=True)
     """`ring` brings the pixels outside the particle to mean 0 and standard deviation 1 in every image."""
 
-    ctf: Literal["auto", "phase-flip", "none"] = setting("auto", "CTF", advanced=True)
-    """`auto` flips the phases unless the file says that they are flipped or premultiplied already."""
+    mask: Literal["none", "soft"] = setting("none", "Mask", advanced=True)
+    """`soft` brings the pixels outside the particle to 0, over an edge of a tenth of its diameter."""
+
+    ctf: Literal["auto", "phase-flip", "model", "none"] = setting("auto", "CTF", advanced=True)
+    """`auto` flips the phases unless the file says that they are flipped or premultiplied already; `model`
+    leaves the images as they are and tells models their CTF; `none` leaves it out altogether."""
+
+    low_pass_A: float = setting(0.0, "Low-pass", unit="Å", advanced=True, ge=0, le=10_000, zero="off")
+    """Details finer than this are taken out, with a soft edge."""
+
+    high_pass_A: float = setting(0.0, "High-pass", unit="Å", advanced=True, ge=0, le=100_000, zero="off")
+    """What changes more slowly than this (gradients of ice) is taken out, with a soft edge."""
+
+    bad_images: Literal["leave-out", "stop"] = setting("leave-out", "Blank or broken images", advanced=True)
+    """Images whose pixels are all equal, or not all finite, are left out of the session and listed, or none
+    of them is accepted."""
+
+    outlier_sd: float = setting(0.0, "Outliers beyond", unit="SD", advanced=True, ge=0, le=100, zero="off")
+    """Images whose mean or contrast (SD of the pixels) lies this many robust standard deviations from the
+    others are left out: ice edges, contaminations, empty frames. 6 is cautious."""
 
 
 CLASS_MAP_WARM_UP = 0.4

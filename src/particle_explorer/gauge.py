@@ -27,6 +27,7 @@ from particle_explorer.files import UserError, write_text
 from particle_explorer.latents import Latents
 from particle_explorer.models.build import build_model
 from particle_explorer.pose import recentre, rotation_matrix, wrap_deg
+from particle_explorer.preprocess import original_pixels
 from particle_explorer.transforms import place, pose_gradients, register, soft_disc
 
 Float = NDArray[np.float64]
@@ -367,10 +368,8 @@ def _past(run: HeldRun) -> list[Path]:
 def _put_to_use(run: HeldRun, gauge: Gauge, latents: Latents) -> None:
     """Write a gauge and the poses that follow from it."""
     assert latents.angle_deg is not None and latents.shift_yx_px is not None
-    box_px = run.session.table["box_px"].reindex(latents.uid).to_numpy(np.float64)
-    angle, shift = gauge.held_pose(
-        latents.z, latents.angle_deg, latents.shift_yx_px, box_px / run.config.data.box_px
-    )
+    original_px = original_pixels(run.session.table.loc[latents.uid], run.session.plan)
+    angle, shift = gauge.held_pose(latents.z, latents.angle_deg, latents.shift_yx_px, original_px)
     table = pd.DataFrame(
         {"angle_deg": angle, "shift_y_px": shift[:, 0], "shift_x_px": shift[:, 1]},
         index=pd.Index(latents.uid, name="uid"),

@@ -170,6 +170,19 @@ class Particles:
         return replace(self, images=self.images.take(chosen), table=self.table.iloc[chosen])
 
 
+def random_subset(table: pd.DataFrame, n: int, by: str = "", seed: int = 0) -> Rows:
+    """Rows of at most `n` particles taken at random, in their order; with a column `by`, of each of its
+    values."""
+    rng = np.random.default_rng(seed)
+    if by and by not in table.columns:
+        raise UserError(
+            f'there is no column "{by}" to take particles by; there are {", ".join(table.columns)}'
+        )
+    groups = table.groupby(by, sort=False).indices.values() if by else [np.arange(len(table))]
+    taken = [rng.choice(rows, min(n, len(rows)), replace=False) for rows in groups]
+    return np.sort(np.concatenate(taken)).astype(np.int64) if taken else np.zeros(0, np.int64)
+
+
 _CLAUSE = re.compile(
     r"""\s*(?P<column>`[^`]+`|[^\s=!<>]+)\s*(?P<op>==|!=|<=|>=|<|>)\s*(?P<value>"[^"]*"|'[^']*'|[^\s"']\S*)\s*"""
 )

@@ -48,6 +48,13 @@ class Plan:
     CTF is still known), "none" does not know any CTF."""
     reasons: tuple[str, ...]
     """Why, one sentence each, for the preview and the log."""
+    mixed: bool = False
+    """Several boxes or pixel sizes are brought to `cached_pixel_size_A`; `box_px` and `pixel_size_A` are
+    then those of most particles."""
+    mask: str = "none"
+    """"soft" or "none\""""
+    low_pass_A: float = 0.0
+    high_pass_A: float = 0.0
 
 
 def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -> Plan:
@@ -59,37 +66,50 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
     if not len(table):
         raise UserError("there are no particles to prepare; the condition leaves none over")
     reasons: list[str] = []
-    box = _one_box(table)
-    pixel_size = _pixel_size(table, config, reasons)
+    mixed = _is_mixed(table, config)
+    if mixed:
+        box, pixel_size, field_A = _common_field(table, reasons)
+    else:
+        box = _one_box(table)
+        pixel_size = _pixel_size(table, config, reasons)
+        field_A = box * pixel_size
     known = math.isfinite(pixel_size)
+    field_px = field_A / pixel_size if known else float(box)
 
     if config.diameter_A:
         diameter = config.diameter_A / pixel_size if known else config.diameter_A
         unit = "Å" if known else "px"
-        if diameter > box:
-            size = box * pixel_size if known else box
+        if diameter > field_px * (1 + 1e-9):
+            size = field_A if known else box
             raise UserError(
                 f"the particle diameter of {config.diameter_A:g} {unit} is larger than the box of {size:g} "
                 f"{unit}"
             )
         reasons.append(f"diameter {config.diameter_A:g} {unit}" + ("" if known else " (pixel size unknown)"))
     else:
-        diameter = DEFAULT_DIAMETER * box
+        diameter = DEFAULT_DIAMETER * field_px
         reasons.append(f"diameter {DEFAULT_DIAMETER:g} of the box, as none is given")
 
-    cached_box = config.box_px or min(box, DEFAULT_BOX_PX) // 2 * 2
-    if cached_box > box:
-        raise UserError(f"the box of {cached_box} px is larger than the original images of {box} px")
+    largest = _largest_box(table, field_A) if mixed else box
+    cached_box = config.box_px or min(largest, DEFAULT_BOX_PX) // 2 * 2
+    if cached_box > largest:
+        raise UserError(
+            f"the box of {cached_box} px is larger than the original images of {box} px"
+            if not mixed
+            else f"a box of {cached_box} px would be finer than the coarsest images, which have {largest} px "
+            f"in the {field_A:g} Å that all of them show"
+        )
     if cached_box < LEAST_BOX_PX:
         raise UserError(
             f"a box of {cached_box} px is too small to see anything in; {LEAST_BOX_PX} px or more is needed"
         )
-    scale = box / cached_box
+    scale = field_px / cached_box
     if diameter / scale < 4:
         raise UserError(
             f"the particle would be only {diameter / scale:.1f} px wide in the cached images; check the "
             "diameter"
         )
+    low_pass, high_pass = _pass_band(config, pixel_size * scale, reasons)
 
     sign = _sign(table, config, guessed_sign, reasons)
     ctf = _ctf_action(table, config, pixel_size, reasons)
@@ -103,7 +123,69 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
         background=config.background,
         ctf=ctf,
         reasons=tuple(reasons),
+        mixed=mixed,
+        mask=config.mask,
+        low_pass_A=low_pass,
+        high_pass_A=high_pass,
     )
+
+
+def original_pixels(table: pd.DataFrame, plan: Plan) -> NDArray[np.float64]:
+    """`(N,)` pixels of each particle's original image in one pixel of its cached image."""
+    if plan.mixed:
+        return plan.cached_pixel_size_A / table["pixel_size_A"].to_numpy(np.float64)
+    return table["box_px"].to_numpy(np.float64) / plan.cached_box_px
+
+
+def _is_mixed(table: pd.DataFrame, config: PreprocessConfig) -> bool:
+    """Whether boxes or pixel sizes differ, and all sizes are known, so that they can be brought to one."""
+    sizes = table["pixel_size_A"].to_numpy(np.float64)
+    if config.pixel_size_A or not np.isfinite(sizes).all():
+        return False
+    return table["box_px"].nunique() > 1 or bool(np.ptp(sizes) > 1e-3 * sizes.min())
+
+
+def _common_field(table: pd.DataFrame, reasons: list[str]) -> tuple[int, float, float]:
+    """(box and pixel size of most particles, side in Å of what all images show)."""
+    groups = table.groupby(["box_px", "pixel_size_A"]).size().sort_values(ascending=False)
+    boxes, sizes = (groups.index.get_level_values(i).to_numpy(float) for i in (0, 1))
+    field = float((boxes * sizes).min())
+    shown = ", ".join(
+        f"{int(box)} px of {size:.4g} Å" for box, size in zip(boxes[:4], sizes[:4], strict=True)
+    )
+    more = f" and {len(boxes) - 4} more" if len(boxes) > 4 else ""
+    reasons.append(
+        f"several kinds of images ({shown}{more}) are brought to one pixel size, over the {field:.4g} Å that "
+        "all of them show"
+    )
+    return int(boxes[0]), float(sizes[0]), field
+
+
+def _largest_box(table: pd.DataFrame, field_A: float) -> int:
+    """Pixels of the common field at the coarsest pixel size: more would show what some images do not have."""
+    return int(field_A / float(table["pixel_size_A"].max()) + 1e-6)
+
+
+def _pass_band(config: PreprocessConfig, pixel_size_A: float, reasons: list[str]) -> tuple[float, float]:
+    """(low-pass, high-pass) in Å, 0 for off."""
+    low, high = config.low_pass_A, config.high_pass_A
+    if (low or high) and not math.isfinite(pixel_size_A):
+        raise UserError("filters are given in Å, and the pixel size is not known; give it, or no filters")
+    if low and high and low >= high:
+        raise UserError(
+            f"a low-pass at {low:g} Å and a high-pass at {high:g} Å leave nothing; the high-pass is the "
+            "larger one"
+        )
+    if low and low <= 2 * pixel_size_A:
+        reasons.append(
+            f"the low-pass at {low:g} Å changes nothing: the cached pixels are {pixel_size_A:.3g} Å"
+        )
+        low = 0.0
+    if low:
+        reasons.append(f"low-pass at {low:g} Å")
+    if high:
+        reasons.append(f"high-pass at {high:g} Å")
+    return low, high
 
 
 def _one_box(table: pd.DataFrame) -> int:
@@ -183,6 +265,8 @@ def _ctf_action(
     table: pd.DataFrame, config: PreprocessConfig, pixel_size_A: float, reasons: list[str]
 ) -> str:
     states = set(table["ctf_state"].unique())
+    if config.ctf == "model" and states == {"none"}:
+        raise UserError("models cannot be told the CTF: the particles carry no defocus")
     if config.ctf == "none" or states == {"none"}:
         reasons.append(
             "no CTF, as asked" if config.ctf == "none" else "no CTF: the particles carry no defocus"
@@ -196,8 +280,11 @@ def _ctf_action(
     if not math.isfinite(pixel_size_A):
         missing.append("pixel_size_A")
     if missing:
-        if config.ctf == "phase-flip":
-            raise UserError(f"the phases cannot be flipped: {', '.join(missing)} is not known")
+        if config.ctf in ("phase-flip", "model"):
+            what = (
+                "the phases cannot be flipped" if config.ctf == "phase-flip" else "models cannot know the CTF"
+            )
+            raise UserError(f"{what}: {', '.join(missing)} is not known")
         reasons.append(f"CTF left alone: {', '.join(missing)} is not known")
         return "none"
     if "amplitude_contrast" not in table:
@@ -209,6 +296,9 @@ def _ctf_action(
             )
         reasons.append("phases flipped, as asked")
         return "flip-all"
+    if config.ctf == "model":
+        reasons.append("phases left as they are, as asked; models are told the CTF")
+        return "keep"
     if "raw" in states:
         reasons.append("phases flipped by the CTF")
         return "flip-raw"
@@ -222,24 +312,107 @@ def apply(images: Images, rows_table: pd.DataFrame, plan: Plan) -> Images:
     The phases are flipped on the frequencies that are kept, which is the same as flipping the original first.
     """
     images = np.asarray(images, np.float32)
-    if images.shape[-1] != plan.box_px:
+    if images.shape[-1] != plan.box_px and not plan.mixed:
         raise ValueError(f"images of {images.shape[-1]} px for a plan of {plan.box_px} px")
     _check(images, rows_table)
     flipped = _flipped_rows(rows_table, plan)
     m = plan.cached_box_px
-    if flipped.any() or m != plan.box_px:
+    if plan.mixed:
+        images = _at_one_pixel_size(images, rows_table, plan)
+    band = _band(plan)
+    if flipped.any() or m != images.shape[-1] or band is not None:
         spectrum = _cropped_spectrum(images, m)
         if flipped.any():
             transfer = _ctf(rows_table[flipped], plan)
             spectrum[flipped] *= np.where(transfer < 0, np.float32(-1), np.float32(1))[:, None]
+        if band is not None:
+            spectrum *= band
         images = np.asarray(scipy.fft.irfft2(spectrum, s=(m, m), axes=(-2, -1)), np.float32)
-    else:
+    elif not plan.mixed:
         images = images.copy()
     if plan.background == "ring":
         normalise_background(images, plan.diameter_px)
     if plan.sign < 0:
         np.negative(images, out=images)
+    if plan.mask == "soft":
+        mask_softly(images, plan.diameter_px)
     return images
+
+
+def bad_images(images: Images) -> NDArray[np.bool_]:
+    """`(k,)`: images without any content, or with values that are not finite."""
+    flat = images.reshape(len(images), -1)
+    least, largest = flat.min(axis=1), flat.max(axis=1)
+    return np.asarray(~(np.isfinite(least) & np.isfinite(largest)) | (least == largest))
+
+
+def outliers(statistics: NDArray[np.float64], limit_sd: float) -> NDArray[np.bool_]:
+    """`(N, 2)` means and standard deviations of images → `(N,)`: those far from the rest.
+
+    Deviations count in robust standard deviations (1.4826 times the median deviation) of each column; the
+    second is taken by its logarithm, as contrasts are ratios. NaN rows are none.
+    """
+    values = statistics.copy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values[:, 1] = np.log(values[:, 1])
+        centre = np.nanmedian(values, axis=0)
+        deviation = np.abs(values - centre)
+        spread = 1.4826 * np.nanmedian(deviation, axis=0)
+        far = deviation > limit_sd * np.where(spread > 0, spread, np.inf)
+    return np.asarray(far.any(axis=1))
+
+
+def mask_softly(images: Images, diameter_px: float) -> None:
+    """Bring all outside the particle to 0 in place, by a cosine over a tenth of its diameter."""
+    n = images.shape[-1]
+    y, x = np.indices((n, n)) - n // 2
+    edge = max(0.1 * diameter_px, 2.0)
+    beyond = np.clip((np.hypot(y, x) - diameter_px / 2) / edge, 0, 1)
+    images *= (0.5 + 0.5 * np.cos(np.pi * beyond)).astype(np.float32)
+
+
+def _at_one_pixel_size(images: Images, rows_table: pd.DataFrame, plan: Plan) -> Images:
+    """Images `(k, c, n, n)` of one box and any pixel sizes → `(k, c, m, m)` of the plan's."""
+    m = plan.cached_box_px
+    out = np.empty((*images.shape[:2], m, m), np.float32)
+    sizes = rows_table["pixel_size_A"].to_numpy(np.float64)
+    for size in np.unique(sizes):
+        rows = sizes == size
+        matrix = resampling(images.shape[-1], float(size), m, plan.cached_pixel_size_A)
+        out[rows] = matrix @ images[rows] @ matrix.T
+    return out
+
+
+def resampling(n: int, pixel_size_A: float, m: int, new_pixel_size_A: float) -> NDArray[np.float32]:
+    """`(m, n)`: what takes a line of `n` pixels to `m` of another size, centre on centre (`n // 2` to `m "
+    "// 2`).
+
+    Interpolation by the line's own Fourier series, up to the finest detail that both pixel sizes hold. Where
+    `n` and `m` pixels show the same field it is a Fourier crop.
+    """
+    at = (np.arange(m) - m // 2) * new_pixel_size_A / pixel_size_A + n // 2
+    finest = min(n / 2, n / 2 * pixel_size_A / new_pixel_size_A)
+    k = np.arange(1, math.ceil(finest - 1e-9))
+    phase = 2 * np.pi / n * k
+    terms = np.cos(at[:, None] * phase) @ np.cos(np.arange(n)[:, None] * phase).T
+    terms += np.sin(at[:, None] * phase) @ np.sin(np.arange(n)[:, None] * phase).T
+    return np.asarray((1 + 2 * terms) / n, np.float32)
+
+
+def _band(plan: Plan) -> NDArray[np.float32] | None:
+    """`(m, m // 2 + 1)` factors of the filters, None without; edges are cosines of two shells and more."""
+    if not (plan.low_pass_A or plan.high_pass_A):
+        return None
+    m, size = plan.cached_box_px, plan.cached_pixel_size_A
+    radius = np.hypot(np.fft.fftfreq(m, size)[:, None], np.fft.rfftfreq(m, size)[None])
+    shell = 1 / (m * size)
+    band = np.ones_like(radius)
+    for wavelength, sense in ((plan.low_pass_A, 1.0), (plan.high_pass_A, -1.0)):
+        if wavelength:
+            edge = max(shell, 0.1 / wavelength)
+            beyond = np.clip(sense * (radius - 1 / wavelength) / edge / 2 + 0.5, 0, 1)
+            band *= 0.5 + 0.5 * np.cos(np.pi * beyond)
+    return band.astype(np.float32)
 
 
 def effective_ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32] | None:
@@ -346,13 +519,11 @@ def _ctf(rows_table: pd.DataFrame, plan: Plan) -> NDArray[np.float32]:
 
 def _check(images: Images, rows_table: pd.DataFrame) -> None:
     """Images without any content cannot be normalised; the row tells which to leave out."""
-    flat = images.reshape(len(images), -1)
-    least, largest = flat.min(axis=1), flat.max(axis=1)
-    broken = ~(np.isfinite(least) & np.isfinite(largest))
-    bad = np.flatnonzero(broken | (least == largest))
+    bad = np.flatnonzero(bad_images(images))
     if len(bad):
+        is_broken = not np.isfinite(images[bad[0]]).all()
         row = rows_table.iloc[int(bad[0])]
-        what = "holds NaN or infinite values" if broken[bad[0]] else "is blank (all pixels equal)"
+        what = "holds NaN or infinite values" if is_broken else "is blank (all pixels equal)"
         raise UserError(
             f"row {int(row['source_row']) + 1} (image {int(row['stack_index']) + 1} of "
             f"{row['stack_path'] or 'the layer'}) "

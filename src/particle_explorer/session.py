@@ -15,6 +15,7 @@ a killed writer leaves the session as it was.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from particle_explorer.averaging import ClassAverage
 
 FORMAT_VERSION = 1
+CACHE_HEADER_BYTES = 128
+"""Of `images.npy`; numpy pads the header of any such shape to it."""
 BLOCK_BYTES = 32 * 2**20
 """Originals preprocessed at once; two threads hold three such blocks at most."""
 
@@ -248,6 +251,9 @@ class Session:
         try:
             folder.chmod(0o777 & ~_umask())
             copy = _keep_source(particles, folder, path, progress)
+            made = _Cache(folder / "images.npy", plan, particles.images.n_channels)
+            left_out = made.build(particles.images, particles.table, config, progress, stop)
+            kept = particles[~left_out.mask]
             info = SessionInfo(
                 created=_now(),
                 source=_portable(particles.source, path),
@@ -256,17 +262,17 @@ class Session:
                 source_bytes=_size(particles.source),
                 source_hash=_hash(particles.source),
                 where=where,
-                n=n,
+                n=len(kept),
                 n_channels=particles.images.n_channels,
                 preprocess=config,
                 plan={
                     name: _json_number(value) for name, value in _PLAN.dump_python(plan, mode="json").items()
                 },
-                notes=particles.notes,
+                notes=(*particles.notes, *left_out.notes),
             )
             session = cls(folder, info)
-            session._write_table(particles.table, at=path)
-            session._build_images(particles.images, particles.table, progress, stop)
+            session._write_table(kept.table, at=path)
+            made.record(session.cache_key, len(kept))
             write_text(folder / "session.json", info.model_dump_json(indent=1) + "\n")
             _put_in_place(folder, path, overwrite)
         finally:
@@ -363,11 +369,32 @@ class Session:
         self, progress: ProgressCallback | None = None, stop: threading.Event | None = None
     ) -> None:
         """Make the image cache where it is missing or stale, from the originals."""
-        if self.has_images:
+        if self.has_images and self._is_cache_sound(progress, stop):
             return
         with self._writing():
             self._build_images(self.originals(), self.table, progress, stop)
         self.__dict__.pop("images", None)
+
+    def _is_cache_sound(self, progress: ProgressCallback | None, stop: threading.Event | None) -> bool:
+        """Whether the cache still has the hash it was made with; read only where it was touched since."""
+        path, record = self.path / "images.npy", _read_json(self.path / "images.json")
+        wanted, stamp = record.get("blake2b", ""), _stamp(path)
+        if not wanted or record.get("stamp") == stamp:
+            return True
+        digest, size, done = hashlib.blake2b(digest_size=16), path.stat().st_size, 0
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                if stop is not None and stop.is_set():
+                    raise Stopped("stopped while the prepared images were checked")
+                digest.update(block)
+                done += len(block)
+                if progress is not None:
+                    progress("checking the prepared images", min(1.0, done / size))
+        if digest.hexdigest() != wanted:
+            return False
+        with contextlib.suppress(UserError):  # a session that may only be read is checked each time
+            _write_json(self.path / "images.json", {**record, "stamp": stamp})
+        return True
 
     def originals(self) -> ImageStack:
         """The original full-size images, in the order of the rows."""
@@ -641,21 +668,118 @@ class Session:
         progress: ProgressCallback | None,
         stop: threading.Event | None,
     ) -> None:
-        spec = self.data_spec()
-        shape = (self.info.n, spec.n_channels, spec.box_px, spec.box_px)
-        path = self.path / "images.npy"
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            done = 0
-            for block in _preprocessed(images, table, self.plan, shape[1:]):
-                if stop is not None and stop.is_set():
-                    raise Stopped("stopped before all images were prepared; nothing was kept")
-                file.write(block.tobytes())
-                done += len(block)
-                if progress is not None:
-                    progress("preparing images", done / shape[0])
-        _write_json(self.path / "images.json", {"key": self.cache_key, "shape": shape, "dtype": "float16"})
+        """Make the cache of a session whose rows are settled; a bad image among them is an error by now."""
+        cache = _Cache(self.path / "images.npy", self.plan, self.info.n_channels)
+        config = self.info.preprocess.model_copy(update={"bad_images": "stop", "outlier_sd": 0.0})
+        cache.build(images, table, config, progress, stop)
+        cache.record(self.cache_key, self.info.n)
+
+
+class LeftOut(NamedTuple):
+    """Rows that are not taken into a session, and why."""
+
+    mask: Mask
+    """`(N,)`"""
+    notes: tuple[str, ...]
+
+
+class _Cache:
+    """`images.npy` in the making. Rows are known to be good only when all have been read."""
+
+    def __init__(self, path: Path, plan: preprocess.Plan, n_channels: int) -> None:
+        self.path = path
+        self.plan = plan
+        self.image_shape = (n_channels, plan.cached_box_px, plan.cached_box_px)
+        self._hash = ""
+
+    def build(
+        self,
+        images: ImageStack,
+        table: pd.DataFrame,
+        config: PreprocessConfig,
+        progress: ProgressCallback | None,
+        stop: threading.Event | None,
+    ) -> LeftOut:
+        """Prepare all images, write those that are good, and say which are not."""
+        n = len(table)
+        bad, statistics = np.zeros(n, bool), np.full((n, 2), np.nan)
+        try:
+            with replacing(self.path) as temporary, temporary.open("w+b") as file:
+                file.write(bytes(CACHE_HEADER_BYTES))
+                done = 0
+                for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images):
+                    if stop is not None and stop.is_set():
+                        raise Stopped("stopped before all images were prepared; nothing was kept")
+                    rows = slice(done, done + len(block.images))
+                    file.write(block.images.tobytes())
+                    bad[rows], statistics[rows] = block.bad, block.statistics
+                    done += len(block.images)
+                    if progress is not None:
+                        progress("preparing images", done / n)
+                left_out = _left_out(table, bad, statistics, config)
+                if left_out.mask.all():
+                    raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
+                self._finish(file, ~left_out.mask)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path.name}: {error.strerror or error}; nothing was kept"
+            ) from error
+        return left_out
+
+    def record(self, key: str, n: int) -> None:
+        """Write `images.json`, by which the cache counts as whole."""
+        shape = (n, *self.image_shape)
+        content = {"key": key, "shape": shape, "dtype": "float16", "blake2b": self._hash}
+        _write_json(self.path.with_suffix(".json"), {**content, "stamp": _stamp(self.path)})
+
+    def _finish(self, file: BinaryIO, good: Mask) -> None:
+        """Close the gaps that bad images leave, write the header, and take the hash on the way."""
+        n_bytes = 2 * math.prod(self.image_shape)
+        header = io.BytesIO()
+        shape = (int(good.sum()), *self.image_shape)
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        assert header.tell() == CACHE_HEADER_BYTES
+        digest = hashlib.blake2b(header.getvalue(), digest_size=16)
+        per_block = max(1, BLOCK_BYTES // n_bytes)
+        written = 0
+        for start in range(0, len(good), per_block):
+            rows = good[start : start + per_block]
+            file.seek(CACHE_HEADER_BYTES + start * n_bytes)
+            block = np.frombuffer(file.read(len(rows) * n_bytes), np.uint8).reshape(len(rows), n_bytes)
+            kept = block[rows].tobytes()
+            digest.update(kept)
+            if written != start or not rows.all():
+                file.seek(CACHE_HEADER_BYTES + written * n_bytes)
+                file.write(kept)
+            written += int(rows.sum())
+        file.truncate(CACHE_HEADER_BYTES + written * n_bytes)
+        file.seek(0)
+        file.write(header.getvalue())
+        self._hash = digest.hexdigest()
+
+
+def _left_out(
+    table: pd.DataFrame, bad: Mask, statistics: NDArray[np.float64], config: PreprocessConfig
+) -> LeftOut:
+    notes = []
+    if bad.any():
+        notes.append(f"{_rows_in_words(table, bad)} blank or broken and left out")
+    far = np.zeros(len(bad), bool)
+    if config.outlier_sd:
+        far = preprocess.outliers(np.where(bad[:, None], np.nan, statistics), config.outlier_sd) & ~bad
+        if far.any():
+            what = f"more than {config.outlier_sd:g} SD from the others in mean or contrast, and left out"
+            notes.append(f"{_rows_in_words(table, far)} {what}")
+    return LeftOut(bad | far, tuple(notes))
+
+
+def _rows_in_words(table: pd.DataFrame, mask: Mask) -> str:
+    """`3 images (rows 4, 17 and 80000 of the file) are`"""
+    rows = [str(row + 1) for row in table["source_row"].to_numpy()[mask][:10]]
+    n = int(mask.sum())
+    if n == 1:
+        return f"1 image (row {rows[0]} of the file) is"
+    return f"{n} images (rows {', '.join(rows)}{' …' if n > len(rows) else ''} of the file) are"
 
 
 @dataclass(frozen=True)
@@ -901,26 +1025,48 @@ def read_table(path: Path, n: int) -> pd.DataFrame:
 # ---------------------------------------------------------------------- preprocessing in blocks
 
 
+class _Block(NamedTuple):
+    images: NDArray[np.float16]
+    """`(k, c, m, m)`; zeros where `bad`"""
+    bad: Mask
+    statistics: NDArray[np.float64]
+    """`(k, 2)` mean and standard deviation of the originals"""
+
+
 def _preprocessed(
-    images: ImageStack, table: pd.DataFrame, plan: preprocess.Plan, shape: tuple[int, ...]
-) -> Iterator[NDArray[np.float16]]:
-    """Blocks of `(k, c, m, m)` in the order of the rows, two of them worked on ahead of the one taken."""
+    images: ImageStack,
+    table: pd.DataFrame,
+    plan: preprocess.Plan,
+    shape: tuple[int, ...],
+    bad_images: str = "stop",
+) -> Iterator[_Block]:
+    """Blocks in the order of the rows, two of them worked on ahead of the one taken."""
     box_px = np.asarray(images.box_px)
     per_block = max(1, BLOCK_BYTES // (4 * shape[0] * int(box_px.max()) ** 2))
     starts = iter(range(0, len(table), per_block))
 
-    def work(start: int) -> NDArray[np.float16]:
+    def work(start: int) -> _Block:
         rows = np.arange(start, min(start + per_block, len(table)))
-        out = np.empty((len(rows), *shape), np.float16)
+        block = _Block(
+            np.zeros((len(rows), *shape), np.float16), np.zeros(len(rows), bool), np.zeros((len(rows), 2))
+        )
         for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
             at = np.flatnonzero(box_px[rows] == box)
-            some = preprocess.apply(images.read(rows[at]), table.iloc[rows[at]], plan)
+            originals = images.read(rows[at])
+            if bad_images == "leave-out":
+                bad = preprocess.bad_images(originals)
+                block.bad[at[bad]] = True
+                at, originals = at[~bad], originals[~bad]
+            if not len(at):
+                continue
+            block.statistics[at] = _statistics(originals)
+            some = preprocess.apply(originals, table.iloc[rows[at]], plan)
             _check_range(some, table.iloc[rows[at]])
-            out[at] = some
-        return out
+            block.images[at] = some
+        return block
 
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[NDArray[np.float16]]] = deque()
+        ahead: deque[Future[_Block]] = deque()
         try:
             for start in starts:
                 ahead.append(pool.submit(work, start))
@@ -931,6 +1077,14 @@ def _preprocessed(
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _statistics(images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """`(k, 2)` mean and standard deviation of every image, of every third line of a large one."""
+    some = images[..., :: 3 if images.shape[-1] > 64 else 1, :].reshape(len(images), -1)
+    mean = some.mean(axis=1)
+    square = np.einsum("kp,kp->k", some - mean[:, None], some - mean[:, None]) / some.shape[1]
+    return np.stack([mean, np.sqrt(square)], axis=1).astype(np.float64)
 
 
 def _check_range(images: NDArray[np.float32], table: pd.DataFrame) -> None:
@@ -1102,6 +1256,12 @@ def _json_number(value: Any) -> Any:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file: as long as both stay, its content is taken to be the same."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _hash(path: Path) -> str:

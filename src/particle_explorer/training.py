@@ -161,7 +161,7 @@ def encode(
     """
     rows = np.arange(session.n_particles) if rows is None else rows
     images = SessionBatches(session, rows, _device_of(model), with_ctf=model.uses_ctf)
-    original_px = session.table["box_px"].to_numpy(np.float64)[rows] / session.plan.cached_box_px
+    original_px = preprocess.original_pixels(session.table, session.plan)[rows]
     yield from _encode_batches(model, images, session.uid[rows], original_px, precision)
 
 
@@ -184,7 +184,7 @@ def encode_stack(
             f" {session.info.n_channels}"
         )
     images = _ParticleBatches(particles, plan, _device_of(model), with_ctf=model.uses_ctf)
-    original_px = np.full(len(particles), plan.box_px / plan.cached_box_px)
+    original_px = preprocess.original_pixels(particles.table, plan)
     uid = particles.table.index.to_numpy(np.uint64)
     yield from _encode_batches(model, images, uid, original_px, precision)
 
@@ -203,7 +203,12 @@ class _ParticleBatches:
     def take(self, index: Tensor) -> Batch:
         rows = index.numpy()
         table = self.particles.table.iloc[rows]
-        images = preprocess.apply(self.particles.images.read(rows), table, self.plan)
+        stack, size = self.particles.images, self.plan.cached_box_px
+        images = np.empty((len(rows), stack.n_channels, size, size), np.float32)
+        boxes = stack.box_px[rows]
+        for box in np.unique(boxes):
+            some = boxes == box
+            images[some] = preprocess.apply(stack.read(rows[some]), table[some], self.plan)
         ctf = preprocess.effective_ctf(table, self.plan) if self.with_ctf else None
         return Batch(
             torch.from_numpy(images).to(self.device),
@@ -503,9 +508,9 @@ class _Fit:
     def _prepare(self) -> Iterator[Progress]:
         if not self.session.has_images:  # the sample session comes without its cache
             yield self._said("preparing images", 0.0)
-            self.session.prepare_images(
-                lambda what, done: self.status.update(what=what, fraction=done), self.stop
-            )
+        self.session.prepare_images(
+            lambda what, done: self.status.update(what=what, fraction=done), self.stop
+        )
         train = self.config.train
         seed_everything(train.seed)
         self.model = build_model(self.config.model, self.config.data).to(self.device)
