@@ -191,21 +191,32 @@ class Job:
 # ---------------------------------------------------------------------- looking and importing
 
 
-class Inspect(Command):
-    """Say what is in a particle file: number, box, pixel size, CTF, contrast, poses."""
+class Inspect(JobCommand):
+    """Say what is in a particle file (box, pixel size, CTF, contrast, poses) and what it will take."""
 
     stack: CliPositionalArg[Path]
     """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures"""
     project_dir: str = ""
     """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
 
+    full: bool = False
+    """Read every image too, and list those that are blank, broken or twice there"""
+
     def execute(self) -> None:
         """Print the summary."""
+        from particle_explorer.io.checking import scan
         from particle_explorer.io.inspecting import summarise
         from particle_explorer.io.reading import read
+        from particle_explorer.session import requirements
 
-        for line in summarise(read(self.stack, project_dir=_path(self.project_dir))).lines():
-            print(line)
+        particles = read(self.stack, project_dir=_path(self.project_dir))
+        if not self.full:
+            for line in [*summarise(particles).lines(), *requirements(particles, PreprocessConfig())]:
+                print(line)
+            return
+        with self.job("reading every image") as job:
+            found = job.finish("reading every image", scan(particles))
+            job.result("\n".join(found.lines()))
 
 
 class Import(JobCommand):

@@ -239,3 +239,61 @@ def test_a_free_folder_is_found(tmp_path: Path) -> None:
     assert free_folder(tmp_path / "a") == tmp_path / "a", "empty is as good as absent"
     (tmp_path / "a" / "x").touch()
     assert free_folder(tmp_path / "a") == tmp_path / "a-2"
+
+
+def test_missing_stacks_are_mended_by_one_folder(
+    dock: ParticlesDock, stack: Path, tmp_path: Path, started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch, qtbot: QtBot,
+) -> None:  # fmt: skip
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-project")
+    elsewhere.mkdir()
+    mrcs = next(tmp_path.glob("*.mrcs"))
+    shutil.move(mrcs, elsewhere / mrcs.name)
+    dock.open(stack)
+    qtbot.waitUntil(dock.missing.isVisible, timeout=SLOW)
+    assert mrcs.name in dock.missing_words.text() and dock.start_page.isVisible()
+    from particle_explorer.widgets import data
+
+    monkeypatch.setattr(data, "ask_path", lambda parent, title, chosen, **_: chosen(str(elsewhere)))
+    dock.project_button.click()
+    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+    assert not dock.missing.isVisible()
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    assert started[0][started[0].index("--project-dir") + 1] == str(elsewhere)
+
+
+def test_a_folder_of_pictures_is_opened(dock: ParticlesDock, tmp_path: Path, qtbot: QtBot) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3)).astype("u1")
+    (tmp_path / "pictures").mkdir()
+    for i, each in enumerate(pixels):
+        image.fromarray(each).save(tmp_path / "pictures" / f"{i}.png")
+    _open(dock, tmp_path / "pictures", qtbot)
+    assert "4 particles" in dock.summary.text() and "3 colour channels" in dock.summary.text()
+
+
+def test_a_random_subset_and_the_check_of_every_image_reach_workers(
+    dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
+) -> None:
+    _open(dock, stack, qtbot)
+    assert not dock.sample.isVisible() and "to prepare and" in dock.summary.text()
+    dock.check_button.click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    assert started[0] == ["inspect", str(stack), "--full"]
+    dock.subset.setChecked(True)
+    assert dock.sample.isVisible()
+    dock.sample.setValue(50)
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: len(started) == 2, timeout=SLOW)
+    assert started[1][-4:-2] == ["--sample", "50"] or started[1][-2:] == ["--sample", "50"]
+
+
+def test_the_preview_leaves_out_what_cannot_be_shown(
+    dock: ParticlesDock, tmp_path: Path, qtbot: QtBot
+) -> None:
+    images = np.random.default_rng(0).normal(size=(12, 20, 20)).astype(np.float32)
+    images[::2] = 0
+    np.save(tmp_path / "half.npy", images)
+    _open(dock, tmp_path / "half.npy", qtbot)
+    assert dock.preview.n_images == 12, "six that are not blank, before and after"

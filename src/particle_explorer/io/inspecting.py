@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from particle_explorer.io.checking import PoseCheck, check_poses, listed_twice
 from particle_explorer.particles import Images, Particles
 
 SAMPLE = 64
@@ -58,6 +59,13 @@ class Summary:
     n_blank: int
     """Blank or broken images among those looked at"""
     notes: tuple[str, ...]
+    sizes_by_group: dict[int, tuple[float, ...]]
+    """Optics group → its pixel sizes in Å"""
+    n_twice: int
+    """Rows that name an image which another row names already"""
+    n_same: int
+    """Images among those looked at with the pixels of another"""
+    poses: PoseCheck
 
     def lines(self) -> list[str]:
         """The summary, one fact a line."""
@@ -82,14 +90,29 @@ class Summary:
             lines.append(f'{self.n_classes} classes; explore one at a time (--where "class_id == 1")')
         if self.n_micrographs:
             lines.append(_count(self.n_micrographs, "micrograph"))
+        if self.poses.verdict != "none":
+            lines.append(f"pose signs: {self.poses.verdict}; {self.poses.words}")
         if self.n_optics_groups > 1:
-            lines.append(f"{self.n_optics_groups} optics groups")
+            lines.append(f"{self.n_optics_groups} optics groups{self._sizes_by_group()}")
+        if self.n_twice:
+            lines.append(f"{self.n_twice} of the rows name an image that an earlier row names")
+        if self.n_same:
+            lines.append(f"{self.n_same} of the images looked at have the pixels of another")
         if self.n_blank:
             lines.append(
                 f"{self.n_blank} of {self.contrast.n_images + self.n_blank} images looked at are blank or "
                 "broken"
             )
         return lines + [f"note: {note}" for note in self.notes]
+
+    def _sizes_by_group(self) -> str:
+        if len(self.pixel_sizes_A) < 2:
+            return ""
+        shown = [
+            f"{group}: {' and '.join(f'{size:.4g}' if size else 'unknown' for size in sizes)} Å"
+            for group, sizes in list(self.sizes_by_group.items())[:12]
+        ]
+        return f" ({', '.join(shown)}{' …' if len(self.sizes_by_group) > 12 else ''})"
 
     def _ctf_line(self) -> str:
         carried = {state: count for state, count in self.ctf_states.items() if state != "none"}
@@ -150,7 +173,8 @@ def summarise(particles: Particles) -> Summary:
         u, v = table["defocus_u_A"].to_numpy(float), table["defocus_v_A"].to_numpy(float)
         defocus = float(np.nanmin(np.minimum(u, v))), float(np.nanmax(np.maximum(u, v)))
     said = np.unique(table["contrast_sign"])
-    contrast, n_blank = look_at_contrast(particles)
+    contrast, n_blank, n_same = _look(particles)
+    groups = dict(size.groupby(table["optics_group"]).unique()) if "optics_group" in table else {}
     tilts = [name for name in ("rlnAngleTilt", "alignments3D/pose[0]") if name in table]
     return Summary(
         source=str(particles.source),
@@ -173,6 +197,12 @@ def summarise(particles: Particles) -> Summary:
         n_optics_groups=table["optics_group"].nunique() if "optics_group" in table else 0,
         n_blank=n_blank,
         notes=_gathered(particles.notes),
+        sizes_by_group={
+            int(group): tuple(map(float, sizes)) for group, sizes in sorted(dict(groups).items())
+        },
+        n_twice=listed_twice(particles),
+        n_same=n_same,
+        poses=check_poses(particles),
     )
 
 
@@ -181,18 +211,25 @@ def look_at_contrast(particles: Particles) -> tuple[Contrast, int]:
 
     Images of several boxes are looked at box by box, so that this works before any choice is made.
     """
+    contrast, n_blank, _ = _look(particles)
+    return contrast, n_blank
+
+
+def _look(particles: Particles) -> tuple[Contrast, int, int]:
+    """The contrast, how many images are blank or broken, and how many have the pixels of another."""
     n = len(particles)
     rows = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int))
     boxes = particles.images.box_px[rows]
     differences: list[np.ndarray] = []
-    blank = 0
+    blank = same = 0
     for box in np.unique(boxes):
         images = particles.images.read(rows[boxes == box])
         least, largest = images.min(axis=(1, 2, 3)), images.max(axis=(1, 2, 3))
         good = np.isfinite(least) & np.isfinite(largest) & (largest > least)
         blank += int(np.count_nonzero(~good))
+        same += int(good.sum()) - len({image.tobytes() for image in images[good]})
         differences.append(centre_against_border(images[good]))
-    return _contrast(np.concatenate(differences)), blank
+    return _contrast(np.concatenate(differences)), blank, same
 
 
 def guess_contrast(images: Images) -> Contrast:

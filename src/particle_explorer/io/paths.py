@@ -9,6 +9,16 @@ from pathlib import Path
 
 from particle_explorer.files import UserError
 
+
+class StacksMissing(UserError):
+    """Image stacks that a star or cs file names are nowhere; one project folder may mend them all."""
+
+    def __init__(self, sentence: str, source: Path, missing: list[str]) -> None:
+        super().__init__(sentence)
+        self.source = source
+        self.missing = missing
+
+
 _UID_PREFIX = re.compile(r"^\d{18,21}_")
 _TYPE_SUFFIX = re.compile(r":mrcs?$")  # "stack.mrc:mrcs" is RELION's way to say how to read a file
 _SHOWN = 20
@@ -38,12 +48,14 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
         if len(missing) > _SHOWN:
             listed += f" and {len(missing) - _SHOWN} more"
         total = len(missing) + len(found)
-        raise UserError(
+        raise StacksMissing(
             f"{source} names {total} image stack{'s' * (total > 1)}, and {len(missing)} cannot be found: "
             f"{listed}; "
             f"looked beside the file and in the folders above it"
             + (f" and under {project_dir}" if project_dir is not None else "")
-            + "; give the project folder that the names start from (--project-dir)"
+            + "; give the project folder that the names start from (--project-dir)",
+            source,
+            missing,
         )
     return found
 

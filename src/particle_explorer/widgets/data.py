@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ from qtpy.QtWidgets import (
     QMenu,
     QPushButton,
     QSizePolicy,
+    QSpinBox,
     QVBoxLayout,
     QWidget,
 )
 
 from particle_explorer.configs import PreprocessConfig
+from particle_explorer.io.paths import StacksMissing
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
     from particle_explorer.particles import Particles
     from particle_explorer.preprocess import Plan
     from particle_explorer.session import Session
+    from particle_explorer.status import Status
 
 N_PREVIEW = 9
+MISSING_SHOWN = 4
 MAX_CHOICES = 60
 """Values of a column that are offered in the subset row; more are typed."""
 WORKER_START_S = 3.0
@@ -88,6 +92,8 @@ class Found:
     """Several classes, or 3-D poses"""
     existing: Path | None
     """A session that was made of this file before"""
+    project_dir: Path | None = None
+    """Where the stack names were said to start from"""
 
 
 class ParticlesDock(QWidget):
@@ -103,9 +109,11 @@ class ParticlesDock(QWidget):
         self.found: Found | None = None
         self._pixel_size = 0.0
         self._layer_source: Path | None = None
+        self._missing_source = Path()
         self.setAcceptDrops(True)
 
         self.complaint = Complaint()
+        self.missing = self._build_missing()
         self.start_page = self._build_start()
         self.stack_page = self._build_stack()
         self.session_page = self._build_session()
@@ -113,7 +121,10 @@ class ParticlesDock(QWidget):
         self.reading.setWordWrap(True)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 6, 6, 6)
-        for part in (self.reading, self.complaint, self.start_page, self.stack_page, self.session_page):
+        for part in (
+            *(self.reading, self.complaint, self.missing),
+            *(self.start_page, self.stack_page, self.session_page),
+        ):
             layout.addWidget(part)
         layout.addStretch(1)
 
@@ -202,7 +213,14 @@ class ParticlesDock(QWidget):
         row.addWidget(self.column, 3)
         row.addWidget(self.comparison)
         row.addWidget(self.subset_value, 2)
+        self.sample = QSpinBox()
+        self.sample.setRange(0, 10_000_000)
+        self.sample.setSingleStep(1000)
+        self.sample.setSpecialValueText("all of them")
+        self.sample.setPrefix("at most ")
+        self.sample.setToolTip("Take so many of them at random: a first look at a large stack is quick")
         self.subset_row.setVisible(False)
+        self.sample.setVisible(False)
         self.views_note = QLabel(
             "These particles show several views. The first thing a map of mixed views learns is the viewing"
             " direction; to see motion, take one class."
@@ -229,6 +247,12 @@ class ParticlesDock(QWidget):
         self.back_button = QPushButton("Back")
         self.back_button.setToolTip("Leave this stack without preparing it")
         self.back_button.clicked.connect(self._back)
+        self.check_button = QPushButton("Check every image")
+        self.check_button.setToolTip("Read them all in the background: which are blank, broken or doubled?")
+        self.check_button.clicked.connect(self.check_all)
+        self.check_bar = JobBar()
+        self.check_bar.finished.connect(self._on_checked)
+        self.check_bar.failed.connect(self._on_import_failed)
         self.import_bar = JobBar()
         self.import_bar.finished.connect(self._on_imported)
         self.import_bar.stopped.connect(self._on_import_stopped)
@@ -241,10 +265,13 @@ class ParticlesDock(QWidget):
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(5)
         layout.addWidget(self.summary)
+        layout.addWidget(self.check_button)
+        layout.addWidget(self.check_bar)
         layout.addWidget(self.existing_button)
         layout.addWidget(self.form)
         layout.addWidget(self.subset)
         layout.addWidget(self.subset_row)
+        layout.addWidget(self.sample)
         layout.addWidget(self.views_note)
         layout.addLayout(folder_row)
         layout.addLayout(buttons)
@@ -273,7 +300,26 @@ class ParticlesDock(QWidget):
         layout.addWidget(self.another_button)
         return page
 
+    def _build_missing(self) -> QWidget:
+        """What is asked when stacks are nowhere: one folder mends them all."""
+        box = QWidget()
+        self.missing_words = QLabel()
+        self.missing_words.setWordWrap(True)
+        self.project_button = QPushButton("Where is the project folder?")
+        self.project_button.setToolTip(
+            "<p>The folder that the names of the image stacks start from: the RELION or cryoSPARC project,"
+            " or a folder that the stacks were copied to</p>"
+        )
+        self.project_button.clicked.connect(self._ask_for_project)
+        layout = QVBoxLayout(box)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.missing_words)
+        layout.addWidget(self.project_button)
+        box.setVisible(False)
+        return box
+
     def _show(self, page: QWidget | None, reading: str = "") -> None:
+        self.missing.setVisible(False)
         self.reading.setText(reading)
         self.reading.setVisible(bool(reading))
         for each in (self.start_page, self.stack_page, self.session_page):
@@ -302,7 +348,7 @@ class ParticlesDock(QWidget):
             patterns=f"Particles or session ({patterns} session.json);;All files (*)",
         )
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, project_dir: Path | None = None) -> None:
         """Open a particle file, a folder of pictures, a session folder or its `session.json`."""
         self.complaint.clear()
         path = Path(path)
@@ -312,7 +358,29 @@ class ParticlesDock(QWidget):
             show_session(self.state, self.tasks, folder, shown=self._back, failed=self.complain)
             return
         self._show(None, f"Reading {path.name} …")
-        self.tasks.run("read", lambda: look(path), self._on_found, self.complain)
+        self.tasks.run("read", lambda: _look(path, project_dir), self._on_read, self.complain)
+
+    def _on_read(self, found: Found | StacksMissing) -> None:
+        if not isinstance(found, StacksMissing):
+            self._on_found(found)
+            return
+        self._back()
+        n = len(found.missing)
+        listed = "\n".join(found.missing[:MISSING_SHOWN])
+        more = f"\nand {number(n - MISSING_SHOWN)} more" if n > MISSING_SHOWN else ""
+        stacks = "an image stack that is" if n == 1 else f"{number(n)} image stacks that are"
+        self.missing_words.setText(f"{found.source.name} names {stacks} not where it says:\n{listed}{more}")
+        self.missing_words.setToolTip(str(found))
+        self._missing_source = found.source
+        self.missing.setVisible(True)
+
+    def _ask_for_project(self) -> None:
+        source = self._missing_source
+
+        def chosen(folder: str) -> None:
+            self.open(source, Path(folder))
+
+        ask_path(self, "Where is the project folder?", chosen, kind="folder", start=str(source.parent))
 
     def open_active_layer(self) -> None:
         """Take the image layer that is selected in napari: its file if it has one, else its pixels."""
@@ -391,6 +459,8 @@ class ParticlesDock(QWidget):
         if "class_id" in found.columns:
             self.column.setCurrentText("class_id")
         self.views_note.setVisible(found.mixed_views)
+        self.check_button.setVisible(found.particles.kind != "layer")  # a worker sees no layer
+        self.check_bar.stop()
         self.subset.setChecked(False)
         self.preview.clear()
         self.plan_words.clear()
@@ -420,6 +490,7 @@ class ParticlesDock(QWidget):
 
     def _on_subset(self, wanted: bool) -> None:
         self.subset_row.setVisible(wanted)
+        self.sample.setVisible(wanted)
         self._preview_timer_start()
 
     def _on_column(self, name: str) -> None:
@@ -483,12 +554,17 @@ class ParticlesDock(QWidget):
         self.complaint.clear()
         target = Path(self.folder.text()).expanduser()
         where, settings = self.where(), command_line("preprocess", self.form.value())
+        sample = self.sample.value() if self.subset.isChecked() else 0
 
         def work() -> Path:
             source = found.particles.source
             if found.particles.kind == "layer":
                 source = save_layer(found.particles, target)
             arguments = ["import", str(source), "--session", str(target), *settings]
+            if found.project_dir is not None:
+                arguments += ["--project-dir", str(found.project_dir)]
+            if sample:
+                arguments += ["--sample", str(sample)]
             status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
             return jobs.start([*arguments, "--where", where] if where else arguments, status_folder)
 
@@ -500,6 +576,31 @@ class ParticlesDock(QWidget):
             lambda folder: self.import_bar.follow(folder, "Preparing the images"),
             self._on_import_failed,
         )
+
+    def check_all(self) -> None:
+        """Start the worker that reads every image."""
+        from particle_explorer import jobs
+
+        found = self.found
+        if found is None:
+            return
+        arguments = ["inspect", str(found.particles.source), "--full"]
+        if found.project_dir is not None:
+            arguments += ["--project-dir", str(found.project_dir)]
+
+        def work() -> Path:
+            folder = Path(tempfile.mkdtemp(prefix="particle-explorer-check-"))
+            return jobs.start(arguments, folder)
+
+        self.tasks.run(
+            "check",
+            work,
+            lambda folder: self.check_bar.follow(folder, "Reading every image"),
+            self._on_import_failed,
+        )
+
+    def _on_checked(self, status: Status) -> None:
+        self.summary.setText(f"{self.summary.text()}\n{status.message}")
 
     def _set_busy(self, busy: bool) -> None:
         for part in (
@@ -557,11 +658,19 @@ class Preview:
     """What preparing all of them will take"""
 
 
-def look(path: Path) -> Found:
+def look(path: Path, project_dir: Path | None = None) -> Found:
     """Read a particle file and say what is in it."""
     from particle_explorer.io.reading import read
 
-    return _found(read(path), path)
+    return replace(_found(read(path, project_dir=project_dir), path), project_dir=project_dir)
+
+
+def _look(path: Path, project_dir: Path | None) -> Found | StacksMissing:
+    """The same; stacks that are missing are an answer, which can be mended."""
+    try:
+        return look(path, project_dir)
+    except StacksMissing as missing:
+        return missing
 
 
 def look_at_layer(data: Any, name: str, scale: list[float], units: list[str]) -> Found:
@@ -596,7 +705,7 @@ def save_layer(particles: Particles, beside: Path) -> Path:
 def _found(particles: Particles, path: Path) -> Found:
     from particle_explorer.io.inspecting import summarise
     from particle_explorer.plugin import plugin_setting
-    from particle_explorer.session import Session, default_path
+    from particle_explorer.session import Session, default_path, requirements
 
     table, summary = particles.table, summarise(particles)
     pixel_size = float(np.nanmedian(table["pixel_size_A"])) if table["pixel_size_A"].notna().any() else 0.0
@@ -606,7 +715,7 @@ def _found(particles: Particles, path: Path) -> Found:
         proposed = Path(plugin_setting("session_folder")).expanduser() / proposed.name
     return Found(
         particles=particles,
-        lines=summary.lines(),
+        lines=[*summary.lines(), *requirements(particles, PreprocessConfig())],
         columns={str(name): _choices(table[name]) for name in table.columns},
         unit="Å" if pixel_size else "px",
         pixel_size_known=bool(table["pixel_size_A"].notna().all()),
@@ -634,7 +743,7 @@ def _choices(column: pd.Series) -> list[str]:
 
 
 def preview(particles: Particles, config: PreprocessConfig, where: str) -> Preview:
-    """Prepare a few particles, spread over the stack, and time it."""
+    """Prepare a few particles, taken at random, and time it."""
     from particle_explorer import preprocess
     from particle_explorer.files import UserError
     from particle_explorer.particles import where_mask
@@ -648,7 +757,10 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
     boxes = table["box_px"].to_numpy()[rows]
     sizes, counts = np.unique(boxes, return_counts=True)
     alike = rows[boxes == sizes[np.argmax(counts)]]
-    few = alike[np.linspace(0, alike.size - 1, min(N_PREVIEW, alike.size)).astype(int)]
+    rng = np.random.default_rng(0)  # the same nine while settings are tried
+    few = np.sort(rng.choice(alike, min(3 * N_PREVIEW, alike.size), replace=False))
+    good = few[~preprocess.bad_images(particles.images.read(few))]
+    few = good[:N_PREVIEW] if good.size and config.bad_images == "leave-out" else few[:N_PREVIEW]
     start = time.perf_counter()
     before = particles.images.read(few)
     after = preprocess.apply(before, table.iloc[few], plan)

@@ -751,10 +751,10 @@ def list_runs(session: Session) -> tuple[list[Listed], dict[str, float]]:
 
 
 def first_estimate(session: Session) -> float:
-    """Seconds that a class map will take before any was fitted here: rough, by images and pixels."""
-    m = session.images.shape[-1]
-    cores = max(1, min(os.cpu_count() or 1, 16))
-    return 15 + session.n_particles * (m / 40) ** 2 * 0.006 / cores
+    """Seconds that a class map will take before any was fitted here."""
+    from particle_explorer.session import first_estimate
+
+    return first_estimate(session.n_particles, session.images.shape[-1])
 
 
 def _listed(run: Run, status: Status, kind: str) -> Listed:
