@@ -469,7 +469,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module._Cache, "_finish", full)
-    with pytest.raises(UserError, match="No space left on device; nothing was kept"):
+    with pytest.raises(UserError, match="No space left on device; nothing of it was kept"):
         Session.create(tmp_path / "s", read(tmp_path / "a.npy"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 

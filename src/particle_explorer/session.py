@@ -742,27 +742,22 @@ class _Cache:
         """Prepare all images, write those that are good, and say which are not."""
         n = len(table)
         bad, statistics = np.zeros(n, bool), np.full((n, 2), np.nan)
-        try:
-            with replacing(self.path) as temporary, temporary.open("w+b") as file:
-                file.write(bytes(CACHE_HEADER_BYTES))
-                done = 0
-                for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images):
-                    if stop is not None and stop.is_set():
-                        raise Stopped("stopped before all images were prepared; nothing was kept")
-                    rows = slice(done, done + len(block.images))
-                    file.write(block.images.tobytes())
-                    bad[rows], statistics[rows] = block.bad, block.statistics
-                    done += len(block.images)
-                    if progress is not None:
-                        progress("preparing images", done / n)
-                left_out = _left_out(table, bad, statistics, config)
-                if left_out.mask.all():
-                    raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
-                self._finish(file, ~left_out.mask)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path.name}: {error.strerror or error}; nothing was kept"
-            ) from error
+        with replacing(self.path) as temporary, temporary.open("w+b") as file:
+            file.write(bytes(CACHE_HEADER_BYTES))
+            done = 0
+            for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images):
+                if stop is not None and stop.is_set():
+                    raise Stopped("stopped before all images were prepared; nothing was kept")
+                rows = slice(done, done + len(block.images))
+                file.write(block.images.tobytes())
+                bad[rows], statistics[rows] = block.bad, block.statistics
+                done += len(block.images)
+                if progress is not None:
+                    progress("preparing images", done / n)
+            left_out = _left_out(table, bad, statistics, config)
+            if left_out.mask.all():
+                raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
+            self._finish(file, ~left_out.mask)
         return left_out
 
     def record(self, key: str, n: int) -> None:

@@ -86,7 +86,7 @@ def test_rows_that_name_one_image_and_equal_images_are_counted(render: Any) -> N
     lines = "\n".join(summarise(read(path)).lines())
     assert "1 of the rows name an image that an earlier row names" in lines
     assert "1 of the images looked at have the pixels of another" in lines
-    assert "pose signs: " in lines
+    assert "pose self-check: " in lines
 
 
 def test_pixel_sizes_are_told_by_optics_group(render: Any) -> None:

@@ -82,7 +82,7 @@ def check_poses(particles: Particles) -> PoseCheck:
             len(rows),
         )
     if len(beats) == len(SIGNS) - 1:
-        words = f"the signs of angles and shifts agree with the images ({shown})"
+        words = f"the signs of angles and shifts fit the images ({shown})"
         return PoseCheck("agrees", words, relative, len(rows))
     if beats == [1, 3]:
         return PoseCheck(

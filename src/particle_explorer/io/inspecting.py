@@ -91,7 +91,7 @@ class Summary:
         if self.n_micrographs:
             lines.append(_count(self.n_micrographs, "micrograph"))
         if self.poses.verdict != "none":
-            lines.append(f"pose signs: {self.poses.verdict}; {self.poses.words}")
+            lines.append(f"pose self-check: {self.poses.verdict}; {self.poses.words}")
         if self.n_optics_groups > 1:
             lines.append(f"{self.n_optics_groups} optics groups{self._sizes_by_group()}")
         if self.n_twice:
