@@ -25,7 +25,7 @@ RANKS: dict[str, int] = {
             ["particles", "ctf", "status"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["session", "gauge", "traversals", "membership", "refining"],
-            ["training", "exporting"],
+            ["training", "exporting", "coordinates"],
             ["jobs", "state"],
             ["demo", "cli", "plugin"],
             ["widgets"],

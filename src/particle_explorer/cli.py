@@ -404,6 +404,30 @@ class PoseMap(JobCommand):
             job.result(self.out)
 
 
+class ImportLatents(JobCommand):
+    """Take coordinates that another program found as a run, to be explored like our own."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    file: CliPositionalArg[Path]
+    """A .npy, .npz, .csv, .tsv, .parquet, .star or .cs file; rows are joined by uid, in a star file by image
+    name, else by order"""
+    columns: str = ""
+    """Columns or fields that are the coordinates, parted by commas; by default z_0, z_1 ..., else all that
+    hold numbers"""
+
+    def execute(self) -> None:
+        """Import, and print the path of the run."""
+        from particle_explorer.coordinates import import_latents
+        from particle_explorer.session import Session
+
+        with self.job("importing coordinates") as job:
+            run, notes = import_latents(Session.open(self.session), self.file, self.columns)
+            for note in notes:
+                job.note(note)
+            job.result(run.path)
+
+
 # ---------------------------------------------------------------------- exploring
 
 
@@ -1100,6 +1124,7 @@ COMMANDS: dict[str, type[Command]] = {
     "import": Import,
     "train": Train,
     "encode": Encode,
+    "import-latents": ImportLatents,
     "pose-map": PoseMap,
     "embed": Embed,
     "cluster": Cluster,
@@ -1365,6 +1390,8 @@ def _open_run(path: Path, needs: Literal["", "weights"] = "") -> Run:
             raise UserError(f"{path} has no finished run yet; train one with {PROGRAM} train {path}")
         return newest
     run = Run.open(path)
+    if needs == "weights" and run.config.model.kind == "imported":
+        raise UserError(f"run {run.name} has coordinates from a file and no model, so nothing can be drawn")
     if needs == "weights" and not run.has_weights:
         raise UserError(f"run {run.name} has no weights yet; its state is {run.state!r}")
     return run

@@ -344,6 +344,29 @@ ModelConfig = Annotated[
 ]
 
 
+class ImportedConfig(Config):
+    """Coordinates that another program found; there is no model to draw with."""
+
+    kind: Literal["imported"] = "imported"
+    latent_dim: int = Field(ge=1, le=1024)
+    file: str = ""
+    """Where they came from."""
+    columns: tuple[str, ...] = ()
+
+
+RunModel = Annotated[
+    ClassMapConfig
+    | SpatialVAEConfig
+    | TargetVAEConfig
+    | CODAEConfig
+    | RotationAEConfig
+    | VAEConfig
+    | ImportedConfig,
+    Field(discriminator="kind"),
+]
+"""What a run may be of: a model that is fitted here, or coordinates from elsewhere."""
+
+
 class TrainConfig(Config):
     """How a model is trained."""
 
@@ -385,7 +408,7 @@ class RunConfig(Config):
     """Everything needed to repeat a run; the content of `config.json`."""
 
     format_version: int = 1
-    model: ModelConfig
+    model: RunModel
     train: TrainConfig = TrainConfig()
     data: DataSpec
     where: str = ""

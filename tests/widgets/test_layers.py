@@ -286,3 +286,21 @@ def test_another_run_is_drawn_by_another_process(
         qtbot.waitUntil(lambda name=name: bool(pencil.made) and pencil.made[-1].run_path.name == name)
     qtbot.waitUntil(lambda: drawn.layer is not None)
     assert pencil.made[0].closed
+
+
+def test_coordinates_from_elsewhere_have_no_drawing(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, tmp_path: Path
+) -> None:
+    from particle_explorer.coordinates import import_latents
+
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).normal(size=(120, 2)))
+    run, _ = import_latents(tiny_session, tmp_path / "z.npy")
+    state = state_of(viewer)
+    state.open_session(tiny_session)
+    drawn = Reconstruction(viewer, owner)
+    state.open_run(run)
+    qtbot.waitUntil(lambda: "no model draws" in viewer.canvas.overlays.text.text)
+    state.set_handle(np.array([1.0, 0.5]))
+    qtbot.wait(50)
+    assert drawn.layer is None
+    assert {"z_0", "z_1"} <= set(state.features.columns)

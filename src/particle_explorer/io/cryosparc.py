@@ -121,7 +121,7 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
             f"{path} names no particle images (no field {' and '.join(needed)}); "
             f"open the particles file, with its passthrough file beside it"
         )
-    original = _flat(fields)
+    original = flat(fields)
 
     written = original["blob/path"].tolist()
     codes, unique = pd.factorize(pd.Series([name[1:] if name.startswith(">") else name for name in written]))
@@ -191,7 +191,7 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     return Particles(images, table, path, "cs", tuple(notes))
 
 
-def _flat(fields: dict[str, NDArray[Any]]) -> pd.DataFrame:
+def flat(fields: dict[str, NDArray[Any]]) -> pd.DataFrame:
     """One column per field, vectors as `name[0]`, `name[1]` …; text decoded; uid is the index and not
     here."""
     columns: dict[str, Any] = {}

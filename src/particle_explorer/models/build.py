@@ -6,16 +6,20 @@ from particle_explorer.configs import (
     ClassMapConfig,
     CODAEConfig,
     DataSpec,
-    ModelConfig,
+    ImportedConfig,
     RotationAEConfig,
+    RunModel,
     TargetVAEConfig,
     VAEConfig,
 )
+from particle_explorer.files import UserError
 from particle_explorer.models.base import ParticleModel
 
 
-def build_model(config: ModelConfig, data: DataSpec) -> ParticleModel:
+def build_model(config: RunModel, data: DataSpec) -> ParticleModel:
     """An untrained model."""
+    if isinstance(config, ImportedConfig):
+        raise UserError(f"the coordinates come from {config.file}: there is no model to draw or encode with")
     if isinstance(config, ClassMapConfig):
         from particle_explorer.models.class_map import ClassMap
 

@@ -102,7 +102,9 @@ class Reconstruction:
             self._ask()
         else:
             self._mailbox.submit(None)
-            caption(self.viewer, "reconstruction", "")
+            imported = run is not None and run.config.model.kind == "imported"
+            words = "coordinates from a file: no model draws what the handle points at" if imported else ""
+            caption(self.viewer, "reconstruction", words)
 
     def _ask(self, *_: object) -> None:
         run = self.state.run

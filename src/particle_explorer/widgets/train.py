@@ -51,6 +51,7 @@ NAMES = {
     "codae": "CODAE",
     "rotation-ae": "Rotation-invariant AE",
     "vae": "VAE, β-VAE",
+    "imported": "Coordinates from a file",
 }
 STATES = {
     "new": "not started",
