@@ -102,7 +102,8 @@ def test_contributions_name_commands_that_exist(manifest: dict[str, Any]) -> Non
 def _settings() -> list[Any]:
     classes = [value for value in vars(configs).values() if isinstance(value, type)]
     groups = [cls for cls in classes if issubclass(cls, configs.Config) and cls is not configs.Config]
-    records = {configs.RunConfig, configs.DataSpec, configs.ImportedConfig}  # written by us, never filled in by a person
+    # written by us, never filled in by a person
+    records = {configs.RunConfig, configs.DataSpec, configs.ImportedConfig}
     return [
         pytest.param(field, id=f"{cls.__name__}.{name}")
         for cls in groups
