@@ -208,3 +208,22 @@ def test_any_rows_are_read_or_refused(folder: Path, rows: list[tuple[str, str, s
         return
     assert particles.images.read(range(len(particles))).shape == (len(particles), 1, 8, 8)
     assert particles.table["angle_deg"].dtype == float
+
+
+def test_stacks_far_below_the_given_folder_are_found_where_one_has_the_name(tmp_path: Path) -> None:
+    project = tmp_path / "copied"
+    for place in ("x/deep/a.mrcs", "y/b.mrcs", "z/b.mrcs", "z/c.mrcs"):
+        (project / place).parent.mkdir(parents=True, exist_ok=True)
+        write_stack(project / place, np.zeros((2, 4, 4)), 1.5)
+    star = tmp_path / "p.star"
+
+    def paths(*names: str) -> list[str]:
+        rows = "".join(f"1@{name}\n" for name in names)
+        star.write_text(f"data_\n\nloop_\n_rlnImageName\n{rows}")
+        found = read(star, project_dir=project).table["stack_path"]
+        return [Path(path).relative_to(project).as_posix() for path in found]
+
+    assert paths("Extract/job3/a.mrcs", "J4/000012345678901234567_c.mrcs") == ["x/deep/a.mrcs", "z/c.mrcs"]
+    for names in (["Extract/b.mrcs"], ["one/a.mrcs", "two/a.mrcs"]):
+        with pytest.raises(UserError, match="cannot be found"):
+            paths(*names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class StacksMissing(UserError):
 _UID_PREFIX = re.compile(r"^\d{18,21}_")
 _TYPE_SUFFIX = re.compile(r":mrcs?$")  # "stack.mrc:mrcs" is RELION's way to say how to read a file
 _SHOWN = 20
+_MOST_FILES = 2_000_000
 
 
 def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None = None) -> dict[str, str]:
@@ -29,8 +31,9 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
 
     Tried in turn: the name as it is, if absolute; under `project_dir`, dropping leading folders of the name
     one by one; beside `source` and under each folder above it (RELION's and cryoSPARC's project root is one
-    of them); the same without cryoSPARC's unique-number prefix of the file name. Names may be absolute or
-    hold `..`, as RELION follows them too.
+    of them); the same without cryoSPARC's unique-number prefix of the file name; at last anywhere below
+    `project_dir`, where just one file has that name. Names may be absolute or hold `..`, as RELION follows
+    them too.
     """
     source = Path(os.path.abspath(source))
     if project_dir is not None and not Path(project_dir).is_dir():
@@ -43,6 +46,12 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
             missing.append(name)
         else:
             found[name] = path
+    if missing and project_dir is not None:
+        # one file must never stand for two stacks, such as a/stack.mrcs and b/stack.mrcs
+        counts = Counter(_bare_name(name) for name in [*missing, *found])
+        below = _files_below(project_dir, {bare for bare, count in counts.items() if count == 1})
+        found |= {name: below[_bare_name(name)] for name in missing if _bare_name(name) in below}
+        missing = [name for name in missing if name not in found]
     if missing:
         listed = ", ".join(missing[:_SHOWN])
         if len(missing) > _SHOWN:
@@ -58,6 +67,28 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
             missing,
         )
     return found
+
+
+def _bare_name(name: str) -> str:
+    """File name without folders, suffix for RELION's type and cryoSPARC's number."""
+    return _UID_PREFIX.sub("", os.path.basename(_TYPE_SUFFIX.sub("", name)))
+
+
+def _files_below(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Bare name → the one file below `folder` that has it; names of several files are left out."""
+    found: dict[str, str] = {}
+    several: set[str] = set()
+    count = 0
+    for here, _, names in os.walk(folder):
+        count += len(names)
+        if count > _MOST_FILES:
+            break
+        for name in names:
+            bare = _UID_PREFIX.sub("", name)
+            if bare in wanted:
+                several |= {bare} & found.keys()
+                found[bare] = os.path.abspath(os.path.join(here, name))
+    return {name: path for name, path in found.items() if name not in several}
 
 
 def _find(name: str, source: Path, project_dir: Path | None) -> str | None:
