@@ -7,6 +7,7 @@ import bz2
 import gzip
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -338,3 +339,38 @@ def test_a_missing_library_names_the_extra(
 
 def test_numbers_in_names_sort_as_people_count() -> None:
     assert sorted(["img10", "img2", "a"], key=pictures._as_numbered) == ["a", "img2", "img10"]
+
+
+@pytest.mark.parametrize("version", ["", "# version 30001", "# version 40001", "# version 50001"])
+def test_star_files_of_every_version(tmp_path: Path, version: str) -> None:
+    """The optics table is what tells the dialects; the tag is a comment, other tables are left alone."""
+    for name in ("a", "b"):
+        write_stack(tmp_path / f"{name}.mrcs", GREY + 100 * (name == "b"), 1.7)
+    optics = "_rlnOpticsGroup\n_rlnOpticsGroupName\n_rlnImagePixelSize\n_rlnImageSize\n_rlnVoltage\n"
+    optics += "_rlnSphericalAberration\n_rlnCtfDataAreCtfPremultiplied\n"
+    rows = ["1@a.mrcs 1 0 1.7 -3.4 9e3", "5@b.mrcs 2 90 0 0 1e4", "2@a.mrcs 1 0 0 0 1e4"]
+    labels = ["rlnImageName", "rlnOpticsGroup", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"]
+    text = f"{version}\n\ndata_general\n\n_rlnTomoSubTomosAre2DStacks 1\n\n"
+    text += f"{version}\n\ndata_optics\n\nloop_\n{optics}"
+    text += '1 one 1.7 12 300 2.7 0\n2 "second group" 3.4 12 200 2.0 1\n\n'
+    text += f"{version}\n\ndata_particles\n\nloop_\n"
+    text += "".join(f"_{label}\n" for label in [*labels, "rlnDefocusU"])
+    (tmp_path / "p.star").write_text(text + "\n".join(rows) + "\n")
+    particles = read(tmp_path / "p.star")
+    table = particles.table
+    np.testing.assert_array_equal(particles.images.read(range(3))[:, 0], [GREY[0], (GREY + 100)[4], GREY[1]])
+    assert table["pixel_size_A"].tolist() == [1.7, 3.4, 1.7]
+    assert table["voltage_kV"].tolist() == [300, 200, 300]
+    assert table["ctf_state"].tolist() == ["raw", "premultiplied", "raw"]
+    np.testing.assert_allclose(table[["shift_x_px", "shift_y_px"]].iloc[0], [-1, 2])
+    assert table["rlnOpticsGroupName"].tolist() == ["one", "second group", "one"]
+
+
+def test_every_test_of_the_conformance_table_is_there() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "formats.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 20
+    for file, test in named:
+        path = root / file if "/" in file else Path(__file__).with_name(file)
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"
