@@ -26,7 +26,7 @@ RANKS: dict[str, int] = {
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["session", "gauge", "traversals", "membership", "refining"],
             ["training", "exporting", "coordinates"],
-            ["jobs", "state"],
+            ["jobs", "state", "controls"],
             ["demo", "cli", "plugin"],
             ["widgets"],
             ["bench"],

@@ -154,6 +154,10 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     say("average", trained.path, "--selection", "good", "--poses", "refined")
     by_refined = session.classes("good-2").members
     np.testing.assert_allclose(by_refined["angle_deg"], refined.loc[by_refined.index, "angle_deg"])
+    say("average", trained.path, "--selection", "good", "--noise-control")
+    [one] = session.classes("good-3").classes
+    assert one["control_n"] == mask.sum() and len(one["control_frc"]) == len(one["frc"])
+    assert np.isfinite(one["control_frc"]).all() and "believable_radius_A" in one
     assert "carries no angles" in refuse("average", trained.path, "--selection", "good", "--poses", "file")
     assert "needs --positions" in refuse("average", trained.path, "--by", "near")
     assert "cannot be read" in refuse(

@@ -126,6 +126,14 @@ class ClassAverage:
     """How the CTF was treated: "none", "phase-flip" or "wiener"."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings that made it."""
+    control_frc: NDArray[np.float64] | None = None
+    """FRC of the halves of as many images of pure noise, put through the same alignment and averaging."""
+    control_ssnr: NDArray[np.float64] | None = None
+    """Their SSNR: what the alignment alone makes of nothing."""
+    control_image: Float | None = None
+    """Their average."""
+    control_n: int = 0
+    """How many they were."""
     halves_independent: bool = False
     """Whether the halves were aligned by models that saw no particle of the other half."""
 
@@ -140,6 +148,12 @@ class ClassAverage:
         if self.halves_independent:
             return "half-set FRC (independent alignment)"
         return "half-set FRC (shared alignment: self-consistency, upper bound)"
+
+    @property
+    def believable_ring(self) -> int:
+        """The last ring up to which the SSNR exceeds both 1 and twice that of the noise control."""
+        least = 1.0 if self.control_ssnr is None else np.maximum(1.0, 2 * self.control_ssnr)
+        return ssnr_ring(self.ssnr / least)
 
     @property
     def ssnr_radius_A(self) -> float:

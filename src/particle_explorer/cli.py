@@ -723,16 +723,34 @@ class Average(JobCommand):
     poses: PoseSource = "run"
     """Whose poses move the images back: the run's, `held` with a part held still, `refined` by `refine`, or
     those that the file carried from RELION or cryoSPARC"""
+    noise_control: bool = False
+    """Also put noise through the same inference of poses and the same averaging: what the alignment alone
+    puts into an average. Takes about as long again"""
     average: AverageConfig = AverageConfig()
 
     def execute(self) -> None:
         """Average, and print the path of the averages."""
+        import numpy as np
+
+        from particle_explorer.averaging import Members
+
         with self.job("averaging") as job:
-            run = _open_run(self.run)
+            run = _open_run(self.run, needs="weights" if self.noise_control else "")
             session = run.session
             members, names, name, positions = _members(self, run)
             source = "held" if self.held else self.poses
             averages = _average(run, members, names, source, self.average, job)
+            if self.noise_control:
+                from particle_explorer.controls import noise_control
+                from particle_explorer.training import stand_back
+
+                if self.status:
+                    stand_back()
+                present = np.array([names.index(average.label) for average in averages])
+                kept = np.isin(members.average, present)
+                which = np.searchsorted(present, members.average[kept])
+                same = Members(members.row[kept], which, members.weight[kept])
+                averages = noise_control(run, same, averages, self.average, tell=job.tell, stop=job.stop)
             if positions is not None:  # a cell whose particles all count elsewhere has no average
                 positions = positions[[names.index(average.label) for average in averages]]
             how = {

@@ -981,6 +981,21 @@ def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:
         "ssnr_radius_A": _json_number(float(average.ssnr_radius_A)),
         "ctf": average.ctf,
         "settings": average.settings,
+        **_control_record(average),
+    }
+
+
+def _control_record(average: ClassAverage) -> dict[str, Any]:
+    """The curves of the noise control; nothing where there was none."""
+    if average.control_frc is None or average.control_ssnr is None:
+        return {}
+    side, ring = average.image.shape[-1], average.believable_ring
+    radius = side * average.pixel_size_A / ring if ring else math.inf
+    return {
+        "control_frc": np.asarray(average.control_frc, float).round(5).tolist(),
+        "control_ssnr": np.asarray(average.control_ssnr, float).round(5).tolist(),
+        "control_n": average.control_n,
+        "believable_radius_A": _json_number(float(radius)),
     }
 
 

@@ -183,6 +183,13 @@ def encode_stack(
             f"{particles.source} has {particles.images.n_channels} channels, the model was fitted to"
             f" {session.info.n_channels}"
         )
+    yield from encode_prepared(model, particles, plan, precision=precision)
+
+
+def encode_prepared(
+    model: ParticleModel, particles: Particles, plan: preprocess.Plan, *, precision: str = "auto"
+) -> Iterator[tuple[float, Latents | None]]:
+    """The same of any particles, prepared by a plan that is known already."""
     images = _ParticleBatches(particles, plan, _device_of(model), with_ctf=model.uses_ctf)
     original_px = preprocess.original_pixels(particles.table, plan)
     uid = particles.table.index.to_numpy(np.uint64)

@@ -124,6 +124,13 @@ class ClassesDock(QWidget):
         self.held_words = QLabel()
         self.held_words.setWordWrap(True)
         self.held_words.setVisible(False)
+        self.control = QCheckBox("Noise control")
+        self.control.setChecked(True)
+        self.control.setToolTip(
+            "<p>Also puts pure noise through the same inference of poses and the same averaging and draws its"
+            " curve beside that of the average: what the alignment alone makes of nothing. Takes about as"
+            " long again.</p>"
+        )
         self.form = ConfigForm(AverageConfig)
         self.average_button = QPushButton("Average")
         self.average_button.clicked.connect(self.average)
@@ -137,6 +144,7 @@ class ClassesDock(QWidget):
         layout.addWidget(self.average_button)
         layout.addWidget(self.held)
         layout.addWidget(self.held_words)
+        layout.addWidget(self.control)
         layout.addWidget(Folded("Settings", self.form))
         return page
 
@@ -280,6 +288,7 @@ class ClassesDock(QWidget):
         by = str(self.what.currentData()).partition(" ")[0]  # a column of a repeated result: its result
         mask = np.array(self.state.selection.mask)
         settings = command_line("average", self.form.value()) + (["--held"] if self.state.held else [])
+        settings += ["--noise-control"] if self.control.isChecked() and run.has_weights else []
 
         def work() -> Path:
             arguments = ["average", str(run.path)]
@@ -452,13 +461,14 @@ class ClassesDock(QWidget):
         n, size = stored.images.shape[-1], stored.pixel_size_A
         known = math.isfinite(size)
         x = np.arange(len(frc)) / (n * (size if known else 1.0))
-        independent = bool(one["halves_independent"])
         self.quality.x_label = "Å" if known else "pixels"
         self.quality.title = f"Agreement of two halves (FRC), class {one['label']}"
-        self.quality.set_curves(
-            [Curve("", x, frc)], y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True
-        )
-        self.quality_words.setText("independent halves" if independent else SHARED)
+        curves = [Curve("this average", x, frc)]
+        if one.get("control_frc"):
+            words = f"noise, N {number(one['control_n'])}"
+            curves.append(Curve(words, x, np.asarray(one["control_frc"], float), dashed=True))
+        self.quality.set_curves(curves, y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True)
+        self.quality_words.setText(quality_words(one, known))
 
     # --- exporting --------------------------------------------------------------------------------
 
@@ -563,6 +573,25 @@ def groupings(features: Any) -> list[str]:
         if name.startswith("cluster") or (name == "class_id" and column.nunique() > 1):
             found.append(name)
     return found
+
+
+def quality_words(one: dict[str, Any], known: bool) -> str:
+    """What the curves of an average may be called, and what they say."""
+    words = "independent halves: the resolution" if one["halves_independent"] else SHARED
+    counts = f"N {number(one['n'])}"
+    if one["n_effective"] < 0.99 * one["n"]:
+        counts += f", as good as {number(round(one['n_effective']))} of equal weight"
+    reach = one.get("ssnr_radius_A")
+    if known and reach is not None:
+        counts += f"; signal above noise to {reach:.3g} Å"
+    if one.get("control_frc") and known:
+        beyond = one.get("believable_radius_A")
+        counts += (
+            f"; above what noise alone gives to {beyond:.3g} Å"
+            if beyond is not None
+            else "; nowhere clearly above what noise alone gives"
+        )
+    return f"{words}. {counts}."
 
 
 def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
