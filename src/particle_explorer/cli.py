@@ -35,6 +35,7 @@ from pydantic_settings.exceptions import SettingsError
 from particle_explorer.configs import (
     AccuracyConfig,
     AverageConfig,
+    AveragesConfig,
     ClassMapConfig,
     ClusterConfig,
     Config,
@@ -1117,6 +1118,16 @@ class BenchAccuracy(AccuracyConfig, BenchCommand):
         accuracy.run(AccuracyConfig(**_settings(self, AccuracyConfig)), _path(self.json_file))
 
 
+class BenchAverages(AveragesConfig, BenchCommand):
+    """How good averages along the map are, beside discrete classes and k-means, where the truth is known."""
+
+    def execute(self) -> None:
+        """Measure."""
+        from particle_explorer.bench import averages
+
+        averages.run(AveragesConfig(**_settings(self, AveragesConfig)), _path(self.json_file))
+
+
 class BenchSpeed(SpeedConfig, BenchCommand):
     """Images per second of training, encoding, decoding, averaging and preprocessing."""
 
@@ -1160,6 +1171,7 @@ COMMANDS: dict[str, type[Command]] = {
 }
 BENCH: dict[str, type[Command]] = {
     "bench accuracy": BenchAccuracy,
+    "bench averages": BenchAverages,
     "bench speed": BenchSpeed,
     "bench interface": BenchInterface,
 }

@@ -555,6 +555,21 @@ class AccuracyConfig(Config):
     PARTICLE_EXPLORER_DATA."""
 
 
+class AveragesConfig(Config):
+    """How good averages are on the simulated integrin stacks, beside discrete classes and k-means."""
+
+    snr: Literal["both", "0.5", "0.1"] = setting("both", "Signal to noise")
+    """Which of the two stacks."""
+    n_particles: int = setting(5000, "Particles", ge=500, le=20_000)
+    """Particles used of each."""
+    seed: int = setting(0, "Seed", ge=0, le=2**31 - 1)
+    """Random seed of the discrete methods."""
+    data: str = setting("", "Folder of large data")
+    """Where `5hdb_sim` lies; empty takes the environment variable PARTICLE_EXPLORER_DATA."""
+    quick: bool = setting(False, "Quick")
+    """1000 particles and few iterations: whether everything runs, not how well."""
+
+
 class SpeedConfig(Config):
     """Images per second of models, averaging and preprocessing."""
 
