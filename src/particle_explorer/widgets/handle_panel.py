@@ -311,7 +311,8 @@ class HandlePanel(QWidget):
         self.pin_button.setToolTip(
             "Four positions are pinned already; clear them first"
             if full
-            else "<p>Keep this picture in a layer, and below it what is different where the handle goes</p>"
+            else "<p>Keep this picture in the layer 'pinned positions'; below it stands what is brighter or"
+            " darker where the handle goes</p>"
         )
         self.unpin_button.setEnabled(bool(self.pins.positions))
 
@@ -366,9 +367,7 @@ class HandlePanel(QWidget):
             self.layer.contrast_limits = limits
             if not self.layer.visible:
                 self.layer.visible = True
-        caption(
-            self.viewer, "near", f"mean of the {number(len(wanted.rows))} particles nearest to the handle"
-        )
+        caption(self.viewer, "near", f"near: {number(len(wanted.rows))} particles")
 
 
 def _average(wanted: Wanted) -> tuple[Wanted, NDArray[np.float32]]:

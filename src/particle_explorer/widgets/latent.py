@@ -270,6 +270,10 @@ class LatentDock(QWidget):
         self._dimension_rows.setSpacing(1)
         self._slider_rows.addLayout(self._dimension_rows)
         self._sliders: dict[int, ValueSlider] = {}
+        self._fit_soon = QTimer(self)  # ours, so that it goes with us
+        self._fit_soon.setSingleShot(True)
+        self._fit_soon.setInterval(0)
+        self._fit_soon.timeout.connect(self._fit_sliders)
         self.angle = ValueSlider("angle", -180, 180, unit="°", digits=0, tip="Turn the reconstruction")
         self.shift_x = ValueSlider("shift x", -10, 10, unit=" px", tip="Shift the reconstruction right")
         self.shift_y = ValueSlider("y", -10, 10, unit=" px", tip="Shift the reconstruction down")
@@ -306,7 +310,7 @@ class LatentDock(QWidget):
 
     def showEvent(self, event: QShowEvent | None) -> None:
         super().showEvent(event)
-        QTimer.singleShot(0, self._fit_sliders)
+        self._fit_soon.start()
 
     def _build_actions(self) -> QStackedWidget:
         self.actions_stack = QStackedWidget()
@@ -928,7 +932,7 @@ class LatentDock(QWidget):
         for i, slider in self._sliders.items():
             slider.set_range(*(float(value) for value in self._columns.spread[i]))
             slider.set_value(float(self.state.handle_z[i]))
-        QTimer.singleShot(0, self._fit_sliders)  # when the style has had its say
+        self._fit_soon.start()  # when the style has had its say
 
     def _on_slider(self, i: int, value: float) -> None:
         z = self.state.handle_z.copy()

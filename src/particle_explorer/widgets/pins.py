@@ -10,7 +10,7 @@ from psygnal import Signal
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QWidget
 
-from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
+from particle_explorer.widgets.workspace import fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
     import napari
@@ -62,7 +62,6 @@ class Pins:
         self.positions, self._pictures = [], []
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.visible = False
-        caption(self.viewer, "pins", "")
         self.changed.emit()
 
     def compare(self, picture: Picture) -> None:
@@ -95,12 +94,6 @@ class Pins:
             fit_view(self.viewer)
         if not self.layer.visible:
             self.layer.visible = True
-        n = len(self._pictures)
-        caption(
-            self.viewer,
-            "pins",
-            f"pinned: {n} position{'s' if n > 1 else ''}; below, the picture at the handle minus each",
-        )
 
     def _scale(self, pixels: Picture) -> tuple[float, float]:
         """As large on the canvas as one picture: tiles are as large as the largest layer."""
