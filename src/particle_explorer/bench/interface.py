@@ -50,11 +50,13 @@ class Plan:
     box_px: int = 64
     nodes_per_dim: int = 0
     sizes: tuple[int, ...] = (100_000, 1_000_000)
+    n_bare: int = 5_000_000
+    """points panned in a scatter by itself"""
     n_moves: int = 120
     seconds: float = 20.0
 
 
-QUICK = Plan(n_small=60, box_px=32, nodes_per_dim=4, sizes=(2000,), n_moves=12, seconds=2.0)
+QUICK = Plan(n_small=60, box_px=32, nodes_per_dim=4, sizes=(2000,), n_bare=5000, n_moves=12, seconds=2.0)
 """Enough to see that everything is measured."""
 
 
@@ -235,6 +237,8 @@ def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[li
     spin(1000)
     say("dragging …")
     results += _dragging(workspace, plan)
+    say("hovering …")
+    results.append(_hovering(workspace, small, plan))
     say("dragging while another run trains …")
     results += _while_training(workspace, small, plan)
     for n in plan.sizes:
@@ -243,8 +247,10 @@ def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[li
         results += _large(workspace, large, plan)
         results.append(Result.of(f"{n:,} × 8: memory above napari's own", [_memory_MiB() - own_MiB], "MiB"))
         shutil.rmtree(large.path, ignore_errors=True)
-    workspace.latent.shutdown()
-    workspace.reconstruction.stop()
+    if plan.n_bare:
+        say(f"{plan.n_bare:,} points …")
+        results.append(_bare_pan(plan))
+    workspace.shutdown()
     opened = {"qt": API_NAME, "screen": f"{WINDOW[0]} × {WINDOW[1]}", "opengl": _opengl()}
     viewer.close()
     spin(200)
@@ -281,6 +287,60 @@ def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
     workspace.reconstruction.shown.disconnect(shown)
     arrivals.stop()
     return results
+
+
+def _hovering(workspace: Workspace, session: Session, plan: Plan) -> Result:
+    """From the mouse on a particle to its thumbnail, the file out of the page cache each time."""
+    canvas, state = workspace.latent.canvas, workspace.state
+    arrived: list[float] = []
+    put = canvas.set_thumbnail
+
+    def noted(row: int, picture: Any) -> None:
+        put(row, picture)
+        arrived.append(time.perf_counter())
+
+    canvas.set_thumbnail = noted  # type: ignore[method-assign]
+    took: list[float] = []
+    rows = np.random.default_rng(0).permutation(state.selection.mask.size)[: plan.n_moves]
+    for row in rows:
+        _forget_file(session.path / "images.npy")
+        arrived.clear()
+        began = time.perf_counter()
+        canvas.hovered.emit(int(row))
+        if spin_until(lambda: bool(arrived), 2):
+            took.append(1e3 * (arrived[0] - began))
+        spin(10)
+    del canvas.set_thumbnail
+    return Result.of("hover: thumbnail from a cold file", took)
+
+
+def _forget_file(path: Path) -> None:
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _bare_pan(plan: Plan) -> Result:
+    """More points than there is a session for here: a scatter by itself, as large as in the window."""
+    from particle_explorer.state import Selection
+    from particle_explorer.widgets.latent_plot import ScatterCanvas
+    from particle_explorer.widgets.splat import Points
+
+    rng, n = np.random.default_rng(0), plan.n_bare
+    canvas = ScatterCanvas(Selection(n))
+    canvas.resize(360, 270)
+    canvas.show()
+    canvas.set_points(Points.of(rng.normal(size=n), rng.normal(size=n)))
+    spin(500)
+    plot = canvas.plot_rect().center().toPoint()
+    with _pressed(canvas, plot, middle=True):
+        pans = _timed_moves(canvas, _circle(plot, 25, max(10, plan.n_moves // 3)))
+    canvas.close()
+    note = f"{_fps(pans)} frames/s; a sample of the points while the hand moves"
+    return Result.timed(f"{n:,}: pan, mouse move to painted", pans, note)
 
 
 def _while_training(workspace: Workspace, small: Session, plan: Plan) -> list[Result]:
@@ -379,6 +439,17 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
         releases.append(lap)
     note = "scatter painted, layer set"
     results.append(Result.timed(f"{n:,}: lasso, release to all views updated", releases, note))
+    some = np.zeros(n, bool)
+    some[np.random.default_rng(1).permutation(n)[: min(n // 2, 100_000)]] = True
+    shown: list[Lap] = []
+    for _ in range(5):
+        state.selection.clear()
+        spin(300)
+        with Lap() as lap:
+            state.selection.set(some)
+            spin_until(lambda: len(workspace.selected.layer.data) == int(some.sum()), 5)
+        shown.append(lap)
+    results.append(Result.timed(f"{n:,}: a selection of {int(some.sum()):,} shown in the layer", shown))
     spot = _handle_spot(canvas)
     with _pressed(canvas, spot):
         drags = _timed_moves(canvas, _circle(spot, 30, max(10, plan.n_moves // 3)))
