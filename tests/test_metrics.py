@@ -136,6 +136,16 @@ def test_clusters_that_are_apart_are_found(
     assert 0.2 < shuffled < 0.32
 
 
+def test_auc_counts_pairs(rng: np.random.Generator) -> None:
+    assert metrics.auc([1, 2, 3, 4], [False, False, True, True]) == 1
+    assert metrics.auc([4, 2, 3, 1], [False, True, True, False]) == 0.5
+    assert metrics.auc([1, 1], [True, False]) == 0.5
+    chance = metrics.auc(rng.normal(size=5000), rng.uniform(size=5000) < 0.1)
+    assert chance == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="0 positives"):
+        metrics.auc([1, 2], [False, False])
+
+
 def test_image_mse_is_per_image_and_per_pixel() -> None:
     target = np.zeros((2, 1, 4, 4))
     drawn = target.copy()

@@ -148,6 +148,14 @@ class ClassMapConfig(Config):
     )
     """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
 
+    junk: bool = setting(True, "Junk class", advanced=True)
+    """One more class takes what is no particle, so that it does not bend the map; every particle gets its
+    probability. Off fits everything."""
+
+    use_ctf: bool = setting(True, "CTF in the likelihood", advanced=True)
+    """Where particles carry CTF parameters, every class image is compared through each particle's own CTF,
+    and the map shows molecules without it. Off compares images as they are, after phase flipping."""
+
 
 Likelihood = Literal["gaussian", "gaussian-learned", "bernoulli"]
 """How a network's picture is compared with an image."""

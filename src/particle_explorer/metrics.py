@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
+from scipy.stats import rankdata
 
 Float = NDArray[np.float64]
 
@@ -202,6 +203,16 @@ def clustering_accuracy(
 
         found = KMeans(n_clusters, n_init=n_restarts, random_state=seed).fit_predict(points)
     return matched_accuracy(label, found)
+
+
+def auc(score: ArrayLike, positive: ArrayLike) -> float:
+    """How often a positive `(N,)` has the higher score, ties counting half; chance is 0.5."""
+    value, wanted = np.asarray(score, np.float64).ravel(), np.asarray(positive, bool).ravel()
+    n_positive, n_other = int(wanted.sum()), int((~wanted).sum())
+    if value.size != wanted.size or not n_positive or not n_other:
+        raise ValueError(f"{value.size} scores, {n_positive} positives and {n_other} others")
+    rank_sum = float(rankdata(value)[wanted].sum())
+    return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_other)
 
 
 def image_mse(drawn: ArrayLike, target: ArrayLike) -> Float:

@@ -187,6 +187,7 @@ class FourierBand(nn.Module):
         self.register_buffer("scale", twice.sqrt() / n, persistent=False)
         self.register_buffer("frequency", torch.stack([f_y, f_x], -1), persistent=False)
         self.register_buffer("shell", shell[inside], persistent=False)
+        self._power: tuple[Tensor, Tensor] | None = None
         self.index: Tensor
         self.scale: Tensor
         self.frequency: Tensor
@@ -194,6 +195,35 @@ class FourierBand(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.fft.rfft2(images).flatten(-2).index_select(-1, self.index) * self.scale
+
+    @property
+    def power_basis(self) -> Tensor:
+        """`(j, q)` functions of frequency: every shell, its slope, its two- and fourfold waves."""
+        return self._powers()[0]
+
+    @property
+    def power_fit(self) -> Tensor:
+        """`(q, j)`: a function `(b, q)` times this is its coefficients in `power_basis` (least squares)."""
+        return self._powers()[1]
+
+    def _powers(self) -> tuple[Tensor, Tensor]:
+        if self._power is None or self._power[0].device != self.index.device:
+            shell = self.shell.round().long()
+            y, x = self.frequency.double().unbind(-1)
+            turn = torch.atan2(y, x)
+            fit = torch.zeros(0, len(shell), dtype=torch.float64, device=shell.device)
+            basis = fit
+            for s in range(int(shell.max()) + 1):
+                here = (shell == s).nonzero()[:, 0]
+                waves = [torch.ones_like(turn), self.shell.double() - s]
+                waves += [wave(fold * turn) for fold in (2, 4) for wave in (torch.cos, torch.sin)]
+                rows = torch.zeros(len(waves), len(shell), dtype=torch.float64, device=shell.device)
+                rows[:, here] = torch.stack(waves)[:, here]
+                back = torch.zeros_like(rows)
+                back[:, here] = torch.linalg.pinv(rows[:, here], rtol=1e-3).T
+                basis, fit = torch.cat([basis, rows]), torch.cat([fit, back])
+            self._power = basis.float(), fit.T.float().contiguous()
+        return self._power
 
     def images(self, coefficients: Tensor) -> Tensor:
         """Back: `(..., q)` → `(..., n, n)`, nothing outside the band."""

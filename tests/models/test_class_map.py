@@ -9,10 +9,11 @@ from torch import Tensor
 
 from particle_explorer import metrics
 from particle_explorer.configs import ClassMapConfig, DataSpec
+from particle_explorer.ctf import ctf_2d
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.class_map import ClassMap
-from particle_explorer.transforms import place, real_rows
+from particle_explorer.transforms import fourier_radius, place, real_rows
 
 
 def model_of(box_px: int = 24, n_channels: int = 1, n_particles: int = 600, **settings: object) -> ClassMap:
@@ -23,21 +24,34 @@ def model_of(box_px: int = 24, n_channels: int = 1, n_particles: int = 600, **se
     return model
 
 
-def batch_of(images: Tensor, row: Tensor | None = None) -> Batch:
-    return Batch(images, None, torch.arange(len(images)) if row is None else row)
+def batch_of(images: Tensor, row: Tensor | None = None, ctf: Tensor | None = None) -> Batch:
+    return Batch(images, ctf, torch.arange(len(images)) if row is None else row)
 
 
 class Fitted:
     """Images at hand, as training gives them."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
+    def __init__(self, images: Tensor, ctf: Tensor | None = None) -> None:
+        self.images, self.ctf = images, ctf
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, index: Tensor) -> Batch:
-        return batch_of(self.images[index], index)
+        return batch_of(self.images[index], index, None if self.ctf is None else self.ctf[index])
+
+
+def ctf_of(n: int, n_images: int, astigmatism_A: float = 800.0) -> Tensor:
+    """|CTF| of as many defoci and astigmatisms: `(b, n, n // 2 + 1)`."""
+    random = np.random.default_rng(4)
+    defocus = random.uniform(8000, 20000, n_images)
+    halves = random.normal(0, astigmatism_A / 2, n_images)
+    turn = random.uniform(0, 180, n_images)
+    return torch.from_numpy(np.abs(ctf_2d(n, 5.0, defocus + halves, defocus - halves, turn)))
+
+
+def through(images: Tensor, ctf: Tensor) -> Tensor:
+    return torch.fft.irfft2(torch.fft.rfft2(images) * ctf[:, None], s=images.shape[-2:])
 
 
 def hinge(n: int, opening: Tensor) -> Tensor:
@@ -67,9 +81,9 @@ def stack(n: int = 24, n_images: int = 600, noise: float = 0.3) -> tuple[Tensor,
     return images / noise, {"opening": opening, "angle": angle, "shift": shift}
 
 
-def fit(model: ClassMap, images: Tensor, n_epochs: int = 12) -> None:
+def fit(model: ClassMap, images: Tensor, n_epochs: int = 12, ctf: Tensor | None = None) -> None:
     """What training does."""
-    batches = Fitted(images)
+    batches = Fitted(images, ctf)
     model.train()
     for _ in model.start(batches):
         pass
@@ -153,6 +167,90 @@ def test_the_gradient_is_that_of_the_marginal_likelihood() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("box_px", [21, 32])
+def test_with_ctf_the_gradient_is_that_of_the_marginal_likelihood(box_px: int) -> None:
+    """Against every product ‖y - C m‖² written out, astigmatism and all."""
+    model = model_of(box_px, nodes_per_dim=3, angle_step_deg=30)
+    model.precision = "float32"
+    model.n_proposals = 10**6
+    images, ctf = 3 * torch.randn(4, 1, box_px, box_px), ctf_of(box_px, 4, 300.0)
+    with torch.no_grad():
+        model.decoder.base += 0.5 * torch.randn(box_px, box_px)  # templates of some strength
+
+    templates = model._templates(model.decoder(model.node_z), model.band)
+    of_image = ctf.flatten(1)[:, model.band.index].repeat_interleave(2, 1)
+    back = model.band.phases(-model.shifts)[:, None]
+    rows = real_rows(model._rows(images, model.band)[:, None] * back)
+    seen = templates * of_image[:, None, None]  # (b, r, k, px)
+    scores = torch.einsum("btp,brkp->btrk", rows, seen) - 0.5 * seen.square().sum(-1)[:, None]
+    scores = scores + model._log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
+    expected = -(model.heat * scores).flatten(1).logsumexp(1).mean() / model.heat
+    expected_gradients = torch.autograd.grad(expected, list(model.decoder.parameters()))
+
+    (loss,) = model(batch_of(images, ctf=ctf)).values()
+    gradients = torch.autograd.grad(loss, list(model.decoder.parameters()))
+    torch.testing.assert_close(
+        loss, expected, atol=0.005 * float(seen.detach().square().sum(-1).mean()), rtol=0
+    )
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert float((ours - theirs).norm()) < 0.03 * float(theirs.norm())
+
+
+def test_the_norm_through_a_ctf_knows_its_astigmatism() -> None:
+    model = model_of(48)
+    ctf = ctf_of(48, 6, 1500.0)
+    rows = real_rows(model._rows(hinge(48, torch.linspace(-0.3, 1.3, 5)), model.band))
+    ours = model._weights_of(ctf, model.band) @ model._powers(rows, model.band).T
+    of_image = ctf.flatten(1)[:, model.band.index].repeat_interleave(2, 1)
+    exact = (rows * of_image[:, None]).square().sum(-1)
+    torch.testing.assert_close(ours, exact, rtol=0.01, atol=0)
+
+
+@pytest.fixture(scope="module")
+def fitted_with_ctf() -> tuple[ClassMap, Tensor, Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    clean, truth = stack(noise=1e-3)
+    ctf = ctf_of(24, len(clean))
+    images = through(clean * 1e-3, ctf) / 0.12 + torch.randn(clean.shape)
+    model = model_of(nodes_per_dim=10, angle_step_deg=15)
+    fit(model, images, ctf=ctf)
+    return model, images, ctf, truth
+
+
+def test_through_ctfs_the_map_follows_the_motion_and_shows_the_molecule(
+    fitted_with_ctf: tuple[ClassMap, Tensor, Tensor, dict[str, Tensor]],
+) -> None:
+    model, images, ctf, truth = fitted_with_ctf
+    encoding = model.encode(batch_of(images, ctf=ctf))
+    assert encoding.angle is not None and encoding.shift is not None
+    assert abs(metrics.pearson(encoding.z[:, 0], truth["opening"])) > 0.95
+    assert metrics.fisher_lee_T(truth["angle"], encoding.angle) > 0.9
+    assert float(encoding.extras["residual"].mean()) == pytest.approx(1, abs=0.05)
+    assert model.noise_power[2:].numpy() == pytest.approx(1, abs=0.2)
+    # drawn where the molecule lies, the map shows it without its CTF: what is off is not what a CTF does
+    clean, _ = stack(noise=1e-3)
+    drawn = model.decode(encoding.z, encoding.angle, encoding.shift).detach()
+    inside = model.mask > 0.5
+
+    def likeness(a: Tensor, b: Tensor) -> float:
+        pairs = zip(a[:, 0, inside], b[:, 0, inside], strict=True)
+        return float(np.median([np.corrcoef(x, y)[0, 1] for x, y in pairs]))
+
+    assert likeness(drawn, clean) > 0.9
+    assert likeness(drawn, clean) > likeness(drawn, through(clean, ctf)) + 0.05
+
+
+def test_weights_of_before_the_ctf_encode_as_they_did(
+    fitted: tuple[ClassMap, Tensor, dict[str, Tensor]],
+) -> None:
+    model, images, _ = fitted
+    old = {name: value for name, value in model.state_dict().items() if name != "with_ctf"}
+    other = model_of(nodes_per_dim=10, angle_step_deg=15)
+    other.load_state_dict(old)
+    again = other.encode(batch_of(images[:5], ctf=ctf_of(24, 5)))
+    torch.testing.assert_close(again.z, model.encode(batch_of(images[:5])).z, atol=1e-6, rtol=0)
+
+
 def test_the_map_follows_the_motion(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
     model, images, truth = fitted
     encoding = model.encode(batch_of(images))
@@ -234,6 +332,36 @@ def test_noise_is_told_from_particles(fitted: tuple[ClassMap, Tensor, dict[str, 
     particles = model.encode(batch_of(images[:100])).extras["log_likelihood"]
     junk = model.encode(batch_of(torch.randn(100, 1, 24, 24))).extras["log_likelihood"]
     assert float(junk.max()) < float(particles.quantile(0.05))
+
+
+def test_junk_is_told_and_particles_are_not_taken_for_it() -> None:
+    torch.manual_seed(0)
+    images, truth = stack(n_images=700)
+    random = torch.Generator().manual_seed(5)
+    is_junk = torch.arange(700) % 7 == 0
+    # other things than the particle, of other brightness, or nothing at all
+    blobs = torch.randn(100, 1, 24, 24, generator=random)
+    blobs = torch.fft.irfft2(torch.fft.rfft2(blobs) / (1 + fourier_radius(24) ** 2), s=(24, 24))
+    strength = torch.tensor([0.0, 2.0, 4.0, 8.0]).repeat(25)[:, None, None, None]
+    images[is_junk] = strength * blobs / blobs.std() + torch.randn(100, 1, 24, 24, generator=random)
+    model = model_of(nodes_per_dim=10, angle_step_deg=15, n_particles=700)
+    fit(model, images)
+    encoding = model.encode(batch_of(images))
+    junk = encoding.extras["junk_probability"]
+    assert bool(((junk >= 0) & (junk <= 1)).all())
+    assert metrics.auc(junk, is_junk) > 0.97
+    assert float((junk[is_junk] > 0.5).float().mean()) > 0.8
+    assert float((junk[~is_junk] > 0.5).float().mean()) < 0.02
+    assert 0.08 < float(model.junk_share) < 0.2
+    # nor has it a say in the noise, which would be 64 times as high in the lowest shell
+    assert float(model.noise_power.max()) < 2
+    assert abs(metrics.pearson(encoding.z[~is_junk, 0], truth["opening"][~is_junk])) > 0.8
+
+
+def test_without_a_junk_class_there_is_no_probability() -> None:
+    model = model_of(nodes_per_dim=3, angle_step_deg=30, junk=False)
+    fit(model, stack(n_images=30)[0], n_epochs=2)
+    assert "junk_probability" not in model.encode(batch_of(torch.randn(2, 1, 24, 24))).extras
 
 
 def test_an_image_that_is_not_finite_spoils_no_other(

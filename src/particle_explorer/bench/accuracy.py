@@ -86,6 +86,9 @@ SHOWN = {
     "angle_error_median_deg": "angle error, median °",
     "angle_error_median_deg_held_still": "held still, °",
     "shift_rms_px": "shift rms, px",
+    "junk_auc": "junk AUC",
+    "junk_found": "junk found",
+    "particles_taken_for_junk": "particles taken for junk",
     "clustering_ward": "clustering, Ward",
     "clustering_kmeans": "k-means",
     "clustering_ward_with_std": "Ward on z and its spread",
@@ -273,6 +276,7 @@ def _one(session: Session, stack: Stack, model: Any, seed: int, config: Accuracy
         result["seconds_scoring"] = round(time.monotonic() - wall, 1)
         return result | {name: round(value, 4) for name, value in scores.items()}
     scores = scored(session, latents.z, latents.angle_deg, latents.shift_yx_px)
+    scores |= _scored_junk(session.table, latents)
     if latents.angle_deg is not None:
         wall = time.monotonic()
         held = _held(new)
@@ -301,6 +305,20 @@ def scored(
         pair = np.deg2rad(truth["true_angle_deg"].to_numpy()), np.deg2rad(angle_deg[rows])
         scores["rotation_rc"] = metrics.circular_correlation(*pair)
     return scores
+
+
+def _scored_junk(table: pd.DataFrame, latents: Latents) -> dict[str, float]:
+    """How well junk of the test split is told: the area under the curve, and what is found beyond 0.5."""
+    rows = np.flatnonzero(table["split"] == 1)
+    junk = table["true_junk"].to_numpy()[rows] == 1
+    if "junk_probability" not in latents.extras or not 0 < junk.sum() < len(junk):
+        return {}
+    probability = latents.extras["junk_probability"][rows]
+    return {
+        "junk_auc": metrics.auc(probability, junk),
+        "junk_found": float((probability[junk] > 0.5).mean()),
+        "particles_taken_for_junk": float((probability[~junk] > 0.5).mean()),
+    }
 
 
 def _held(new: Run) -> NDArray[np.float64]:

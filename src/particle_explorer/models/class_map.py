@@ -7,6 +7,12 @@ by search. With whitened image y, whitened node image m and unit noise,
 
     log p(y | node, pose) - log p(y | noise alone) = y · m_pose - ½ ‖m_pose‖²
 
+An image with a known CTF C is compared with C m instead: y · C m = C y · m, so that the CTF meets each image
+once, and ½ ‖C m‖² does not depend on the shift. Nodes are then images without CTF.
+
+Junk is one more class, flat: any image with the power of an image of particles, or with none, is as likely
+there as any other. What it takes does not bend the map.
+
 What is compared are windows: the *image* is shifted by whole pixels, the *template* is turned (and shifted
 by fractions), so that all scores are matrix products of window rows with template rows. A search over all
 angles and shifts with a few nodes proposes poses; all nodes are scored at the proposed poses only. The
@@ -54,15 +60,22 @@ _MAX_BOX_PX = 96
 _N_STEPS = 64
 """Steps that a fit takes at least."""
 _DISC_EDGE_PX = 2.0
+_WIENER = 0.05
+"""Added to the mean CTF² when first averages are divided by it."""
+
+
+_JUNK_AT_FIRST = 0.02
+_MOST_JUNK = 0.5
+"""A map that explains less than this is no map to call others junk by."""
 
 
 class _Expectation(NamedTuple):
     log_evidence: Tensor
     """`(b,)` nats over noise alone, under the current temperature"""
     gradient: Tensor
-    """`(k, c, n, n)` of the mean of `log_evidence` with respect to the whitened nodes"""
+    """`(r, k, px)` of the sum of `log_evidence` with respect to the templates"""
     node: Tensor
-    """`(b, k)` posterior of the nodes"""
+    """`(b, k)` posterior of the nodes; what it lacks to 1 is junk"""
 
 
 @contextmanager
@@ -80,6 +93,23 @@ def _block(floats_per_image: int, device: torch.device, factor: int = 1) -> int:
     """How many images make a block; a GPU wants large ones."""
     n_bytes = factor * _BLOCK_BYTES * (1 if device.type == "cpu" else 32)
     return max(1, n_bytes // (4 * floats_per_image))
+
+
+def _twice(half: Tensor) -> Tensor:
+    """`(..., n, n // 2 + 1)` with what stands for its mirror image too counted twice."""
+    n = half.shape[-2]
+    factor = torch.full((n // 2 + 1,), 2.0, device=half.device)
+    factor[0] = 1.0
+    if n % 2 == 0:
+        factor[-1] = 1.0
+    return half * factor
+
+
+def _upgraded(model: ParticleModel, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Weights of before there was a CTF in the likelihood were fitted to images as they are, without junk."""
+    weights.setdefault(prefix + "with_ctf", torch.tensor(False))
+    weights.setdefault(prefix + "junk_share", torch.tensor(0.0))
+    weights.setdefault(prefix + "signal_power", torch.zeros_like(model.get_buffer("signal_power")))
 
 
 class _Turn(torch.autograd.Function):
@@ -132,6 +162,7 @@ class ClassMap(ParticleModel):
     gauge_degree = 4
     n_proposals = 16
     max_encode_proposals = 40
+    uses_ctf = True
     search_every = 2
     """Epochs between searches over all poses; in between the proposals of the last one are kept."""
 
@@ -203,6 +234,14 @@ class ClassMap(ParticleModel):
         self._last_z: Tensor | None = None
         self._power: Tensor | None = None
         self._fine: dict[int, Tensor] = {}
+        self.register_buffer("with_ctf", torch.tensor(config.use_ctf))
+        self.with_ctf: Tensor
+        self.register_buffer("junk_share", torch.tensor(_JUNK_AT_FIRST if config.junk else 0.0))
+        self.junk_share: Tensor
+        self.register_buffer("signal_power", torch.zeros(n // 2 + 1))
+        self.signal_power: Tensor
+        self._signal: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_upgraded)
         self._fine_key: tuple[object, ...] = ()
 
     # ---- pictures
@@ -228,6 +267,16 @@ class ClassMap(ParticleModel):
             images = torch.where(good[:, None, None, None], images, 0.0)
         return fourier_resize(images, self.box)
 
+    def _transfer(self, batch: Batch) -> Tensor | None:
+        """`(b, n, n // 2 + 1)` CTF of a batch in the box of the model, None where there is none."""
+        if batch.ctf is None or not self.with_ctf:
+            return None
+        n, m = batch.images.shape[-1], self.box
+        if n == m:
+            return batch.ctf
+        rows = torch.cat([torch.arange((m + 1) // 2), torch.arange(n - m // 2, n)])
+        return batch.ctf[:, rows.to(batch.ctf.device), : m // 2 + 1]
+
     def _gauge_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Turn (rad) and move (px yx) that bring the decoder's frame at `z` into the reported one."""
         terms = _polynomial(z.clamp(-1, 1), self.gauge_degree) @ self.gauge
@@ -252,20 +301,19 @@ class ClassMap(ParticleModel):
 
     def _radial_power(self, images: Tensor) -> Tensor:
         """`(b, c, n, n)` → `(b, n // 2 + 1)` power of each shell; white noise gives its variance."""
-        n = images.shape[-1]
-        power = torch.fft.rfft2(images).abs().square().mean(1) / n**2
-        # the half spectrum counts a column twice where its mirror image is left out
-        twice = torch.full((n // 2 + 1,), 2.0, device=images.device)
-        twice[0] = 1.0
-        if n % 2 == 0:
-            twice[-1] = 1.0
-        weight = twice.expand(n, -1)
-        total = torch.zeros(len(images), n // 2 + 1, device=images.device)
-        total.index_add_(1, self.shell.flatten(), (power * weight).flatten(1))
-        count = torch.zeros(n // 2 + 1, device=images.device).index_add_(
-            0, self.shell.flatten(), weight.flatten()
-        )
-        return total / count
+        return self._ring_mean(torch.fft.rfft2(images).abs().square().mean(1) / images.shape[-1] ** 2)
+
+    def _ring_mean(self, power: Tensor) -> Tensor:
+        """`(b, n, n // 2 + 1)` → `(b, n // 2 + 1)` mean of each shell."""
+        total = torch.zeros(len(power), self.box // 2 + 1, device=power.device)
+        total.index_add_(1, self.shell.flatten(), _twice(power).flatten(1))
+        return total / self._in_shell()
+
+    def _in_shell(self) -> Tensor:
+        """`(n // 2 + 1,)` frequencies in each shell of the whole spectrum."""
+        ones = torch.ones(self.shell.shape, device=self.shell.device)
+        count = torch.zeros(self.box // 2 + 1, device=self.shell.device)
+        return count.index_add_(0, self.shell.flatten(), _twice(ones).flatten())
 
     def _set_noise(self, power: Tensor) -> None:
         power = power.clamp_min(1e-6)
@@ -275,9 +323,19 @@ class ClassMap(ParticleModel):
 
     # ---- rows and templates
 
-    def _rows(self, images: Tensor, band: FourierBand) -> Tensor:
-        """`(b, c, n, n)` → `(b, c, q)` coefficients of the whitened images in one band."""
-        return band(images) * self._whitener().flatten()[band.index]
+    def _rows(self, images: Tensor, band: FourierBand, transfer: Tensor | None = None) -> Tensor:
+        """`(b, c, n, n)` → `(b, c, q)` coefficients of the whitened images in one band, times their CTF."""
+        rows: Tensor = band(images) * self._whitener().flatten()[band.index]
+        return rows if transfer is None else rows * transfer.flatten(1)[:, None, band.index]
+
+    def _weights_of(self, transfer: Tensor, band: FourierBand) -> Tensor:
+        """`(b, j)` such that ‖C m‖² = weights · `_powers` of m, C² being smooth around each shell."""
+        return transfer.flatten(1)[:, band.index].square() @ band.power_fit
+
+    def _powers(self, templates: Tensor, band: FourierBand) -> Tensor:
+        """Real rows `(..., px)` → `(..., j)` power in each shell, and its two- and fourfold waves."""
+        power = templates.unflatten(-1, (self.data.n_channels, -1, 2)).square().sum((-3, -1))
+        return power @ band.power_basis.T
 
     def _templates(self, nodes: Tensor, band: FourierBand) -> Tensor:
         """Node images `(k, c, n, n)` turned by each angle of the search and whitened: `(r, k, px)` rows."""
@@ -300,66 +358,118 @@ class ClassMap(ParticleModel):
     def _log_prior_shifts(self) -> Tensor:
         return self._log_prior(self.shifts).log_softmax(0)
 
-    def _search(self, images: Tensor, templates: Tensor, n_best: int) -> Tensor:
+    def _search(self, images: Tensor, transfer: Tensor | None, templates: Tensor, n_best: int) -> Tensor:
         """The most promising poses of each image: `(b, p)` indices shift · r + angle.
 
         `templates` `(r, k, px)` of a few nodes in the coarse band; a pose is ranked by its best node.
         """
         r, k, px = templates.shape
         flat = templates.flatten(0, 1)
-        minus_norm = -0.5 * flat.square().sum(-1)
         prior = self._log_prior_shifts()
         back = self.coarse_band.phases(-self.shifts)[:, None]
         found = []
-        for part in self._rows(images, self.coarse_band).split(
-            _block(len(prior) * (px + r * k), images.device)
-        ):
+        step = _block(len(prior) * (px + r * k), images.device)
+        parts = self._rows(images, self.coarse_band, transfer).split(step)
+        if transfer is None:
+            minus_norm = -0.5 * flat.square().sum(-1)
+            weights: tuple[Tensor | None, ...] = (None,) * len(parts)
+        else:  # the norms are a few more columns of the same product
+            minus_norm = flat.new_zeros(len(flat))
+            flat = torch.cat([flat, -0.5 * self._powers(flat, self.coarse_band)], -1)
+            weights = self._weights_of(transfer, self.coarse_band).split(step)
+        for part, weight in zip(parts, weights, strict=True):
             rows = real_rows(part[:, None] * back)
+            if weight is not None:
+                rows = torch.cat([rows, weight[:, None].expand(-1, len(prior), -1)], -1)
             scores = torch.addmm(minus_norm, rows.flatten(0, 1), flat.T)
             best = scores.view(len(part), len(prior), r, k).amax(-1) + prior[:, None]
             found.append(best.flatten(1).topk(n_best, dim=1).indices)
         return torch.cat(found)
 
-    def _expect(self, images: Tensor, pose: Tensor, templates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score all nodes at proposed poses `(b, p)` in the full band.
-
-        Returns log evidence `(b,)`, the gradient of its sum with respect to `templates` `(r, k, px)`, and the
-        posterior of the nodes `(b, k)`.
-        """
+    def _expect(
+        self, images: Tensor, transfer: Tensor | None, pose: Tensor, templates: Tensor
+    ) -> _Expectation:
+        """Score all nodes at proposed poses `(b, p)` in the full band, `templates` being `(r, k, px)`."""
         r, k, px = templates.shape
         b, p = pose.shape
         minus_norm = -0.5 * templates.square().sum(-1)
+        if transfer is not None:
+            of_image = self._weights_of(transfer, self.band)
+            powers = self._powers(templates, self.band)
         prior = self._log_prior_shifts() - math.log(r * k)
         back = self.band.phases(-self.shifts)[:, None]
+        junk = self._log_junk(images) if self._with_junk() else None
         gradient = torch.zeros_like(templates)
         evidence, nodes = [], []
         step = _block(p * (px + 2 * k), images.device, 4)
         for start in range(0, b, step):
             part = pose[start : start + step]
-            coefficients = self._rows(images[start : start + step], self.band)
+            some = slice(start, start + step)
+            coefficients = self._rows(images[some], self.band, None if transfer is None else transfer[some])
             angle = (part % r).flatten()
             order = angle.argsort(stable=True)
             count = torch.bincount(angle, minlength=r).tolist()
             shift = (part // r).flatten()[order]
             rows = real_rows(coefficients[order // p] * back[shift])
             scores = rows.new_empty(len(order), k)
+            norm_rows = None if transfer is None else of_image[some][order // p].split(count)
             for a, (row, score) in enumerate(zip(rows.split(count), scores.split(count), strict=True)):
-                if len(row):
+                if not len(row):
+                    continue
+                if norm_rows is None:
                     torch.addmm(minus_norm[a], row, templates[a].T, out=score)
+                else:
+                    torch.mm(row, templates[a].T, out=score)
+                    score.addmm_(norm_rows[a], powers[a].T, alpha=-0.5)
             scores += prior[shift, None]
             by_image = torch.empty_like(scores)
             by_image[order] = scores
             logits = by_image.view(len(part), p * k).mul_(self.heat)
             total = logits.logsumexp(1, keepdim=True)
+            if junk is not None:
+                total = torch.logaddexp(total + (1 - self.junk_share).log(), junk[some, None])
+                logits.add_((1 - self.junk_share).log())
             gamma = logits.sub_(total).exp_().view(len(part), p, k)
             evidence.append(total[:, 0] / self.heat)
             nodes.append(gamma.sum(1))
             weights = gamma.view(-1, k)[order]
             for a, (row, weight) in enumerate(zip(rows.split(count), weights.split(count), strict=True)):
-                if len(row):
-                    gradient[a].addmm_(weight.T, row)
+                if not len(row):
+                    continue
+                gradient[a].addmm_(weight.T, row)
+                if norm_rows is None:
                     gradient[a].addcmul_(templates[a], weight.sum(0)[:, None], value=-1)
-        return torch.cat(evidence), gradient, torch.cat(nodes)
+                else:
+                    square = (weight.T @ norm_rows[a]) @ self.band.power_basis
+                    by_pixel = gradient[a].view(k, self.data.n_channels, -1, 2)
+                    by_pixel.addcmul_(templates[a].view_as(by_pixel), square[:, None, :, None], value=-1)
+        return _Expectation(torch.cat(evidence), gradient, torch.cat(nodes))
+
+    # ---- junk
+
+    def _with_junk(self) -> bool:
+        """Whether junk is told apart: not before there is a map to be told from."""
+        return bool(self.junk_share > 0) and bool(self.signal_power.any()) and self.heat == 1
+
+    def _log_junk(self, images: Tensor) -> Tensor:
+        """`(b,)` log of the share of junk times the likelihood of the flat class over that of noise alone.
+
+        The class is a mixture of three: noise alone, and images as random as noise whose power in each shell
+        is that of the noise and once or four times that of images of particles.
+        """
+        shell = self.band.shell.round().long()
+        rows = torch.view_as_real(self._rows(images, self.band)).square().sum((1, 3))
+        n_shells = len(self.noise_power)
+        energy = rows.new_zeros(len(rows), n_shells).index_add_(1, shell, rows)
+        # a coefficient of the half spectrum is two real numbers, and its own mirror image only one
+        numbers = torch.where(self.band.scale > 1.2 / self.box, 2.0, 1.0) * self.data.n_channels
+        count = rows.new_zeros(n_shells).index_add_(0, shell, numbers)
+        ratio = self.signal_power / self.noise_power.clamp_min(1e-8)
+        parts = [rows.new_zeros(len(rows))]
+        for strength in (1.0, 4.0):
+            u = strength * ratio
+            parts.append(0.5 * (energy @ (u / (1 + u)) - count @ u.log1p()))
+        return torch.stack(parts).logsumexp(0) - math.log(len(parts)) + self.junk_share.log()
 
     # ---- fitting
 
@@ -367,6 +477,8 @@ class ClassMap(ParticleModel):
         self.heat = min(1.0, 0.3 + 0.7 * fraction / CLASS_MAP_WARM_UP)
         if epoch != self._epoch and self._power is not None:
             self._set_noise(self._power)
+            if self._signal is not None:
+                self.signal_power.copy_(self._signal)
         self._epoch = epoch
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
@@ -376,18 +488,18 @@ class ClassMap(ParticleModel):
             graph = self._templates(fixed, self.band)
         templates = graph.detach()
         with torch.no_grad(), _fast_products(self.precision):
-            images = self._inside(batch.images)
-            pose = self._propose(images, batch.row, nodes)
-            evidence, gradient, node = self._expect(images, pose, templates)
+            images, transfer = self._inside(batch.images), self._transfer(batch)
+            pose = self._propose(images, transfer, batch.row, nodes)
+            evidence, gradient, node = self._expect(images, transfer, pose, templates)
         (pulled,) = torch.autograd.grad(graph, fixed, gradient)
         pulled = pulled / len(images)
-        self._remember(images, batch.row, node, nodes.detach())
+        self._remember(images, transfer, batch.row, node, nodes.detach())
         # its value is the mean negative log evidence, its gradient that of the posterior
         surrogate = -(nodes * pulled).sum()
         loss = surrogate - surrogate.detach() - evidence.mean()
         return {"negative_log_likelihood": loss}
 
-    def _propose(self, images: Tensor, row: Tensor, nodes: Tensor) -> Tensor:
+    def _propose(self, images: Tensor, transfer: Tensor | None, row: Tensor, nodes: Tensor) -> Tensor:
         """The poses to score: those of the last search, or of a new one when it is due."""
         n_poses = len(self.angles) * len(self.shifts)
         p = min(self.n_proposals, n_poses)
@@ -398,21 +510,32 @@ class ClassMap(ParticleModel):
             self._proposed_in = torch.full((size,), -1, dtype=torch.int32, device=row.device)
         when = self._proposed_in[row]
         if bool(((when < 0) | (self._epoch - when >= self.search_every)).any()):
-            pose = self._search(images, self._templates(nodes[self.coarse], self.coarse_band), p)
+            pose = self._search(images, transfer, self._templates(nodes[self.coarse], self.coarse_band), p)
             self._proposals[row] = pose.to(self._proposals.dtype)
             self._proposed_in[row] = self._epoch
             return pose
         return self._proposals[row].long()
 
     @torch.no_grad()
-    def _remember(self, images: Tensor, row: Tensor, node: Tensor, nodes: Tensor) -> None:
+    def _remember(
+        self, images: Tensor, transfer: Tensor | None, row: Tensor, node: Tensor, nodes: Tensor
+    ) -> None:
         """Keep what the live view and the noise estimate need of this step."""
-        self._show(row, node @ self.node_z)
+        self._show(row, (node @ self.node_z) / node.sum(1, keepdim=True).clamp_min(1e-6))
         # signal and noise are independent: the power of the images is the sum of theirs
-        raw = self._radial_power(images).mean(0)
-        model = node.mean(0) @ self._radial_power(nodes)
+        particle = node.sum(1)
+        share = particle / particle.sum().clamp_min(1e-6)
+        raw = share @ self._radial_power(images)
+        model = (share @ node / particle.mean().clamp_min(1e-6)) @ self._radial_power(nodes)
+        if transfer is not None:
+            model = model * (share @ self._ring_mean(transfer.square()))
         power = torch.maximum(raw - model, 0.1 * raw)
         self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
+        self._signal = model if self._signal is None else 0.9 * self._signal + 0.1 * model
+        if self._with_junk():
+            self.junk_share.mul_(0.9).add_(0.1 * (1 - particle.mean())).clamp_(min=1e-3)
+            if self.junk_share > _MOST_JUNK:
+                self.junk_share.zero_()
 
     def _show(self, row: Tensor, z: Tensor) -> None:
         """Keep latent positions for the live view."""
@@ -428,6 +551,7 @@ class ClassMap(ParticleModel):
             "proposed_in": self._proposed_in,
             "last_z": self._last_z,
             "power": self._power,
+            "signal": self._signal,
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -436,6 +560,7 @@ class ClassMap(ParticleModel):
         self._proposed_in = state["proposed_in"]
         self._last_z = state["last_z"]
         self._power = state["power"]
+        self._signal = state.get("signal")
 
     def latest(self) -> tuple[Tensor, Tensor] | None:
         if self._last_z is None:
@@ -474,39 +599,54 @@ class ClassMap(ParticleModel):
         device = self.node_z.device
         n_steps, size = 60, min(n_fit, 300)
         template = torch.zeros(1, c, n, n, device=device)
-        sample = self._inside(batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)]).images)
+        batch = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)])
+        sample, transfer = self._inside(batch.images), self._transfer(batch)
         template[0] = sample.mean(0) * self.mask
         for step in range(n_steps):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
             band = self.coarse_band if step < 0.6 * n_steps else self.band
             chosen = torch.randint(len(sample), (size,))
             with _fast_products(self.precision):
-                new = self._one_template_step(sample[chosen], template, heat, band)
+                some = None if transfer is None else transfer[chosen]
+                new = self._one_template_step(sample[chosen], some, template, heat, band)
             keep = 0.0 if step < 5 else 0.7
             template = keep * template + (1 - keep) * new * self.mask
             if step % 5 == 4:
                 yield Step("one template", step / n_steps)
         return template
 
-    def _one_template_step(self, images: Tensor, template: Tensor, heat: float, band: FourierBand) -> Tensor:
+    def _one_template_step(
+        self, images: Tensor, transfer: Tensor | None, template: Tensor, heat: float, band: FourierBand
+    ) -> Tensor:
         """The average `(1, c, n, n)` of images brought back by the posterior over poses of one template."""
         templates = self._templates(template, band)[:, 0]
-        minus_norm = -0.5 * templates.square().sum(-1)
+        minus_norm = -0.5 * templates.square().sum(-1).expand(len(images), -1)
+        if transfer is not None:
+            minus_norm = -0.5 * self._weights_of(transfer, band) @ self._powers(templates, band).T
         prior = self._log_prior_shifts()
         phases = band.phases(-self.shifts)[:, None]
         total = torch.zeros_like(templates)
-        for part in self._rows(images, band).split(_block(len(prior) * templates.shape[1], images.device)):
+        step = _block(len(prior) * templates.shape[1], images.device)
+        parts = self._rows(images, band, transfer).split(step)
+        for part, norm in zip(parts, minus_norm.split(step), strict=True):
             rows = real_rows(part[:, None] * phases).flatten(0, 1)
-            scores = torch.addmm(minus_norm, rows, templates.T).view(len(part), len(prior), -1)
+            scores = (rows @ templates.T).view(len(part), len(prior), -1) + norm[:, None]
             gamma = ((scores + prior[:, None]) * heat).flatten(1).softmax(1)
             total.addmm_(gamma.view(len(rows), -1).T, rows)
         coefficients = torch.view_as_complex(total.view(len(total), self.data.n_channels, -1, 2))
-        unwhitener = self._unwhitener().flatten()[band.index]
+        unwhitener = self._unwhitener()
+        if transfer is not None:
+            unwhitener = unwhitener * self._wiener(self._ring_mean(transfer.square()).mean(0))
+        unwhitener = unwhitener.flatten()[band.index]
         back = unplace(band.images(coefficients * unwhitener), self.angles, mode="bicubic")
         average = back.sum(0, keepdim=True) / len(images)
         # the mean is not in the band: what makes the surroundings of the particle 0
         around = (1 - self.mask) * (self.radius < self.box / 2 - 1)
         return average - (average * around).sum((2, 3), keepdim=True) / around.sum().clamp_min(1.0)
+
+    def _wiener(self, ctf_square: Tensor) -> Tensor:
+        """`(n, n // 2 + 1)` filter that divides sums over images by their mean CTF² `(n // 2 + 1)`."""
+        return (1 / (ctf_square + _WIENER))[self.shell]
 
     @torch.no_grad()
     def _start_components(self, batches: Batches, template: Tensor) -> Generator[Step, None, Tensor]:
@@ -516,23 +656,36 @@ class ClassMap(ParticleModel):
         with_mean = 1 / self._unwhitener()
         chosen = torch.randperm(n_fit)[: min(n_fit, 16384, _ALIGNED_BYTES // (4 * c * n * n))]
         templates = self._templates(template, self.coarse_band)
-        aligned, rows = [], []
+        aligned, rows, ctf_squares = [], [], []
         for i, part in enumerate(chosen.split(1024)):
             batch = batches.take(part)
             rows.append(batch.row)
-            images = self._inside(batch.images)
+            images, transfer = self._inside(batch.images), self._transfer(batch)
             with _fast_products(self.precision):
-                pose = self._search(images, templates, 1)[:, 0]
+                pose = self._search(images, transfer, templates, 1)[:, 0]
             r = len(self.angles)
-            whitened = self._filter(images, with_mean)
-            aligned.append(unplace(whitened, self.angles[pose % r], self.shifts[pose // r].float()))
+            angle, move = self.angles[pose % r], self.shifts[pose // r].float()
+            factor = with_mean
+            if transfer is not None:
+                # without the template, whose contrast differs with the defocus: that is no motion
+                images = images - self._filter(place(template, angle, move), transfer[:, None])
+                factor = with_mean * transfer[:, None]
+                ctf_squares.append(self._ring_mean(transfer.square()))
+            aligned.append(unplace(self._filter(images, factor), angle, move))
             yield Step("aligning", min(1.0, (i + 1) * 1024 / len(chosen)))
         stack = torch.cat(aligned)
         aligned.clear()
         mean = stack.mean(0)
+        flat_mean = mean
+        if ctf_squares:
+            divide = self._wiener(torch.cat(ctf_squares).mean(0))
+            flat_mean = self._filter(template[0], with_mean) + self._filter(mean, divide)
         blur = torch.exp(-2 * (math.pi * 1.0 * fourier_radius(n, stack.device) / n) ** 2)
         blur[0, 0] = 0  # the noise of the background's mean would be the first component
         flat = (self._filter(stack - mean, blur) * self.mask).flatten(1)
+        # junk that is brighter than the particles would be the first component
+        length = flat.norm(dim=1, keepdim=True)
+        flat = flat * (1.3 * length.median() / length.clamp_min(1e-9)).clamp(max=1)
         _, s, v = torch.svd_lowrank(flat, q=min(d + 6, *flat.shape), niter=3)
         s, v = F.pad(s, (0, max(0, d + 1 - len(s)))), F.pad(v, (0, max(0, d - len(s))))
         sd = s / math.sqrt(len(flat))
@@ -540,7 +693,9 @@ class ClassMap(ParticleModel):
         # a first map to look at: uniform on ±1 has a standard deviation of 1 / √3
         self._show(torch.cat(rows), (flat @ v[:, :d] / (math.sqrt(3) * sd)).clamp(-1, 1))
         components = v[:, :d].T.reshape(d, c, n, n) * sd[:, None, None, None]
-        nodes = mean * self.mask + torch.einsum("kd,dchw->kchw", self.node_z * math.sqrt(3), components)
+        if ctf_squares:
+            components = self._filter(components, divide)
+        nodes = flat_mean * self.mask + torch.einsum("kd,dchw->kchw", self.node_z * math.sqrt(3), components)
         return self._filter(nodes, self._unwhitener())
 
     def _start_decoder(self, targets: Tensor) -> Iterator[Step]:
@@ -584,40 +739,51 @@ class ClassMap(ParticleModel):
             reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
             yield Step("gauge", (i + 1) / n_rounds)
         parts = torch.randperm(len(batches))[:2000].split(1000)
-        powers, spreads = [], []
+        self.heat = 1.0
+        found = []
         for i, part in enumerate(parts):
-            power, spread = self._residuals(batches.take(part))
-            powers.append(power)
-            spreads.append(spread)
+            found.append(self._residuals(batches.take(part)))
             yield Step("noise", (i + 1) / len(parts))
-        self._set_noise(torch.stack(powers).mean(0))
-        self.shift_sd.copy_(torch.stack(spreads).mean().sqrt().clamp(0.3 * self.shift_step, self.spread_px))
-        self._choose_proposals(batches.take(parts[0][:500]).images)
+        power, signal, spread, junk = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+        self._set_noise(power)
+        self.signal_power.copy_(signal)
+        if self._with_junk():
+            self.junk_share.copy_(junk.clamp(1e-3, _MOST_JUNK))
+        self.shift_sd.copy_(spread.sqrt().clamp(0.3 * self.shift_step, self.spread_px))
+        self._choose_proposals(batches.take(parts[0][:500]))
         self._proposals = self._proposed_in = None
 
-    def _choose_proposals(self, images: Tensor) -> None:
+    def _choose_proposals(self, batch: Batch) -> None:
         """As many poses per image as hold 99.8 % of the posterior in a search that keeps the most."""
         self.n_encode_proposals.fill_(self.max_encode_proposals)
         with _fast_products(self.precision):
-            mass = self._encode_part(self._inside(images), self.decoder(self.node_z))["proposal_mass"]
+            part = self._inside(batch.images), self._transfer(batch)
+            mass = self._encode_part(*part, self.decoder(self.node_z))["proposal_mass"]
         # one image in ten may need more
         held = mass.cumsum(1).quantile(0.1, dim=0)
         self.n_encode_proposals.fill_(max(6, 1 + int((held < 0.998).sum())))
 
-    def _residuals(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`(n // 2 + 1)` radial power of images minus their reconstructions, and mean square of a shift."""
+    def _residuals(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(n // 2 + 1)` radial power of images minus their reconstructions and of these, the mean square of
+        a shift, and the share of junk, which is left out of the others."""
         encoding = self.encode(batch)
         assert encoding.angle is not None and encoding.shift is not None
         drawn = self._inside(self.decode(encoding.z, encoding.angle, encoding.shift))
-        power = self._radial_power(self._inside(batch.images) - drawn).mean(0)
+        transfer = self._transfer(batch)
+        if transfer is not None:
+            drawn = self._filter(drawn, transfer[:, None])
+        junk = encoding.extras.get("junk_probability", torch.zeros_like(encoding.z[:, 0]))
+        share = (1 - junk).clamp_min(1e-6) / (1 - junk).clamp_min(1e-6).sum()
+        power = share @ self._radial_power(self._inside(batch.images) - drawn)
+        signal = share @ self._radial_power(drawn)
         # pose and z were fitted to the same pixels: give back what they took, where turns and shifts are seen
         shell = torch.arange(len(power), device=power.device, dtype=power.dtype)
         n_values = (2 * math.pi * shell).clamp_min(1) * self.data.n_channels
-        grip = shell**2 * self._radial_power(drawn).mean(0) / power * n_values
+        grip = shell**2 * signal / power * n_values
         taken = (3 + self.latent_dim) * grip / grip.sum().clamp_min(1e-12)
         power = power * n_values / (n_values - taken).clamp_min(0.5 * n_values)
         squares = encoding.shift.square().mean(1) + encoding.extras["shift_std"].square()
-        return power, squares.mean() / self.px_per_px**2
+        return power, signal, share @ squares / self.px_per_px**2, junk.mean()
 
     # ---- encoding
 
@@ -625,15 +791,23 @@ class ClassMap(ParticleModel):
     def encode(self, batch: Batch) -> Encoding:
         with _fast_products(self.precision):
             nodes = self.decoder(self.node_z)
-            parts = [self._encode_part(self._inside(part), nodes) for part in batch.images.split(1024)]
+            transfer = self._transfer(batch)
+            parts = [
+                self._encode_part(
+                    self._inside(batch.images[i : i + 1024]),
+                    None if transfer is None else transfer[i : i + 1024],
+                    nodes,
+                )
+                for i in range(0, len(batch.images), 1024)
+            ]
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         del whole["proposal_mass"]
         return Encoding(whole.pop("z"), whole.pop("z_std"), whole.pop("angle"), whole.pop("shift"), whole)
 
-    def _encode_part(self, images: Tensor, nodes: Tensor) -> dict[str, Tensor]:
+    def _encode_part(self, images: Tensor, transfer: Tensor | None, nodes: Tensor) -> dict[str, Tensor]:
         b, r, k = len(images), len(self.angles), len(nodes)
         p = min(int(self.n_encode_proposals), r * len(self.shifts))
-        pose = self._search(images, self._templates(nodes[self.coarse], self.coarse_band), p)
+        pose = self._search(images, transfer, self._templates(nodes[self.coarse], self.coarse_band), p)
 
         # each proposed cell is divided: 3 angles × 2 × 2 shifts
         quarter = self.shift_step / 4
@@ -643,7 +817,8 @@ class ClassMap(ParticleModel):
         turns, moves = fine_turns.repeat_interleave(4), fine_moves.repeat(3, 1)
         n_fine = len(turns)
 
-        coefficients = self._rows(images, self.band)
+        coefficients = self._rows(images, self.band, transfer)
+        of_image = None if transfer is None else self._weights_of(transfer, self.band)
         back, ahead = self.band.phases(-self.shifts)[:, None], self.band.phases(fine_moves)[:, None, None]
         angle_index = (pose % r).flatten()
         order = angle_index.argsort(stable=True)
@@ -661,8 +836,15 @@ class ClassMap(ParticleModel):
                 continue
             at, shift = order[done : done + size], shift_index[done : done + size]
             row = real_rows(coefficients[image[done : done + size]] * back[shift])
-            templates = real_rows(self._fine_rows(nodes, a)[:, None] * ahead).flatten(0, 2)
-            score = torch.addmm(-0.5 * templates.square().sum(-1), row, templates.T).view(size, n_fine, k)
+            fine = self._fine_rows(nodes, a)
+            templates = real_rows(fine[:, None] * ahead).flatten(0, 2)
+            if of_image is None:
+                score = torch.addmm(-0.5 * templates.square().sum(-1), row, templates.T).view(size, n_fine, k)
+            else:  # the norm does not depend on the shift
+                powers = self._powers(real_rows(fine), self.band).flatten(0, 1)
+                norm = 0.5 * of_image[image[done : done + size]] @ powers.T
+                score = (row @ templates.T).view(size, 3, 4, k).sub_(norm.view(size, 3, 1, k))
+                score = score.view(size, n_fine, k)
             score += (self._log_prior(self.shifts[shift, None] + moves) - normaliser)[..., None]
             top, where = score.flatten(1).max(1)
             weight = score.sub_(top[:, None, None]).exp_()
@@ -677,6 +859,10 @@ class ClassMap(ParticleModel):
         node = by_node.softmax(1)
         z = node @ self.node_z
         z_std = (node @ self.node_z**2 - z**2).clamp_min(0).sqrt()
+        junk = {}
+        if self._with_junk():
+            odds = self._log_junk(images) - evidence - (1 - self.junk_share).log()
+            junk["junk_probability"] = odds.sigmoid()
         cell = cell_score.softmax(1)
         proposal_mass = cell.view(b, p, n_fine).sum(2)
         entropy = -(cell * cell.clamp_min(1e-30).log()).sum(1)
@@ -701,7 +887,7 @@ class ClassMap(ParticleModel):
 
         whitener = self._whitener()
         angle, move, curvature, residual = self._refine(
-            self._filter(images, whitener), self._filter(nodes, whitener), best_node, angle, move
+            self._filter(images, whitener), transfer, self._filter(nodes, whitener), best_node, angle, move
         )
         local = torch.linalg.inv(curvature)
         angle_std = torch.maximum(angle_var.clamp_min(0), local[:, 0, 0]).sqrt()
@@ -714,7 +900,7 @@ class ClassMap(ParticleModel):
         return {
             "z": z, "z_std": z_std, "angle": angle, "shift": move * self.px_per_px,
             "log_likelihood": evidence, "angle_std": angle_std, "shift_std": shift_std * self.px_per_px,
-            "pose_entropy": entropy, "residual": residual, "proposal_mass": proposal_mass,
+            "pose_entropy": entropy, "residual": residual, "proposal_mass": proposal_mass, **junk,
         }  # fmt: skip
 
     def _fine_turns(self) -> Tensor:
@@ -734,7 +920,14 @@ class ClassMap(ParticleModel):
         return self._fine[a]
 
     def _refine(
-        self, whitened: Tensor, nodes: Tensor, node: Tensor, angle: Tensor, move: Tensor, n_steps: int = 3
+        self,
+        whitened: Tensor,
+        transfer: Tensor | None,
+        nodes: Tensor,
+        node: Tensor,
+        angle: Tensor,
+        move: Tensor,
+        n_steps: int = 3,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gauss-Newton on angle and shift against each image's own node; only improvements are kept.
 
@@ -744,22 +937,31 @@ class ClassMap(ParticleModel):
         # an image brought back, times every node and its gradients, is one product
         flat = (nodes * self.mask).flatten(1)
         gradients = (pose_gradients(nodes) * self.mask).flatten(2)
-        squares = flat.square().sum(1)
-        normal = gradients @ gradients.transpose(1, 2)
-        along = (gradients @ flat[..., None])[..., 0]
+        n_pixels = float(self.mask.sum()) * self.data.n_channels
+        if transfer is None:
+            products = torch.cat([flat[:, None], gradients], 1)
+            products = (products @ products.transpose(1, 2))[node]
+        else:
+            # ⟨C a, C b⟩ by shells; what is compared is the whole image, as the CTF spreads the particle
+            of_image, total = transfer.square(), whitened.square().flatten(1).sum(1)
+            whitened = self._filter(whitened, transfer[:, None])
+            products = self._products_by_shell(nodes, self._ring_mean(of_image), node)
+            n_pixels = float(self.mask.numel()) * self.data.n_channels
+        squares, along, normal = products[:, 0, 0], products[:, 1:, 0], products[:, 1:, 1:]
         factors = torch.cat([flat[:, None], gradients], 1).flatten(0, 1).T.contiguous()
         prior = torch.diag(torch.tensor([1e-6, 0.0, 0.0], device=angle.device))
         prior[1, 1] = prior[2, 2] = self.shift_sd**-2
-        curvature = normal[node] + prior
-        inverse = torch.linalg.inv(normal + prior)[node]
+        curvature = normal + prior
+        inverse = torch.linalg.inv(curvature)
         at = torch.arange(len(node), device=node.device)
         start_angle, start_move = angle, move
         best = torch.full_like(angle, -torch.inf)
         best_angle, best_move, residual = angle, move, torch.zeros_like(angle)
         for step in range(n_steps + 1):
             back = (unplace(whitened, angle, move, mode="bicubic") * self.mask).flatten(1)
-            products = (back @ factors).view(len(back), -1, 4)[at, node]
-            square = back.square().sum(1) - 2 * products[:, 0] + squares[node]
+            overlap = (back @ factors).view(len(back), -1, 4)[at, node]
+            energy = back.square().sum(1) if transfer is None else total
+            square = energy - 2 * overlap[:, 0] + squares
             score = -0.5 * square + self._log_prior(move)
             better = score > best
             best = torch.where(better, score, best)
@@ -768,7 +970,7 @@ class ClassMap(ParticleModel):
             residual = torch.where(better, square, residual)
             if step == n_steps:
                 break
-            slope = products[:, 1:] - along[node]
+            slope = overlap[:, 1:] - along
             # the prior's pull, in the reference frame
             slope[:, 1:] -= _rotated(move, -angle) / self.shift_sd**2
             delta = (inverse @ slope[..., None])[..., 0]
@@ -776,4 +978,21 @@ class ClassMap(ParticleModel):
             reach = 1.5 * self.shift_step
             ahead = move + _rotated(delta[:, 1:], angle)
             move = start_move + (ahead - start_move).clamp(-reach, reach)
-        return best_angle, best_move, curvature, residual / self.mask.sum() / self.data.n_channels
+        return best_angle, best_move, curvature, residual / n_pixels
+
+    def _products_by_shell(self, nodes: Tensor, ctf_square: Tensor, node: Tensor) -> Tensor:
+        """`(b, 4, 4)` products ⟨C u, C v⟩ of each image's node and its three gradients, C² `(b, shells)`."""
+        parts = torch.cat([nodes[:, None], pose_gradients(nodes)], 1) * self.mask
+        spectra = torch.fft.rfft2(parts) / self.box
+        in_shell = self._in_shell()
+        by_shell = nodes.new_empty(len(nodes), 4, 4, len(in_shell))
+        for i in range(4):
+            for j in range(i, 4):
+                cross = (spectra[:, i] * spectra[:, j].conj()).real.sum(1)
+                by_shell[:, i, j] = by_shell[:, j, i] = self._ring_mean(cross) * in_shell
+        flat = by_shell.flatten(1, 2)
+        found = ctf_square.new_empty(len(node), 16)
+        for one in node.unique().tolist():
+            of_node = node == one
+            found[of_node] = ctf_square[of_node] @ flat[one].T
+        return found.view(-1, 4, 4)
