@@ -137,6 +137,10 @@ class ClassMapConfig(Config):
     latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=2)
     """1 orders the particles along one motion, 2 lays them out on a square."""
 
+    varies: Literal["motion", "classes"] = setting("motion", "What varies")
+    """`motion` starts the map from the main motions of one object. `classes` lets it freeze slowly out of
+    disorder, for different objects or views in one stack: it takes some five times as long."""
+
     nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64, zero="automatic")
     """Classes along each side of the map. 0 chooses: 24 in one dimension, 12 in two."""
 
@@ -146,7 +150,8 @@ class ClassMapConfig(Config):
     shift_range_px: float = setting(
         0.0, "Shift range", unit="px", advanced=True, ge=0, le=64, zero="automatic"
     )
-    """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box."""
+    """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box. Beyond an
+    eighth of the box the place of each particle is found first, and what lies about it is compared."""
 
     junk: bool = setting(True, "Junk class", advanced=True)
     """One more class takes what is no particle, so that it does not bend the map; every particle gets its
@@ -155,6 +160,11 @@ class ClassMapConfig(Config):
     use_ctf: bool = setting(True, "CTF in the likelihood", advanced=True)
     """Where particles carry CTF parameters, every class image is compared through each particle's own CTF,
     and the map shows molecules without it. Off compares images as they are, after phase flipping."""
+
+    @property
+    def warm_up(self) -> float:
+        """Share of a fit in which the posterior is still being sharpened."""
+        return 0.7 if self.varies == "classes" else CLASS_MAP_WARM_UP
 
 
 Likelihood = Literal["gaussian", "gaussian-learned", "bernoulli"]

@@ -334,6 +334,70 @@ def test_noise_is_told_from_particles(fitted: tuple[ClassMap, Tensor, dict[str, 
     assert float(junk.max()) < float(particles.quantile(0.05))
 
 
+def lost(images: Tensor, box_px: int, moves: Tensor) -> Tensor:
+    """Images in a larger box of noise, moved by whole pixels `(b, 2)`."""
+    random = torch.Generator().manual_seed(6)
+    large = torch.randn(len(images), 1, box_px, box_px, generator=random)
+    low = box_px // 2 - images.shape[-1] // 2
+    for image, (y, x), into in zip(images, moves.tolist(), large, strict=True):
+        into[:, low + y : low + y + images.shape[-1], low + x : low + x + images.shape[-1]] = image
+    return large
+
+
+def test_far_shifts_are_found_before_anything_is_compared() -> None:
+    torch.manual_seed(0)
+    images, truth = stack(n_images=300)
+    moves = torch.randint(-8, 9, (300, 2), generator=torch.Generator().manual_seed(1))
+    images = lost(images, 44, moves)
+    data = DataSpec(box_px=44, diameter_px=20, n_particles=300)
+    settings = ClassMapConfig(latent_dim=1, nodes_per_dim=8, angle_step_deg=15, shift_range_px=12)
+    model = build_model(settings, data)
+    assert isinstance(model, ClassMap) and model.box == 28
+    fit(model, images, n_epochs=8)
+    encoding = model.encode(batch_of(images))
+    assert encoding.angle is not None and encoding.shift is not None
+    true_shift = truth["shift"] + moves
+    off = (encoding.shift - true_shift).norm(dim=1)
+    assert float(off.median()) < 2.5  # the frame of the map is its own
+    for i in range(2):
+        assert metrics.pearson(encoding.shift[:, i], true_shift[:, i]) > 0.95
+    assert metrics.fisher_lee_T(truth["angle"], encoding.angle) > 0.85
+    # drawn with its pose, a particle lies where it was found in the whole box
+    drawn = model.decode(encoding.z, encoding.angle, encoding.shift).detach()
+    assert drawn.shape == images.shape and model.decode(encoding.z).shape == images.shape
+    r = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(images, drawn, strict=True)]
+    assert np.median(r) > 0.35
+    assert model.noise_power.numpy() == pytest.approx(1, abs=0.15)
+
+
+def test_a_window_has_the_ctf_of_its_box() -> None:
+    data = DataSpec(box_px=64, diameter_px=30, n_particles=9)
+    model = build_model(ClassMapConfig(latent_dim=1, nodes_per_dim=3, shift_range_px=12), data)
+    assert isinstance(model, ClassMap) and model.box == model.window_px == 38
+    ctf = torch.from_numpy(np.abs(ctf_2d(64, 5.0, [12000.0], [11000.0], [30.0])))
+    found = model._transfer(batch_of(torch.zeros(1, 1, 64, 64), ctf=ctf))
+    assert found is not None
+    expected = torch.from_numpy(np.abs(ctf_2d(38, 5.0, [12000.0], [11000.0], [30.0])))
+    seen = fourier_radius(38) < 0.4 * 38
+    assert float((found - expected)[:, seen].abs().mean()) < 0.02
+
+
+def test_classes_of_different_kinds_freeze_out_of_disorder() -> None:
+    torch.manual_seed(0)
+    random = torch.Generator().manual_seed(2)
+    kind = torch.arange(240) % 3
+    y, x = torch.meshgrid(torch.arange(24) - 12.0, torch.arange(24) - 12.0, indexing="ij")
+    bar, ring = ((x.abs() < 8) & (y.abs() < 2)).float(), ((torch.hypot(x, y) - 6).abs() < 1.5).float()
+    corner = ((x - y).abs() < 12).float() * ((x < -2) | (y > 2)).float() * (torch.hypot(x, y) < 9).float()
+    angle = torch.rand(240, generator=random) * 2 * math.pi
+    images = place(torch.stack([bar, ring, corner])[kind][:, None], angle, mode="bicubic")
+    images = images + 0.1 * torch.randn(images.shape, generator=random)
+    model = model_of(nodes_per_dim=5, angle_step_deg=30, latent_dim=2, n_particles=240, varies="classes")
+    fit(model, images, n_epochs=30)
+    z = model.encode(batch_of(images)).z
+    assert metrics.clustering_accuracy(z, kind) > 0.9
+
+
 def test_junk_is_told_and_particles_are_not_taken_for_it() -> None:
     torch.manual_seed(0)
     images, truth = stack(n_images=700)

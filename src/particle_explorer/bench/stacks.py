@@ -38,6 +38,8 @@ MULTI_BOX_PX = 150
 MULTI_N_DIGITS = 4
 CLEAN = PreprocessConfig(contrast="keep", background="none", ctf="none")
 """Images without noise are taken as they are."""
+CLASSES = {"varies": "classes", "angle_step_deg": 15.0, "nodes_per_dim": 15}
+"""Settings of the class map for stacks of different objects."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,9 @@ def xyrcs(n: int = 0) -> Stack:
     images *= grey[:, None, None].astype(np.float32)
     fold = np.asarray(XYRCS_FOLDS)[label]
     stack = _labelled("xyrcs", images, label, _every_fifth(len(label)), angle, shift, None, fold, 40.0)
-    return dataclasses.replace(stack, settings={"shift_range_px": 26.0 * 64 / 84, "shift_sd_px": 10.0})
+    return dataclasses.replace(
+        stack, settings={**CLASSES, "shift_range_px": 26.0 * 64 / 84, "shift_sd_px": 10.0}
+    )
 
 
 def _shapes(label: NDArray[Any], angle_deg: Float, y: Float, x: Float) -> Float:
@@ -275,7 +279,7 @@ def dsprites(data: Path, n: int = 0) -> Stack:
     angle = -np.rad2deg(values[:, 3])
     fold = np.array([4, 2, 1])[label]
     stack = _labelled("dsprites", images, label, _every_fifth(len(label)), angle, shift, None, fold, 36.0)
-    return dataclasses.replace(stack, settings={"shift_range_px": 18.0, "shift_sd_px": 9.0})
+    return dataclasses.replace(stack, settings={**CLASSES, "shift_range_px": 18.0, "shift_sd_px": 9.0})
 
 
 # ---------------------------------------------------------------------- helpers
@@ -312,7 +316,7 @@ def _labelled(
     shift_yx_px: NDArray[Any],
     upright: Float | None,
     fold: NDArray[Any] | None = None,
-    diameter_px: float = 32.0,
+    diameter_px: float = 28.0,
 ) -> Stack:
     particles = read_array(np.asarray(images, np.float32), name)
     columns = {
@@ -328,5 +332,5 @@ def _labelled(
         particles,
         preprocess=CLEAN.model_copy(update={"diameter_A": diameter_px}),
         upright=upright,
-        settings={"shift_range_px": 3 * MNIST_SHIFT_SD_PX, "shift_sd_px": MNIST_SHIFT_SD_PX},
+        settings={**CLASSES, "shift_range_px": 3 * MNIST_SHIFT_SD_PX, "shift_sd_px": MNIST_SHIFT_SD_PX},
     )

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from particle_explorer.configs import CLASS_MAP_WARM_UP, ClassMapConfig, DataSpec
+from particle_explorer.configs import ClassMapConfig, DataSpec
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.models.layers import SmoothDecoder
 from particle_explorer.transforms import (
@@ -67,6 +67,26 @@ _WIENER = 0.05
 _JUNK_AT_FIRST = 0.02
 _MOST_JUNK = 0.5
 """A map that explains less than this is no map to call others junk by."""
+
+
+_NARROW = 0.12
+"""Shifts within this share of the box are searched at once; beyond, a particle's place is found first."""
+_N_STEPS_OF_CLASSES = 300
+_HEAT_OF_CLASSES = 0.02
+_FLOOR_OF_CLASSES = 0.5
+"""Least noise, as a share of the variance of the signal inside the disc, where classes differ in kind: what
+a smooth map cannot show of them is noise to it."""
+
+
+class _Seen(NamedTuple):
+    """A batch as the model compares it."""
+
+    images: Tensor
+    """`(b, c, n, n)` in the box of the model"""
+    transfer: Tensor | None
+    """`(b, n, n // 2 + 1)` CTF"""
+    centre: Tensor
+    """`(b, 2)` whole pixels of the batch (y, x) from the centre of the box to that of what is compared"""
 
 
 class _Expectation(NamedTuple):
@@ -109,6 +129,7 @@ def _upgraded(model: ParticleModel, weights: dict[str, Tensor], prefix: str, *_:
     """Weights of before there was a CTF in the likelihood were fitted to images as they are, without junk."""
     weights.setdefault(prefix + "with_ctf", torch.tensor(False))
     weights.setdefault(prefix + "junk_share", torch.tensor(0.0))
+    weights.setdefault(prefix + "noise_floor", torch.tensor(0.0))
     weights.setdefault(prefix + "signal_power", torch.zeros_like(model.get_buffer("signal_power")))
 
 
@@ -169,12 +190,22 @@ class ClassMap(ParticleModel):
     def __init__(self, config: ClassMapConfig, data: DataSpec) -> None:
         super().__init__(config, data)
         d = config.latent_dim
-        n = min(data.box_px, _MAX_BOX_PX)
+        self.wide_px = config.shift_range_px if config.shift_range_px > _NARROW * data.box_px else 0.0
+        """Range, in pixels of the batch, in which a particle's place is found first; 0 where it is about the
+        centre."""
+        self.window_px = data.box_px
+        """Side of what is cut out about a particle's place."""
+        if self.wide_px:
+            self.window_px = min(data.box_px, 2 * math.ceil(data.diameter_px / 2 + 2 * _DISC_EDGE_PX))
+        n = min(self.window_px, _MAX_BOX_PX)
         self.latent_dim = d
         self.box = n
-        self.px_per_px = data.box_px / n
+        self.px_per_px = self.window_px / n
         """Pixels of the batch per pixel of the model: large boxes are cropped in Fourier space."""
-        self.n_epochs = max(2, min(30, math.ceil(_N_STEPS * self.batch_size / data.n_particles)))
+        self.classes = config.varies == "classes"
+        self.warm_up = config.warm_up
+        n_steps = _N_STEPS_OF_CLASSES if self.classes else _N_STEPS
+        self.n_epochs = max(2, min(30, math.ceil(n_steps * self.batch_size / data.n_particles)))
         side = config.nodes_per_dim or (24 if d == 1 else 12)
         axis = torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
         node_z = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
@@ -183,7 +214,9 @@ class ClassMap(ParticleModel):
         coarse = pick if d == 1 else (pick[:, None] * side + pick).flatten()
 
         self.disc_px = min(data.diameter_px / self.px_per_px / 2, n / 2 - _DISC_EDGE_PX - 0.5)
-        spread = config.shift_range_px / self.px_per_px or max(2.0, round(0.075 * n))
+        spread = max(2.0, round(0.075 * n))
+        if config.shift_range_px and not self.wide_px:
+            spread = config.shift_range_px / self.px_per_px
         self.spread_px = spread
         self.shift_step = max(1, round(n / 48))
         n_side = max(1, math.floor(spread / self.shift_step + 1e-6))
@@ -206,6 +239,10 @@ class ClassMap(ParticleModel):
         self.register_buffer("noise_power", torch.ones(n // 2 + 1))
         self.register_buffer("shift_sd", torch.tensor(spread / 2))
         n_terms = _polynomial(torch.zeros(1, d), self.gauge_degree).shape[1]
+        if self.classes:
+            self.n_proposals = n_angles
+        self.register_buffer("noise_floor", torch.tensor(0.0))
+        self.noise_floor: Tensor
         self.register_buffer("gauge", torch.zeros(n_terms, 3))
         self.node_z: Tensor
         self.coarse: Tensor
@@ -241,6 +278,9 @@ class ClassMap(ParticleModel):
         self.register_buffer("signal_power", torch.zeros(n // 2 + 1))
         self.signal_power: Tensor
         self._signal: Tensor | None = None
+        self._centres: Tensor | None = None
+        self._places: tuple[tuple[object, ...], Tensor] | None = None
+        """What a particle's place is found by: `(t, c, n, n // 2 + 1)` spectra in the box of the batch."""
         self.register_load_state_dict_pre_hook(_upgraded)
         self._fine_key: tuple[object, ...] = ()
 
@@ -252,6 +292,14 @@ class ClassMap(ParticleModel):
     def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         images = self.decoder(z)
         turn, move = self._gauge_at(z)
+        if self.wide_px:  # a particle may lie anywhere in the box, not only in the window
+            whole = fourier_resize(images, self.window_px)
+            low = self.data.box_px // 2 - self.window_px // 2
+            high = self.data.box_px - self.window_px - low
+            whole = F.pad(whole, (low, high, low, high))
+            angle = torch.zeros_like(turn) if angle is None else angle
+            moved = _rotated(move * self.px_per_px, angle)
+            return place(whole, angle + turn, moved if shift is None else moved + shift, mode="bicubic")
         if angle is not None or shift is not None or bool(self.gauge.any()):
             angle = torch.zeros_like(turn) if angle is None else angle
             shift = torch.zeros_like(move) if shift is None else shift / self.px_per_px
@@ -260,20 +308,106 @@ class ClassMap(ParticleModel):
             images = place(images, angle + turn, moved + shift, mode="bicubic")
         return fourier_resize(images, self.data.box_px)
 
-    def _inside(self, images: Tensor) -> Tensor:
-        """Images of a batch in the box of the model; one that is not finite becomes 0."""
+    def _seen(self, batch: Batch, centre: Tensor | None = None) -> _Seen:
+        """A batch as it is compared, about `centre` if the places of its particles are known already.
+
+        An image that is not finite becomes 0.
+        """
+        images = batch.images
         if not bool(images.sum().isfinite()):
             good = images.flatten(1).isfinite().all(1)
             images = torch.where(good[:, None, None, None], images, 0.0)
+        if centre is None:
+            centre = self._find_places(images, batch.ctf)
+        return _Seen(self._window(images, centre), self._transfer(batch), centre)
+
+    def _window(self, images: Tensor, centre: Tensor) -> Tensor:
+        """What lies about each particle's place, in the box of the model."""
+        if self.wide_px:
+            box, size = self.data.box_px, self.window_px
+            at = torch.arange(size, device=images.device) - size // 2 + box // 2
+            y, x = ((at + centre[:, i, None].long()).remainder(box) for i in (0, 1))
+            image = torch.arange(len(images), device=images.device)[:, None, None]
+            images = images.movedim(1, -1)[image, y[:, :, None], x[:, None, :]].movedim(-1, 1)
         return fourier_resize(images, self.box)
+
+    @torch.no_grad()
+    def _find_places(self, images: Tensor, ctf: Tensor | None) -> Tensor:
+        """`(b, 2)` whole pixels from the centre of the box to where a round particle would fit best."""
+        if not self.wide_px:
+            return images.new_zeros(len(images), 2)
+        box = self.data.box_px
+        whitening = self._whitener_of_box().square()
+        found = []
+        spectra = self._round_particles()
+        step = _block(4 * len(spectra) * box * box, images.device, 4)
+        far = self.data.box_px // 2 - torch.arange(box, device=images.device)
+        allowed = far[:, None].square() + far.square() <= self.wide_px**2
+        for i in range(0, len(images), step):
+            with_ctf = None if ctf is None or not self.with_ctf else ctf[i : i + step, None]
+            spectrum = torch.fft.rfft2(images[i : i + step]) * whitening
+            norm = spectra.abs().square() * whitening / box**2
+            if with_ctf is None:
+                norm = _twice(norm).sum((1, 2, 3))
+            else:
+                spectrum = spectrum * with_ctf
+                norm = torch.einsum("bcyx,tcyx->bt", with_ctf.square(), _twice(norm))
+            scores = torch.fft.irfft2((spectrum[:, None] * spectra.conj()).sum(2), s=(box, box))
+            best = (scores - 0.5 * norm[..., None, None]).amax(1)
+            place_at = torch.where(allowed, best, -torch.inf).flatten(1).argmax(1)
+            found.append(torch.stack([place_at // box, place_at % box], -1) - box // 2)
+        return torch.cat(found).to(images.dtype)
+
+    def _whitener_of_box(self) -> Tensor:
+        """`_whitener` on the frequencies of the box of the batch; nothing beyond what the model sees."""
+        shell = fourier_radius(self.data.box_px, self.noise_power.device) / self.data.box_px
+        shell = (shell * self.window_px).round().long()
+        inside = (shell > 0) & (shell <= 0.4 * self.box)
+        return self.noise_power.clamp_min(1e-8).rsqrt()[shell.clamp(max=self.box // 2)] * inside
+
+    def _round_particles(self) -> Tensor:
+        """Spectra of the nodes, averaged over all turns: where a particle lies needs no angle.
+
+        As long as there is no map, of a soft disc.
+        """
+        key = (*(value._version for value in self.parameters()), str(self.noise_power.device))
+        if self._places is None or self._places[0] not in (key, ("fixed",)):
+            with torch.no_grad():
+                nodes = self.decoder(self.node_z[self.coarse])
+            self._places = key, self._round_spectra(nodes)
+        return self._places[1]
+
+    def _turned_average(self, images: Tensor) -> Tensor:
+        """`(t, c, n, n)` averaged over all turns about their centres."""
+        ring = self.radius.round().long().clamp(max=self.box // 2)
+        count = torch.bincount(ring.flatten())
+        sums = images.new_zeros(*images.shape[:2], len(count))
+        return (sums.index_add_(-1, ring.flatten(), images.flatten(2)) / count)[..., ring]
+
+    def _round_spectra(self, images: Tensor) -> Tensor:
+        """`(t, c, n, n)` in the box of the model → spectra, in the box of the batch, averaged over turns."""
+        whole = fourier_resize(self._turned_average(images) * self.mask, self.window_px)
+        low = self.data.box_px // 2 - self.window_px // 2
+        high = self.data.box_px - self.window_px - low
+        whole = F.pad(whole, (low, high, low, high))
+        return torch.fft.rfft2(torch.fft.ifftshift(whole, dim=(-2, -1)))
 
     def _transfer(self, batch: Batch) -> Tensor | None:
         """`(b, n, n // 2 + 1)` CTF of a batch in the box of the model, None where there is none."""
         if batch.ctf is None or not self.with_ctf:
             return None
         n, m = batch.images.shape[-1], self.box
-        if n == m:
+        if n == m == self.window_px:
             return batch.ctf
+        if self.window_px != n:  # other frequencies: between those of the batch
+            y = torch.fft.fftfreq(m, device=batch.ctf.device) * m / self.window_px * n
+            x = torch.fft.rfftfreq(m, device=batch.ctf.device) * m / self.window_px * n
+            low_y, low_x = y.floor(), x.floor().clamp(max=n // 2 - 1)
+            part_y, part_x = (y - low_y)[:, None], x - low_x
+            i, j = low_y.long(), low_x.long()
+            below, above = batch.ctf[:, i % n], batch.ctf[:, (i + 1) % n]
+            along = (1 - part_y) * below + part_y * above
+            return (1 - part_x) * along[:, :, j] + part_x * along[:, :, j + 1]
         rows = torch.cat([torch.arange((m + 1) // 2), torch.arange(n - m // 2, n)])
         return batch.ctf[:, rows.to(batch.ctf.device), : m // 2 + 1]
 
@@ -316,7 +450,7 @@ class ClassMap(ParticleModel):
         return count.index_add_(0, self.shell.flatten(), _twice(ones).flatten())
 
     def _set_noise(self, power: Tensor) -> None:
-        power = power.clamp_min(1e-6)
+        power = torch.maximum(power, self.noise_floor).clamp_min(1e-6)
         padded = F.pad(power[1:].log()[None, None], (1, 1), mode="replicate")
         smooth = F.conv1d(padded, torch.tensor([[[0.25, 0.5, 0.25]]], device=power.device))[0, 0].exp()
         self.noise_power.copy_(torch.cat([smooth[:1], smooth]))
@@ -358,10 +492,19 @@ class ClassMap(ParticleModel):
     def _log_prior_shifts(self) -> Tensor:
         return self._log_prior(self.shifts).log_softmax(0)
 
-    def _search(self, images: Tensor, transfer: Tensor | None, templates: Tensor, n_best: int) -> Tensor:
+    def _search(
+        self,
+        images: Tensor,
+        transfer: Tensor | None,
+        templates: Tensor,
+        n_best: int,
+        *,
+        per_angle: bool = False,
+    ) -> Tensor:
         """The most promising poses of each image: `(b, p)` indices shift · r + angle.
 
-        `templates` `(r, k, px)` of a few nodes in the coarse band; a pose is ranked by its best node.
+        `templates` `(r, k, px)` of a few nodes in the coarse band; a pose is ranked by its best node. With
+        `per_angle` only the best shift of each angle counts.
         """
         r, k, px = templates.shape
         flat = templates.flatten(0, 1)
@@ -383,7 +526,12 @@ class ClassMap(ParticleModel):
                 rows = torch.cat([rows, weight[:, None].expand(-1, len(prior), -1)], -1)
             scores = torch.addmm(minus_norm, rows.flatten(0, 1), flat.T)
             best = scores.view(len(part), len(prior), r, k).amax(-1) + prior[:, None]
-            found.append(best.flatten(1).topk(n_best, dim=1).indices)
+            if per_angle:
+                top, shift = best.max(1)
+                angle = top.topk(min(n_best, r), dim=1).indices
+                found.append(shift.gather(1, angle) * r + angle)
+            else:
+                found.append(best.flatten(1).topk(n_best, dim=1).indices)
         return torch.cat(found)
 
     def _expect(
@@ -474,8 +622,13 @@ class ClassMap(ParticleModel):
     # ---- fitting
 
     def schedule(self, fraction: float, epoch: int) -> None:
-        self.heat = min(1.0, 0.3 + 0.7 * fraction / CLASS_MAP_WARM_UP)
-        if epoch != self._epoch and self._power is not None:
+        sharpened = min(1.0, fraction / self.warm_up)
+        if self.classes:
+            self.heat = _HEAT_OF_CLASSES ** (1 - sharpened)
+        else:
+            self.heat = min(1.0, 0.3 + 0.7 * sharpened)
+        # while classes freeze out, what they do not show yet must not pass for noise
+        if epoch != self._epoch and self._power is not None and (self.heat == 1 or not self.classes):
             self._set_noise(self._power)
             if self._signal is not None:
                 self.signal_power.copy_(self._signal)
@@ -488,8 +641,10 @@ class ClassMap(ParticleModel):
             graph = self._templates(fixed, self.band)
         templates = graph.detach()
         with torch.no_grad(), _fast_products(self.precision):
-            images, transfer = self._inside(batch.images), self._transfer(batch)
-            pose = self._propose(images, transfer, batch.row, nodes)
+            due = self._search_is_due(batch.row)
+            seen = self._seen(batch, None if due else self._places_of(batch.row))
+            images, transfer = seen.images, seen.transfer
+            pose = self._propose(seen, batch.row, nodes, due)
             evidence, gradient, node = self._expect(images, transfer, pose, templates)
         (pulled,) = torch.autograd.grad(graph, fixed, gradient)
         pulled = pulled / len(images)
@@ -499,22 +654,36 @@ class ClassMap(ParticleModel):
         loss = surrogate - surrogate.detach() - evidence.mean()
         return {"negative_log_likelihood": loss}
 
-    def _propose(self, images: Tensor, transfer: Tensor | None, row: Tensor, nodes: Tensor) -> Tensor:
-        """The poses to score: those of the last search, or of a new one when it is due."""
-        n_poses = len(self.angles) * len(self.shifts)
-        p = min(self.n_proposals, n_poses)
+    def _search_is_due(self, row: Tensor) -> bool:
         if self._proposals is None or self._proposed_in is None:
+            n_poses = len(self.angles) * len(self.shifts)
             size = max(self.data.n_particles, int(row.max()) + 1)
             kind = torch.int16 if n_poses < 2**15 else torch.int32
-            self._proposals = torch.zeros(size, p, dtype=kind, device=row.device)
+            self._proposals = torch.zeros(size, min(self.n_proposals, n_poses), dtype=kind, device=row.device)
             self._proposed_in = torch.full((size,), -1, dtype=torch.int32, device=row.device)
+            self._centres = torch.zeros(size if self.wide_px else 1, 2, dtype=torch.int16, device=row.device)
         when = self._proposed_in[row]
-        if bool(((when < 0) | (self._epoch - when >= self.search_every)).any()):
-            pose = self._search(images, transfer, self._templates(nodes[self.coarse], self.coarse_band), p)
-            self._proposals[row] = pose.to(self._proposals.dtype)
-            self._proposed_in[row] = self._epoch
-            return pose
-        return self._proposals[row].long()
+        return bool(((when < 0) | (self._epoch - when >= self.search_every)).any())
+
+    def _places_of(self, row: Tensor) -> Tensor:
+        """Where the particles of these rows were found last."""
+        assert self._centres is not None
+        return self._centres[row if self.wide_px else torch.zeros_like(row)].float()
+
+    def _propose(self, seen: _Seen, row: Tensor, nodes: Tensor, due: bool) -> Tensor:
+        """The poses to score: those of the last search, or of a new one when it is due."""
+        assert self._proposals is not None and self._proposed_in is not None and self._centres is not None
+        if not due:
+            return self._proposals[row].long()
+        templates = self._templates(nodes[self.coarse], self.coarse_band)
+        pose = self._search(
+            seen.images, seen.transfer, templates, self._proposals.shape[1], per_angle=self.classes
+        )
+        self._proposals[row] = pose.to(self._proposals.dtype)
+        self._proposed_in[row] = self._epoch
+        if self.wide_px:
+            self._centres[row] = seen.centre.to(self._centres.dtype)
+        return pose
 
     @torch.no_grad()
     def _remember(
@@ -552,6 +721,7 @@ class ClassMap(ParticleModel):
             "last_z": self._last_z,
             "power": self._power,
             "signal": self._signal,
+            "centres": self._centres,
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -561,6 +731,7 @@ class ClassMap(ParticleModel):
         self._last_z = state["last_z"]
         self._power = state["power"]
         self._signal = state.get("signal")
+        self._centres = state.get("centres")
 
     def latest(self) -> tuple[Tensor, Tensor] | None:
         if self._last_z is None:
@@ -575,20 +746,38 @@ class ClassMap(ParticleModel):
         """
         yield from self._start_noise(batches)
         template = yield from self._start_template(batches)
+        self._places = ("fixed",), self._round_spectra(template)
+        if self.classes:
+            # no motion to start from: a round object, and a decoder that is still disorder
+            with torch.no_grad():
+                self.decoder.base.copy_(self._turned_average(template)[0])
+            self._places = None
+            return
         targets = yield from self._start_components(batches, template)
         yield from self._start_decoder(targets)
+        self._places = None
 
     @torch.no_grad()
     def _start_noise(self, batches: Batches) -> Iterator[Step]:
         yield Step("noise", 0.0)
         some = torch.randperm(len(batches))[:4096]
-        images = torch.cat([self._inside(batches.take(part).images) for part in some.split(1024)])
+        blob = torch.exp(-((2.5 * self.radius / self.disc_px) ** 2) / 2).expand(
+            1, self.data.n_channels, -1, -1
+        )
+        self._places = ("fixed",), self._round_spectra(blob)
+        images = torch.cat([self._seen(batches.take(part)).images for part in some.split(1024)])
         total = self._radial_power(images).mean(0)
         outside = 1 - soft_disc(self.box, self.disc_px + 2, 2.0, device=images.device)
         share = outside.square().mean()
         if share > 0.05:
             around = self._radial_power(images * outside).mean(0) / share
             total = torch.minimum(total, around)
+        if self.classes:
+            inside = (images.square().mean(0) * self.mask).sum() / (self.mask.sum() * self.data.n_channels)
+            # white noise has one power in all shells, its variance
+            beyond = total[len(total) // 2 :].mean()
+            self.noise_floor.copy_(_FLOOR_OF_CLASSES * (inside - beyond).clamp_min(0))
+            total = beyond.expand_as(total)
         self._set_noise(total)
 
     @torch.no_grad()
@@ -600,7 +789,7 @@ class ClassMap(ParticleModel):
         n_steps, size = 60, min(n_fit, 300)
         template = torch.zeros(1, c, n, n, device=device)
         batch = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)])
-        sample, transfer = self._inside(batch.images), self._transfer(batch)
+        sample, transfer, _ = self._seen(batch)
         template[0] = sample.mean(0) * self.mask
         for step in range(n_steps):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
@@ -660,7 +849,7 @@ class ClassMap(ParticleModel):
         for i, part in enumerate(chosen.split(1024)):
             batch = batches.take(part)
             rows.append(batch.row)
-            images, transfer = self._inside(batch.images), self._transfer(batch)
+            images, transfer, _ = self._seen(batch)
             with _fast_products(self.precision):
                 pose = self._search(images, transfer, templates, 1)[:, 0]
             r = len(self.angles)
@@ -757,8 +946,7 @@ class ClassMap(ParticleModel):
         """As many poses per image as hold 99.8 % of the posterior in a search that keeps the most."""
         self.n_encode_proposals.fill_(self.max_encode_proposals)
         with _fast_products(self.precision):
-            part = self._inside(batch.images), self._transfer(batch)
-            mass = self._encode_part(*part, self.decoder(self.node_z))["proposal_mass"]
+            mass = self._encode_part(self._seen(batch), self.decoder(self.node_z))["proposal_mass"]
         # one image in ten may need more
         held = mass.cumsum(1).quantile(0.1, dim=0)
         self.n_encode_proposals.fill_(max(6, 1 + int((held < 0.998).sum())))
@@ -768,13 +956,13 @@ class ClassMap(ParticleModel):
         a shift, and the share of junk, which is left out of the others."""
         encoding = self.encode(batch)
         assert encoding.angle is not None and encoding.shift is not None
-        drawn = self._inside(self.decode(encoding.z, encoding.angle, encoding.shift))
-        transfer = self._transfer(batch)
+        images, transfer, centre = self._seen(batch)
+        drawn = self._window(self.decode(encoding.z, encoding.angle, encoding.shift), centre)
         if transfer is not None:
             drawn = self._filter(drawn, transfer[:, None])
         junk = encoding.extras.get("junk_probability", torch.zeros_like(encoding.z[:, 0]))
         share = (1 - junk).clamp_min(1e-6) / (1 - junk).clamp_min(1e-6).sum()
-        power = share @ self._radial_power(self._inside(batch.images) - drawn)
+        power = share @ self._radial_power(images - drawn)
         signal = share @ self._radial_power(drawn)
         # pose and z were fitted to the same pixels: give back what they took, where turns and shifts are seen
         shell = torch.arange(len(power), device=power.device, dtype=power.dtype)
@@ -782,7 +970,7 @@ class ClassMap(ParticleModel):
         grip = shell**2 * signal / power * n_values
         taken = (3 + self.latent_dim) * grip / grip.sum().clamp_min(1e-12)
         power = power * n_values / (n_values - taken).clamp_min(0.5 * n_values)
-        squares = encoding.shift.square().mean(1) + encoding.extras["shift_std"].square()
+        squares = (encoding.shift - centre).square().mean(1) + encoding.extras["shift_std"].square()
         return power, signal, share @ squares / self.px_per_px**2, junk.mean()
 
     # ---- encoding
@@ -791,20 +979,16 @@ class ClassMap(ParticleModel):
     def encode(self, batch: Batch) -> Encoding:
         with _fast_products(self.precision):
             nodes = self.decoder(self.node_z)
-            transfer = self._transfer(batch)
-            parts = [
-                self._encode_part(
-                    self._inside(batch.images[i : i + 1024]),
-                    None if transfer is None else transfer[i : i + 1024],
-                    nodes,
-                )
-                for i in range(0, len(batch.images), 1024)
-            ]
+            parts = []
+            for i in range(0, len(batch.images), 1024):
+                part = Batch._make(None if field is None else field[i : i + 1024] for field in batch)
+                parts.append(self._encode_part(self._seen(part), nodes))
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         del whole["proposal_mass"]
         return Encoding(whole.pop("z"), whole.pop("z_std"), whole.pop("angle"), whole.pop("shift"), whole)
 
-    def _encode_part(self, images: Tensor, transfer: Tensor | None, nodes: Tensor) -> dict[str, Tensor]:
+    def _encode_part(self, seen: _Seen, nodes: Tensor) -> dict[str, Tensor]:
+        images, transfer, centre = seen
         b, r, k = len(images), len(self.angles), len(nodes)
         p = min(int(self.n_encode_proposals), r * len(self.shifts))
         pose = self._search(images, transfer, self._templates(nodes[self.coarse], self.coarse_band), p)
@@ -882,8 +1066,8 @@ class ClassMap(ParticleModel):
         mode = torch.where(inside, cell, 0)
         mode = mode / mode.sum(1, keepdim=True).clamp_min(1e-30)
         angle_var = (mode * away**2).sum(1) - (mode * away).sum(1) ** 2
-        centre = torch.einsum("bm,bmi->bi", mode, cell_move)
-        shift_var = torch.einsum("bm,bmi->bi", mode, (cell_move - centre[:, None]) ** 2).mean(1)
+        mode_move = torch.einsum("bm,bmi->bi", mode, cell_move)
+        shift_var = torch.einsum("bm,bmi->bi", mode, (cell_move - mode_move[:, None]) ** 2).mean(1)
 
         whitener = self._whitener()
         angle, move, curvature, residual = self._refine(
@@ -898,7 +1082,7 @@ class ClassMap(ParticleModel):
         move = move - _rotated(shift_gauge, angle)
         angle = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
         return {
-            "z": z, "z_std": z_std, "angle": angle, "shift": move * self.px_per_px,
+            "z": z, "z_std": z_std, "angle": angle, "shift": centre + move * self.px_per_px,
             "log_likelihood": evidence, "angle_std": angle_std, "shift_std": shift_std * self.px_per_px,
             "pose_entropy": entropy, "residual": residual, "proposal_mass": proposal_mass, **junk,
         }  # fmt: skip
