@@ -141,6 +141,13 @@ def test_shapes_are_where_the_truth_says() -> None:
         assert set(table["true_fold"][table["true_label"] == label]) == {fold}
 
 
+@pytest.mark.parametrize("kind", list(accuracy.kinds()))
+def test_every_kind_of_model_takes_the_settings_of_a_stack(kind: str) -> None:
+    for stack in (stacks.xyrcs(20), stacks.Stack("motion", stacks.xyrcs(20).particles)):
+        model = accuracy._settings(f"{kind}-3d" if kind != "class-map" else kind, stack, AccuracyConfig())
+        assert model.kind == kind and model.latent_dim == (2 if kind == "class-map" else 3)
+
+
 def test_dsprites_are_where_the_truth_says(data_dir: Path) -> None:
     stack = stacks.dsprites(data_dir, 400)
     table = stack.particles.table

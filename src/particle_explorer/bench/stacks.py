@@ -238,9 +238,7 @@ def xyrcs(n: int = 0) -> Stack:
     images *= grey[:, None, None].astype(np.float32)
     fold = np.asarray(XYRCS_FOLDS)[label]
     stack = _labelled("xyrcs", images, label, _every_fifth(len(label)), angle, shift, None, fold, 40.0)
-    return dataclasses.replace(
-        stack, settings={**CLASSES, "shift_range_px": 26.0 * 64 / 84, "shift_sd_px": 10.0}
-    )
+    return dataclasses.replace(stack, settings={**CLASSES, "shift_range_px": 20, "shift_sd_px": 10.0})
 
 
 def _shapes(label: NDArray[Any], angle_deg: Float, y: Float, x: Float) -> Float:
@@ -279,7 +277,7 @@ def dsprites(data: Path, n: int = 0) -> Stack:
     angle = -np.rad2deg(values[:, 3])
     fold = np.array([4, 2, 1])[label]
     stack = _labelled("dsprites", images, label, _every_fifth(len(label)), angle, shift, None, fold, 36.0)
-    return dataclasses.replace(stack, settings={**CLASSES, "shift_range_px": 18.0, "shift_sd_px": 9.0})
+    return dataclasses.replace(stack, settings={**CLASSES, "shift_range_px": 18, "shift_sd_px": 9.0})
 
 
 # ---------------------------------------------------------------------- helpers
@@ -332,5 +330,9 @@ def _labelled(
         particles,
         preprocess=CLEAN.model_copy(update={"diameter_A": diameter_px}),
         upright=upright,
-        settings={**CLASSES, "shift_range_px": 3 * MNIST_SHIFT_SD_PX, "shift_sd_px": MNIST_SHIFT_SD_PX},
+        settings={
+            **CLASSES,
+            "shift_range_px": round(3 * MNIST_SHIFT_SD_PX),
+            "shift_sd_px": MNIST_SHIFT_SD_PX,
+        },
     )
