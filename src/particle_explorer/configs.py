@@ -221,6 +221,10 @@ class SpatialVAEConfig(Config):
     """The content is held at 0 for this many epochs, and for a twentieth of the training at least, so that
     pose is learned first; in the first half of them there is no shift either. 0 holds nothing."""
 
+    starts: int = setting(3, "Starts", advanced=True, ge=1, le=20)
+    """Pose is learned for a short time from this many random starts, and the one that explains the particles
+    best goes on: some starts get stuck on two half-turned copies of the particle drawn over each other."""
+
     augment_rotation: bool = setting(True, "Turn images for the encoder", advanced=True)
     """Each image is turned by a random angle before encoding; without it, uniform angles are not learned."""
 

@@ -169,6 +169,60 @@ def test_grey_values_have_no_ctf() -> None:
         model_of(24, apply_ctf=True, likelihood="bernoulli")
 
 
+class Turned:
+    """Noisy phantoms at known poses, as `models.base.Batches`."""
+
+    def __init__(self, n: int, box_px: int) -> None:
+        rng = torch.Generator().manual_seed(3)
+        angle = 2 * math.pi * torch.rand(n, generator=rng)
+        clean = place(3 * phantom(box_px), angle, torch.zeros(n, 2), mode="bicubic")
+        self.images = clean + torch.randn(clean.shape, generator=rng)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor) -> Batch:
+        return batch_of(self.images[index])
+
+
+def test_of_several_starts_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, told, drawn = Turned(64, 16), [], []
+    model = model_of(16, starts=3)
+    networks = model._networks
+
+    def counted() -> tuple[torch.nn.Sequential, torch.nn.Module]:
+        encoder, decoder = networks()
+        drawn.append(decoder)
+        if len(drawn) == 2:  # the last start draws nothing like the particle, whatever it learns
+            with torch.no_grad():
+                decoder.out.bias.fill_(1e3)
+        return encoder, decoder
+
+    monkeypatch.setattr(model, "_networks", counted)
+    first = model.decoder.coordinates.weight.detach().clone()
+    torch.manual_seed(0)
+    for step in model.start(batches):
+        told.append(step)
+    assert len(drawn) == 2 and {step.what for step in told} == {
+        f"learning pose, start {i} of 3" for i in (1, 2, 3)
+    }
+    assert [step.fraction for step in told] == sorted(step.fraction for step in told)
+    assert model.chosen and model.decoder.out.bias.abs().max() < 100
+    assert not torch.equal(model.decoder.coordinates.weight, first)
+    model.schedule(0.0, 0)
+    assert model.content_frozen and not model.shift_frozen
+    other = model_of(16)
+    other.load_training_state(model.training_state())
+    assert other.chosen
+
+
+def test_one_start_is_taken_as_it_is() -> None:
+    model = model_of(16, starts=1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert list(model.start(Turned(8, 16))) == []
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_content_waits_for_the_pose() -> None:
     model = model_of(content_freeze_epochs=2)
     model.schedule(0.1, 1)

@@ -56,7 +56,7 @@ from particle_explorer.simulate import simulate
 MODELS: dict[str, ModelConfig] = {
     "class-map": ClassMapConfig(latent_dim=1),
     "class-map-2d": ClassMapConfig(latent_dim=2),
-    "spatial-vae": SpatialVAEConfig(),
+    "spatial-vae": SpatialVAEConfig(starts=1),
     "target-vae": TargetVAEConfig(),
     "codae": CODAEConfig(),
     "rotation-ae": RotationAEConfig(),

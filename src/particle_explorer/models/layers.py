@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ LEAST_LOG_VARIANCE = -6.0
 def exact(device: torch.device) -> torch.autocast:
     """No half precision inside: it would move pixels and poses by a tenth of a pixel."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def fast_products(precision: str) -> Iterator[None]:
+    """float32 products through bf16 where the hardware has it (sums and results stay float32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def gaussian_kl(mean: Tensor, log_sd: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ Where we differ from the published code:
 - the shift is inferred in the frame of the image that the encoder sees, not of the reference, where an error
   of the angle would move the molecule; the prior is isotropic, so the generative model is the same;
 - in the first half of the epochs without content there is no shift either;
+- pose is first learned for a short time from several random starts, and the one of the best evidence bound
+  goes on: a start in some ends with the particle drawn over its own half-turned copy, which costs evidence;
 - the decoder's first layer starts with larger weights (`EDGE_PX`), so that it can draw detail from the start;
 - the decoder may draw the particle free of the CTF, which is then applied to the whole picture, astigmatism
   included (the code: a kernel in real space without it);
@@ -27,6 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +37,14 @@ from torch import Tensor, nn
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
-from particle_explorer.models.layers import PixelNoise, disc_pixels, exact, gaussian_kl, random_pixels
+from particle_explorer.models.layers import (
+    PixelNoise,
+    disc_pixels,
+    exact,
+    fast_products,
+    gaussian_kl,
+    random_pixels,
+)
 from particle_explorer.transforms import place, rotation_matrix
 
 TURNS = 8
@@ -43,6 +53,10 @@ IMAGES_IN_A_FIT = 800_000
 """Images, counted as often as they are seen, that the default number of epochs comes to."""
 FREEZE_SHARE = 0.05
 """Least share of the training without content, so that a small stack's pose is learned first too."""
+TRIAL_IMAGES, TRIAL_EPOCHS = 24_000, 8
+"""What one of several starts sees: this many images, but no image more often than this."""
+TRIAL_SCORED = 2000
+"""Images by which starts are compared"""
 ANGLE_PRIOR_SD = math.pi
 EDGE_PX = 3.0
 """Width of the edges that the decoder's first layer draws before training."""
@@ -127,16 +141,8 @@ class SpatialVAE(ParticleModel):
         self.register_buffer("pixels", units, persistent=False)
         scale = torch.tensor([-1.0, 1.0]) * (2 / (n - 1))
         self.register_buffer("_half_image_yx", scale, persistent=False)
-        widths = [len(self.disc) * data.n_channels] + [config.hidden] * config.layers
         self.n_pose = 3 if config.infer_shift else 1
-        layers: list[nn.Module] = []
-        for i, o in itertools.pairwise(widths):
-            layers += [nn.Linear(i, o), nn.Tanh()]
-        n_out = 2 * (self.n_pose + config.latent_dim)
-        self.encoder = nn.Sequential(*layers, nn.Linear(widths[-1], n_out))
-        self.decoder = CoordinateDecoder(
-            config.latent_dim, config.hidden, config.layers, self.noise.n_drawn, edge=EDGE_PX * 2 / (n - 1)
-        )
+        self.encoder, self.decoder = self._networks()
         self.uses_ctf = config.apply_ctf
         if config.apply_ctf and config.likelihood == "bernoulli":
             raise UserError(
@@ -146,10 +152,64 @@ class SpatialVAE(ParticleModel):
         drawn = len(self.disc) * (1 if config.apply_ctf else config.pixel_fraction)
         self.step_bytes_per_image = round(4 * drawn * config.hidden * 2 * (config.layers + 1))
         self.content_frozen = self.shift_frozen = False
+        self.chosen = False
+        """Whether pose was learned from several starts already, the shift with it"""
         self.schedule(0.0, 0)
 
+    def _networks(self) -> tuple[nn.Sequential, CoordinateDecoder]:
+        """Encoder and decoder with new random weights."""
+        config = self.settings
+        widths = [len(self.disc) * self.data.n_channels] + [config.hidden] * config.layers
+        layers: list[nn.Module] = []
+        for i, o in itertools.pairwise(widths):
+            layers += [nn.Linear(i, o), nn.Tanh()]
+        n_out = 2 * (self.n_pose + config.latent_dim)
+        edge = EDGE_PX * 2 / (self.data.box_px - 1)
+        return (
+            nn.Sequential(*layers, nn.Linear(widths[-1], n_out)),
+            CoordinateDecoder(config.latent_dim, config.hidden, config.layers, self.noise.n_drawn, edge=edge),
+        )
+
     def start(self, batches: Batches) -> Iterator[Step]:
+        """Learn pose alone from several random starts, and go on with that of the best evidence bound."""
         yield from self.noise.check(batches)
+        n, n_starts = len(batches), self.settings.starts
+        if n_starts == 1:
+            return
+        size = min(self.batch_size, n)
+        n_steps = max(1, min(TRIAL_IMAGES, TRIAL_EPOCHS * n) // size)
+        scored = torch.randperm(n)[:TRIAL_SCORED].split(TRIAL_SCORED // 8)
+        best, weights = math.inf, self.state_dict()
+        for trial in range(n_starts):
+            if trial:
+                device = self.disc.device
+                encoder, decoder = self._networks()
+                self.encoder, self.decoder = encoder.to(device), decoder.to(device)
+            optimiser = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+            self.content_frozen = True
+            for step in range(n_steps):
+                self.shift_frozen = 2 * step < n_steps
+                with fast_products(self.precision):
+                    loss = torch.stack(list(self(batches.take(torch.randint(n, (size,)))).values())).sum()
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                optimiser.step()
+                if step % 10 == 0:
+                    done = (trial * n_steps + step) / (n_starts * n_steps)
+                    yield Step(f"learning pose, start {trial + 1} of {n_starts}", done)
+            with torch.no_grad(), fast_products(self.precision):
+                bounds = [torch.stack(list(self(batches.take(some)).values())).sum() for some in scored]
+            bound = float(torch.stack(bounds).mean())
+            if bound < best:
+                best, weights = bound, {name: value.clone() for name, value in self.state_dict().items()}
+        self.load_state_dict(weights)
+        self.chosen = True
+
+    def training_state(self) -> dict[str, Any]:
+        return {"chosen": self.chosen}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.chosen = bool(state.get("chosen", False))
 
     def schedule(self, fraction: float, epoch: int) -> None:
         """Hold the content at zero in the first epochs, so that pose is learned first, angle before shift.
@@ -159,7 +219,7 @@ class SpatialVAE(ParticleModel):
         n_frozen = self.settings.content_freeze_epochs
         share = FREEZE_SHARE if n_frozen else 0.0
         self.content_frozen = epoch < n_frozen or fraction < share
-        self.shift_frozen = 2 * epoch < n_frozen or 2 * fraction < share
+        self.shift_frozen = not self.chosen and (2 * epoch < n_frozen or 2 * fraction < share)
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means and log deviations `(b, pose + d)`; shifts in units of their prior."""
