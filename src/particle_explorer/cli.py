@@ -903,6 +903,11 @@ class Export(JobCommand):
     averages: str = ""
     """Also write the averages of these classes to this .mrcs file"""
     average: AverageConfig = AverageConfig()
+    recentre: bool = False
+    """Move rlnCoordinateX and Y to where the particles are, by whole pixels of the micrograph, to extract
+    them again; what is left stays in the origins. For star files"""
+    micrograph_pixel_size_A: float = Field(0.0, ge=0, le=1000)
+    """With --recentre: pixel size of the micrographs (Å), where the file does not say it"""
     overwrite: bool = False
     """Replace the files if they are there; the source is never replaced"""
 
@@ -910,7 +915,7 @@ class Export(JobCommand):
         """Export, and print the paths of the files."""
         import numpy as np
 
-        from particle_explorer.exporting import TABLE_SUFFIXES, choose, export, latent_columns
+        from particle_explorer.exporting import TABLE_SUFFIXES, choose, export, latent_columns, recentred
         from particle_explorer.io.writing import export_averages
         from particle_explorer.membership import by_class
         from particle_explorer.session import Session
@@ -949,10 +954,19 @@ class Export(JobCommand):
                 shift_yx_px=shift,
                 further=latent_columns(run) if run is not None and with_latents else None,
             )
+            coordinates = None
+            if self.recentre:
+                if out.suffix.lower() != ".star":
+                    raise UserError(f"--recentre writes a .star file, not {out.name}")
+                chosen, coordinates = recentred(chosen, self.micrograph_pixel_size_A)
+                job.note(
+                    "coordinates are where the particles are: extract them anew before using the origins"
+                )
             notes = export(
                 out,
                 chosen,
                 average=self.average,
+                coordinates_xy_px=coordinates,
                 overwrite=self.overwrite,
                 progress=job.tell,
                 stop=job.stop,
@@ -964,6 +978,86 @@ class Export(JobCommand):
                 grey = images if images.ndim == 3 else images.mean(1)  # an MRC stack has no colours
                 export_averages(files[1], grey, averages[0].pixel_size_A, overwrite=self.overwrite)
             job.result(" ".join(map(str, files)))
+
+
+class Merge(JobCommand):
+    """Join several star files into one, to make one session of them."""
+
+    stars: CliPositionalArg[list[Path]]
+    """Two star files or more, of one dialect"""
+    out: Path
+    """The .star file to write"""
+    project_dir: str = ""
+    """Where the stack names start from, if they cannot be found otherwise"""
+    overwrite: bool = False
+    """Replace the file if it is there; the sources are never replaced"""
+
+    def execute(self) -> None:
+        """Join, and print the path of the file."""
+        from particle_explorer.io.joining import merge_stars
+
+        with self.job("joining star files") as job:
+            notes = merge_stars(
+                self.stars, self.out, project_dir=_path(self.project_dir), overwrite=self.overwrite
+            )
+            for note in notes:
+                job.note(note)
+            job.result(self.out)
+
+
+class Transfer(JobCommand):
+    """Find a session's particles in another extraction by micrograph and coordinate, and write them there."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    to: Path
+    """The star or cs file of the other extraction, e.g. the unbinned one"""
+    out: Path
+    """The file to write: rows of --to, with classes and poses of the session"""
+    run: str = ""
+    """Name or number of the run whose poses are written; by default the newest finished one"""
+    selection: str = ""
+    """Only the particles of this named selection"""
+    classes: str = ""
+    """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
+    poses: Literal["run", "held", "refined", "none"] = "run"
+    """Whose poses are written, see `export --poses`"""
+    tolerance_px: float = Field(2.0, gt=0, le=10_000)
+    """How far apart coordinates of one particle may lie, in pixels of the micrograph"""
+    project_dir: str = ""
+    """Where the stack names of --to start from, if they cannot be found otherwise"""
+    overwrite: bool = False
+    """Replace the file if it is there; sources are never replaced"""
+
+    def execute(self) -> None:
+        """Write, and print the path of the file."""
+        import numpy as np
+
+        from particle_explorer.exporting import choose, transfer
+        from particle_explorer.io.reading import read
+        from particle_explorer.session import Session
+
+        with self.job("finding particles") as job:
+            session = Session.open(self.session)
+            run = session.run(self.run) if self.run else session.newest_finished_run()
+            mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
+            other = read(self.to, project_dir=_path(self.project_dir))
+            angle, shift = (None, None)
+            if run is not None and self.poses != "none":
+                angle, shift = _poses_of(run, self.poses)
+            chosen = choose(
+                session,
+                mask,
+                class_id=_class_numbers(session, run, self.classes),
+                angle_deg=angle,
+                shift_yx_px=shift,
+            )
+            notes = transfer(
+                self.out, chosen, other, tolerance_px=self.tolerance_px, overwrite=self.overwrite
+            )
+            for note in notes:
+                job.note(note)
+            job.result(self.out)
 
 
 class ExportClasses(JobCommand):
@@ -1165,6 +1259,8 @@ COMMANDS: dict[str, type[Command]] = {
     "refine": Refine,
     "export": Export,
     "export-classes": ExportClasses,
+    "merge": Merge,
+    "transfer": Transfer,
     "open": Open,
     "simulate": Simulate,
     "demo": Demo,

@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from particle_explorer.averaging import Event, average_classes
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError, umask
-from particle_explorer.io import writing
+from particle_explorer.io import cs_writing, joining, writing
 from particle_explorer.io.class_files import ROOT, ClassSet, class_numbers, write_relion, write_templates
 from particle_explorer.movies import contact_sheet
-from particle_explorer.particles import ImageStack
+from particle_explorer.particles import ImageStack, Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.report import png_file
@@ -99,6 +99,7 @@ def export(
     chosen: Chosen,
     *,
     average: AverageConfig | None = None,
+    coordinates_xy_px: NDArray[np.float64] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: Event | None = None,
@@ -117,7 +118,9 @@ def export(
     said: list[str] = []
 
     def check(found: pd.DataFrame) -> None:
-        if chosen.angle_deg is not None:
+        if coordinates_xy_px is not None:  # poses of images that are yet to be extracted
+            same_poses(found, chosen.angle_deg, chosen.shift_yx_px)
+        elif chosen.angle_deg is not None:
             said.append(check_poses(chosen, found, average or AverageConfig(), progress, stop))
 
     notes = writing.export_particles(
@@ -129,6 +132,7 @@ def export(
         angle_deg=chosen.angle_deg,
         shift_yx_px=chosen.shift_yx_px,
         further=chosen.further,
+        coordinates_xy_px=coordinates_xy_px,
         group_file=session.group_file,
         overwrite=overwrite,
         protected=[session.original_source],
@@ -273,6 +277,100 @@ def _class_set(
     return ClassSet(every, counts, resolution, stored.pixel_size_A)
 
 
+def recentred(chosen: Chosen, micrograph_pixel_size_A: float = 0.0) -> tuple[Chosen, NDArray[np.float64]]:
+    """Poses as they will be after particles are extracted again where they are, and `(k, 2)` coordinates
+    (x, y) to extract them at, in whole pixels of the micrograph away from the old.
+
+    A particle at +shift from the middle of its box lies at coordinate + shift (RELION: `rlnCoordinate -=
+    rlnOrigin`); what the whole pixels leave stays in the shift.
+    """
+    table = chosen.table
+    if chosen.shift_yx_px is None:
+        raise UserError("there are no shifts to recentre particles by; choose poses")
+    if not {"rlnCoordinateX", "rlnCoordinateY"} <= set(table):
+        raise UserError(
+            "the particle file has no coordinates rlnCoordinateX and Y to recentre; for cryoSPARC export "
+            "poses and extract with 'Recenter using aligned shifts'"
+        )
+    size = joining.micrograph_pixel_size(table, micrograph_pixel_size_A)
+    scale = table["pixel_size_A"].to_numpy(float) / size
+    if not np.isfinite(scale).all():
+        raise UserError(
+            "the pixel size of the micrographs is not known (no rlnMicrographPixelSize): give it by "
+            "--micrograph-pixel-size-A"
+        )
+    whole = np.round(chosen.shift_yx_px * scale[:, None])
+    coordinates = table[["rlnCoordinateX", "rlnCoordinateY"]].to_numpy(float) + whole[:, ::-1]
+    return replace(chosen, shift_yx_px=chosen.shift_yx_px - whole / scale[:, None]), coordinates
+
+
+def transfer(
+    out: Path,
+    chosen: Chosen,
+    other: Particles,
+    *,
+    tolerance_px: float = 2.0,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write those particles of another extraction that lie where the chosen ones do, with their classes and
+    poses; `tolerance_px` in pixels of the micrograph. Returns notes.
+
+    Shifts keep their length in Å; where a particle was extracted at another coordinate, they change by that.
+    """
+    session, table = chosen.session, chosen.table
+    if session.info.source_kind != other.kind:
+        raise UserError(
+            f"{other.source} is a .{other.kind} file and the session was made of a "
+            f".{session.info.source_kind} file; coordinates are compared within one kind only, as their "
+            "axes differ"
+        )
+    place = joining.match(table, other.table, tolerance_px, (str(session.path), str(other.source)))
+    here = np.flatnonzero(place >= 0)
+    if not len(here):
+        raise UserError(
+            f"no particle of {other.source} lies within {tolerance_px:g} px of one of the session's; are "
+            "they of the same micrographs?"
+        )
+    theirs = other.table.iloc[place[here]]
+    notes: list[str] = []
+    shift = None
+    if chosen.shift_yx_px is not None:
+        my_size = table["pixel_size_A"].to_numpy(float)[here]
+        their_size = theirs["pixel_size_A"].to_numpy(float)
+        if not np.isfinite(my_size * their_size).all():
+            raise UserError("the pixel size of one of the extractions is not known, and shifts need it")
+        moved = joining.places(theirs, "")[1] - joining.places(table.iloc[here], "")[1]
+        micrograph = joining.micrograph_pixel_size(theirs)
+        if np.any(moved) and not np.isfinite(micrograph).all():
+            notes.append(
+                "coordinates differ a little, and the pixel size of the micrographs is not known: shifts "
+                "were not corrected for that"
+            )
+            moved = np.zeros_like(moved)
+        moved_A = np.where(np.isfinite(micrograph), micrograph, 0.0)[:, None] * moved[:, ::-1]
+        shift = (chosen.shift_yx_px[here] * my_size[:, None] - moved_A) / their_size[:, None]
+    classes = None if chosen.class_id is None else chosen.class_id[here]
+    angle = None if chosen.angle_deg is None else chosen.angle_deg[here]
+    order = np.argsort(theirs["source_row"].to_numpy(), kind="stable")
+
+    def check(found: pd.DataFrame) -> None:
+        same_poses(found, None if angle is None else angle[order], None if shift is None else shift[order])
+
+    notes += writing.export_particles(
+        out,
+        table=theirs,
+        source=other.source,
+        kind=other.kind,
+        class_id=classes,
+        angle_deg=angle,
+        shift_yx_px=shift,
+        group_file=cs_writing.group_file_of(other.source) if other.kind == "cs" else None,
+        overwrite=overwrite,
+        check=check,
+    )
+    return [f"{len(here)} of {len(chosen.rows)} particles found in {other.source}", *notes]
+
+
 def as_table(chosen: Chosen) -> pd.DataFrame:
     """One row per particle, indexed by uid: where its image is, class, pose, latent coordinates."""
     names = [name for name in ("rlnImageName", "blob/path", "blob/idx") if name in chosen.table]
@@ -332,14 +430,7 @@ def check_poses(
         n,
     )
     # a blob turned the wrong way still looks alike, so every pose is compared as well
-    turn = np.abs(wrap_deg(written[0] - meant[0]))
-    moved = np.abs(written[1] - meant[1]).max(axis=1) if chosen.shift_yx_px is not None else np.zeros(n)
-    off = np.flatnonzero((turn > _SAME_DEG) | (moved > _SAME_PX))
-    if len(off):
-        raise RuntimeError(
-            f"{len(off)} of the written poses are not those that were meant; the first is particle "
-            f"{int(off[0]) + 1}, {turn[off[0]]:.3g}° and {moved[off[0]]:.3g} px off"
-        )
+    same_poses(found, chosen.angle_deg, chosen.shift_yx_px)
     worst = 1.0
     for i, part in enumerate(parts):
         where = _Written(chosen.session, chosen.rows[part], images)
@@ -368,6 +459,23 @@ def check_poses(
         raise RuntimeError(f"averages by the written poses are not those that were meant (r {worst:.3f})")
     total = sum(map(len, parts))
     return f"checked: {total} particles averaged again from what was written, r {worst:.4f}"
+
+
+def same_poses(
+    found: pd.DataFrame, angle_deg: NDArray[np.float64] | None, shift_yx_px: NDArray[np.float64] | None
+) -> None:
+    """Every pose that a written file says is the one that was meant, or a `RuntimeError`."""
+    turn, moved = np.zeros(len(found)), np.zeros(len(found))
+    if angle_deg is not None:
+        turn = np.abs(wrap_deg(found["angle_deg"].to_numpy(float) - angle_deg))
+    if shift_yx_px is not None:
+        moved = np.abs(found[["shift_y_px", "shift_x_px"]].to_numpy(float) - shift_yx_px).max(axis=1)
+    off = np.flatnonzero(~((turn <= _SAME_DEG) & (moved <= _SAME_PX)))
+    if len(off):
+        raise RuntimeError(
+            f"{len(off)} of the written poses are not those that were meant; the first is particle "
+            f"{int(off[0]) + 1}, {turn[off[0]]:.3g}° and {moved[off[0]]:.3g} px off"
+        )
 
 
 def _poses(

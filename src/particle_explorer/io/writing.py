@@ -39,6 +39,7 @@ def export_particles(
     angle_deg: ArrayLike | None = None,
     shift_yx_px: ArrayLike | None = None,
     further: Mapping[str, ArrayLike] | None = None,
+    coordinates_xy_px: ArrayLike | None = None,
     group_file: Path | None = None,
     overwrite: bool = False,
     protected: Iterable[Path] = (),
@@ -64,6 +65,8 @@ def export_particles(
     further
         `(N,)` numbers by name, such as latent coordinates: columns `_explorerName` of a star file, fields
         `explorer/name` of a cs file.
+    coordinates_xy_px
+        `(N, 2)` new coordinates in the micrograph, for a star file that has them.
     group_file
         For a cs file: the `.csg` of the source, which is written anew beside it with its names and numbers in
         place.
@@ -93,6 +96,9 @@ def export_particles(
         None if angle_deg is None else _finite(angle_deg, "angle", (len(order),))[order],
         None if shift_yx_px is None else _finite(shift_yx_px, "shift", (len(order), 2))[order],
         {name: np.asarray(values, np.float64)[order] for name, values in (further or {}).items()},
+        None
+        if coordinates_xy_px is None
+        else _finite(coordinates_xy_px, "coordinate", (len(order), 2))[order],
     )
     watch = _Watch(len(table), progress, stop)
     if out.suffix.lower() == ".cs":
@@ -123,6 +129,7 @@ class _New(NamedTuple):
     angle_deg: NDArray[np.float64] | None
     shift_yx_px: NDArray[np.float64] | None
     further: dict[str, NDArray[np.float64]]
+    coordinates_xy_px: NDArray[np.float64] | None
 
 
 class _Watch:
@@ -156,6 +163,9 @@ def _export_star(
     made: list[Path],
 ) -> list[str]:
     further = {star_label(name): _printed(values) for name, values in new.further.items()}
+    if new.coordinates_xy_px is not None:
+        for label, column in zip(("rlnCoordinateX", "rlnCoordinateY"), new.coordinates_xy_px.T, strict=True):
+            further[label] = [f"{value:.6f}" for value in column.tolist()]
     if kind == "star" and source is not None:
         text, names, values, notes = relion.edited_star(source, table, *new[:3], further)
         notes += _place_note(out, table)
