@@ -494,3 +494,19 @@ def test_several_pixel_sizes_make_one_session(tmp_path: Path) -> None:
     session = Session.create(tmp_path / "s", read(tmp_path / "p.star"), PreprocessConfig(background="none"))
     assert session.plan.mixed and session.images.shape == (20, 1, 16, 16)
     np.testing.assert_allclose(session.images[::2], session.images[1::2], atol=2e-3)
+
+
+def test_rows_of_a_named_selection_that_a_run_is_fitted_to(tiny_session: Session) -> None:
+    from particle_explorer.configs import ClassMapConfig, RunConfig
+
+    n = tiny_session.n_particles
+    tiny_session.save_selection("some", np.arange(n) < 30)
+    assert list(tiny_session.rows_where("", "some")) == list(range(30))
+    where = "stack_index >= 20"
+    both = tiny_session.rows_where(where, "some")
+    assert set(both) == set(tiny_session.rows_where(where)) & set(range(30)) and 0 < both.size < 30
+    spec = tiny_session.data_spec()
+    with pytest.raises(UserError, match="no selection 'other'"):
+        tiny_session.new_run(RunConfig(model=ClassMapConfig(), data=spec, selection="other"))
+    with pytest.raises(UserError, match="is left by --where"):
+        tiny_session.rows_where("stack_index >= 100", "some")

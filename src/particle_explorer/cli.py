@@ -288,6 +288,10 @@ class Train(JobCommand):
     train: TrainConfig = TrainConfig()
     where: str = ""
     """Fit only these particles: COLUMN OP VALUE [and ...]; all are encoded at the end"""
+    selection: str = ""
+    """Fit only the particles of this named selection; all are encoded at the end"""
+    parent: str = ""
+    """Name of the run whose map the selection was made on, to be remembered with the new run"""
     device: str = "auto"
     """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
     resume: str = ""
@@ -312,6 +316,8 @@ class Train(JobCommand):
                     train=self.train,
                     data=spec,
                     where=self.where,
+                    selection=self.selection,
+                    parent=self.parent,
                     device=self.device,
                     version=__version__,
                 )

@@ -435,6 +435,8 @@ class RunConfig(Config):
     data: DataSpec
     where: str = ""
     """The rows fitted, as `COLUMN OP VALUE [and …]`; empty fits all."""
+    selection: str = ""
+    """Of these, only the particles of the named selection; empty takes all."""
     device: str = "auto"
     parent: str = ""
     """Name of the run that this one continues, if any."""

@@ -429,13 +429,14 @@ class Session:
             n_particles=self.info.n,
         )
 
-    def rows_where(self, where: str) -> Rows:
-        """The rows that `COLUMN OP VALUE [and …]` takes; all for an empty text."""
-        if not where:
-            return np.arange(self.info.n)
-        rows = np.flatnonzero(where_mask(self.table, where))
+    def rows_where(self, where: str, selection: str = "") -> Rows:
+        """The rows that `COLUMN OP VALUE [and …]` takes, of a named selection; all for empty texts."""
+        rows = np.flatnonzero(where_mask(self.table, where)) if where else np.arange(self.info.n)
+        if selection:
+            rows = np.intersect1d(rows, np.flatnonzero(self.selection(selection)))
         if rows.size == 0:
-            raise UserError(f"no particle of {self.path} is left by --where {where!r}")
+            asked = (f"--where {where!r}" if where else "", f"--selection {selection!r}" if selection else "")
+            raise UserError(f"no particle of {self.path} is left by {' and '.join(filter(None, asked))}")
         return rows
 
     def join_table(self, extra: pd.DataFrame) -> None:
@@ -462,7 +463,7 @@ class Session:
 
     def new_run(self, config: RunConfig) -> Run:
         """Make the folder `runs/NNNN-kind` of a run that is yet to be fitted."""
-        self.rows_where(config.where)  # a mistyped subset is found now, not in a worker
+        self.rows_where(config.where, config.selection)  # a mistyped subset is found now, not in a worker
         path = self._new_folder("runs", config.model.kind)
         write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
         return Run(self, path)

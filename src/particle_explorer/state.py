@@ -144,6 +144,8 @@ class AppState:
     """whether the handle stands where there are no particles: what is drawn there is a guess"""
     axes_asked = Signal(str, str)
     """columns that somebody wants to see on the axes of the map"""
+    train_asked = Signal()
+    """somebody wants to train again on the selection"""
     colour_asked = Signal(str)
     """column that somebody wants the map coloured by"""
     pose_changed = Signal(float, np.ndarray)

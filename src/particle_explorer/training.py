@@ -493,7 +493,7 @@ class _Fit:
                 f"run {run.name} was made for images of {self.config.data.box_px} px and"
                 f" {self.config.data.n_particles} particles, the session has others now; start a new run"
             )
-        self.rows = self.session.rows_where(self.config.where)
+        self.rows = self.session.rows_where(self.config.where, self.config.selection)
         self.resume = resume
         self.epoch = self.step = 0
         self.started = False

@@ -323,3 +323,29 @@ def test_the_dock_of_a_closed_window_is_silent(qtbot: QtBot, tiny_session: Sessi
     qtbot.wait(20)
     state.open_session(tiny_session)
     qtbot.wait(100)
+
+
+def test_training_again_on_the_selection_keeps_it_as_a_set(
+    qtbot: QtBot, tiny_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from napari.components import ViewerModel
+
+    from particle_explorer.widgets.workspace import state_of
+
+    viewer = ViewerModel()
+    state = state_of(viewer)
+    dock = TrainDock(viewer)
+    qtbot.addWidget(dock)
+    state.open_session(tiny_session)
+    started: list[list[str]] = []
+    monkeypatch.setattr(dock, "_start", started.append)
+    mask = np.arange(tiny_session.n_particles) % 4 == 0
+    state.train_asked.emit()
+    assert not started and not tiny_session.selections(), "nothing is selected"
+    state.selection.set(mask)
+    state.train_asked.emit()
+    qtbot.waitUntil(lambda: bool(started))
+    assert started[0][started[0].index("--selection") + 1] == "trained on 1"
+    assert np.array_equal(tiny_session.selection("trained on 1"), mask)
+    dock.tasks.stop()
+    dock.stop_following()

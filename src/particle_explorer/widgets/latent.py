@@ -729,6 +729,12 @@ class LatentDock(QWidget):
         offer("Undo", selection.undo, selection.can_undo, "The selection before this one", "Ctrl+Z")
         offer("Redo", selection.redo, selection.can_redo, "", "Ctrl+Shift+Z")
         menu.addSeparator()
+        offer(
+            "Train again on the selected particles",
+            self.state.train_asked.emit,
+            n > 0 and self.state.session is not None,
+            "A new run on these particles alone, with the settings of the tab Train; it remembers this run",
+        )
         offer("Points and density…", self._show_look, True, "Size and strength of the points")
         offer("Shortcuts…", self._show_help, True, "What keys and mouse do on the map", "F1")
 

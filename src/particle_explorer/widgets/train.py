@@ -156,6 +156,7 @@ class TrainDock(QWidget):
         self._follower = JobFollower(self, look, self._on_seen)
         follow(self, self.state.session_changed, self._on_session)
         follow(self, self.state.run_changed, self._on_run)
+        follow(self, self.state.train_asked, self.train_on_selection)
         self._choose_model()
         self._on_session(self.state.session)
 
@@ -465,6 +466,25 @@ class TrainDock(QWidget):
         arguments = ["train", str(self.state.session.path)]
         arguments += command_line("model", model) + command_line("train", self.train_form.value())
         return [*arguments, "--device", self.device.currentData()]
+
+    def train_on_selection(self) -> None:
+        """Start a run on the selection alone, kept as a set, that remembers the run it was made on."""
+        session, mask, parent = self.state.session, self.state.selection.mask, self.state.run
+        if session is None or not mask.any() or self.watch.isVisible():
+            return
+        number = 1
+        while (name := f"trained on {number}") in session.selections():
+            number += 1
+        arguments = [*self.arguments(), "--selection", name]
+        arguments += [] if parent is None else ["--parent", parent.name]
+        how = "to train on" if parent is None else f"to train on, selected on the map of run {parent.name}"
+
+        def saved(_: object) -> None:
+            self.state.sets_changed.emit()
+            self._start(arguments)
+
+        save = lambda: session.save_selection(name, mask, how)  # noqa: E731
+        self.tasks.run("save set", save, saved, self.complaint.show_failure)
 
     def train(self) -> None:
         """Start a new run."""

@@ -193,6 +193,7 @@ class Workspace(QWidget):
         self.viewer.canvas.overlays.text.position = "bottom_left"
         self.particles.prepared.connect(self.show_train)
         self.train.trained.connect(self._trained)
+        follow(self, self.state.train_asked, self.show_train)
         follow(self, self.state.session_changed, self._on_session)
         follow(self, self.state.features_changed, self._show_view_choice)
         follow(self, self.state.view_changed, self._show_view_choice)
