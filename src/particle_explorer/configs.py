@@ -507,7 +507,7 @@ class AverageConfig(Config):
     box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=2048, zero="as the original")
     """Side of the averages; 0 keeps the original box."""
     interpolation: Literal["auto", "spline", "shears"] = setting("auto", "Interpolation", advanced=True)
-    """How images are moved back: `spline` is exact up to the last ring, `shears` forty times as fast and
+    """How images are moved back: `spline` is exact up to the last ring, `shears` several times as fast and
     exact up to 0.3 of the sampling. `auto` takes splines for what they do in seconds, else shears."""
 
 
