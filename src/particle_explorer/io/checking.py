@@ -16,7 +16,9 @@ from particle_explorer.pose import rotation_matrix
 
 SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 """Of angle and shift; the first is what the file means by its own format."""
-_MOST = 512
+_MOST = 256
+_MOST_BYTES = 128 * 2**20
+"""Read for the check of poses: a second from a disk, a few from a share."""
 _LEAST = 24
 _SIDE_PX = 48
 _GROUPS = 8
@@ -51,7 +53,9 @@ def check_poses(particles: Particles) -> PoseCheck:
         rows = np.flatnonzero(table["class_id"] == values[np.argmax(counts)])
     boxes = particles.images.box_px[rows]
     rows = rows[boxes == np.bincount(boxes).argmax()]
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MOST)).astype(int)]
+    image_bytes = 4 * particles.images.n_channels * int(particles.images.box_px[rows[0]]) ** 2
+    most = min(len(rows), _MOST, max(_LEAST, _MOST_BYTES // image_bytes))
+    rows = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
     if len(rows) < _LEAST:
         words = f"{len(rows)} particles of a class are too few to check their poses"
         return PoseCheck("inconclusive", words, (), len(rows))
