@@ -178,3 +178,86 @@ def test_what_was_exported_reads_back_as_the_same_pose(tmp_path: Path, dialect: 
     assert turn.max() < 1e-3
     found = table[["shift_x_px", "shift_y_px"]].to_numpy()
     np.testing.assert_allclose(found, -ORIGIN_XY_PX, atol=1e-3)
+
+
+def draw_at(n: int, step: float, psi_deg: float = 0.0, origin_xy: Any = (0.0, 0.0)) -> NDArray[np.float32]:
+    """One phantom whatever the sampling: a box of n px, each `step` fine pixels wide; origins in those."""
+    rng = np.random.default_rng(4)
+    points, weights = rng.uniform(-11, 11, (20, 2)), rng.uniform(0.5, 1.5, 20)
+    at = (points @ turned(-psi_deg).T - np.asarray(origin_xy)) / step
+    y, x = np.indices((n, n)) - n // 2
+    image = np.zeros((n, n))
+    for (px, py), weight in zip(at, weights, strict=True):
+        image += weight * np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * (2.4 / step) ** 2))
+    return image.astype(np.float32)
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("star", 1.0), ("cs", 1.0), ("cs", 4.0)])
+@pytest.mark.parametrize("n", [48, 49])
+def test_two_pixel_sizes_in_one_file(tmp_path: Path, n: int, kind: str, unit: float) -> None:
+    """Two optics groups, the second sampled twice as coarsely; only one of four sign combinations is right.
+
+    `unit` is `alignments2D/psize_A` over the finer pixel size.
+    """
+    half = K // 2
+    steps, boxes = (1.0, 2.0), (n, 25 if n % 2 else 24)
+    stacks = []
+    for group, (step, box) in enumerate(zip(steps, boxes, strict=True)):
+        rows = range(group * half, (group + 1) * half)
+        stacks.append(np.stack([draw_at(box, step, PSI_DEG[i], ORIGIN_XY_PX[i]) for i in rows]))
+        with mrcfile.new(tmp_path / f"g{group}.mrcs", stacks[-1]) as stack:
+            stack.set_image_stack()
+            stack.voxel_size = APIX * step
+    names, index = [f"g{i // half}.mrcs" for i in range(K)], np.arange(K) % half
+    step_of = np.repeat(steps, half)
+    source = tmp_path / f"two.{kind}"
+    if kind == "cs":
+        fields = [("uid", "<u8"), ("blob/path", "S7"), ("blob/idx", "<u4"), ("blob/psize_A", "<f4"),
+                  ("alignments2D/shift", "<f4", (2,)), ("alignments2D/pose", "<f4"),
+                  ("alignments2D/psize_A", "<f4"), ("alignments2D/class", "<u4")]  # fmt: skip
+        records = np.zeros(K, fields)
+        records["uid"], records["blob/path"], records["blob/idx"] = np.arange(K) + 7, names, index
+        records["blob/psize_A"], records["alignments2D/psize_A"] = APIX * step_of, APIX * unit
+        with source.open("wb") as file:
+            np.save(file, records)
+    else:
+        text = "data_optics\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n_rlnImageSize\n"
+        text += "".join(f"{g + 1} {APIX * steps[g]} {boxes[g]}\n" for g in (0, 1))
+        text += "\ndata_particles\nloop_\n_rlnImageName\n_rlnOpticsGroup\n"
+        text += "".join(f"{index[i] + 1}@{names[i]} {i // half + 1}\n" for i in range(K))
+        source.write_text(text)
+    out = tmp_path / f"out.{kind}"
+    export_particles(
+        out,
+        table=read(source).table,
+        source=source,
+        kind=kind,
+        angle_deg=-PSI_DEG,
+        shift_yx_px=-ORIGIN_XY_PX[:, ::-1] / step_of[:, None],
+    )
+    if kind == "cs":
+        written = np.load(out)
+        psi = np.rad2deg(written["alignments2D/pose"].astype(float))
+        origin_A = written["alignments2D/shift"] * written["alignments2D/psize_A"][:, None].astype(float)
+    else:
+        rows = starfile.read(out)["particles"]
+        psi, origin_A = (
+            rows["rlnAnglePsi"].to_numpy(),
+            rows[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy(),
+        )
+    for group, (step, box) in enumerate(zip(steps, boxes, strict=True)):
+        y, x = np.indices((box, box)) - box // 2
+        grid = np.stack([x.ravel(), y.ravel()])
+        scores = {}
+        for turn, move in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            total = np.zeros((box, box))
+            for i in range(half):
+                at = group * half + i
+                origin = move * origin_A[at] / (APIX * step)
+                xy = turned(-turn * psi[at]) @ grid - origin[:, None]
+                total += ndimage.map_coordinates(
+                    stacks[group][i], (xy[::-1] + box // 2).reshape(2, box, box), order=3
+                )
+            scores[turn, move] = correlation(total, draw_at(box, step))
+        right = scores.pop((1, 1))
+        assert right > 0.99 and max(scores.values()) < 0.95, (right, scores)
