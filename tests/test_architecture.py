@@ -24,7 +24,7 @@ RANKS: dict[str, int] = {
             ["configs", "pose", "files", "transforms", "shears"],
             ["particles", "ctf", "status"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
-            ["session", "gauge", "traversals", "membership", "refining"],
+            ["session", "gauge", "team", "traversals", "membership", "refining"],
             ["training", "exporting", "coordinates"],
             ["jobs", "state", "controls"],
             ["demo", "cli", "plugin"],
@@ -45,7 +45,7 @@ WINDOWED_TESTS = {"test_journey.py", "test_plugin.py", "test_interface.py"}
 # Packages that cost start-up time or a screen, and the only modules that may name them.
 ALLOWED: dict[str, set[str]] = {
     "numba": {"shears"},
-    "torch": {"averaging", "transforms", "models", "training", "gauge", "demo", "bench"},
+    "torch": {"averaging", "transforms", "models", "training", "team", "gauge", "demo", "bench"},
     "qtpy": {"widgets", "bench"},
     "superqt": set(),
     "magicgui": {"widgets"},

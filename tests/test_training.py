@@ -496,11 +496,6 @@ def test_without_a_gpu_the_processor_is_taken():
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
-def test_several_devices_name_what_is_missing(tiny_session):
-    with pytest.raises(UserError, match=r"--train\.devices 2"):
-        last(fit(new_run(tiny_session, devices=2)))
-
-
 def test_a_run_of_another_cache_is_refused(tiny_session):
     run = new_run(tiny_session)
     other = run.config.model_copy(update={"data": run.config.data.model_copy(update={"box_px": 64})})

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from particle_explorer.latents import Latents
     from particle_explorer.session import Run, Session
     from particle_explorer.status import StatusWriter
+    from particle_explorer.team import Team
 
 T = TypeVar("T")
 
@@ -299,29 +300,48 @@ class Train(JobCommand):
 
     def execute(self) -> None:
         """Fit, and print the path of the run."""
+        from particle_explorer.session import Session
+
+        session = Session.open(self.session)
+
+        from particle_explorer.team import joined, started_by_torchrun
+        from particle_explorer.training import help_fit
+
+        with contextlib.ExitStack() as stack:
+            team = stack.enter_context(joined(self.device)) if started_by_torchrun() else None
+            if team is None or team.leads:
+                run = self._run(session, team.size if team else self.train.devices)
+            if team is not None:
+                run = session.run(Path(team.tell(run.name if team.leads else "")).name)
+                if not team.leads:
+                    help_fit(run, team, resume=bool(self.resume))
+                    return
+            self._fit(session, run, team)
+
+    def _run(self, session: Session, n_devices: int) -> Run:
+        """The run that is gone on with, or a new one."""
         from particle_explorer import __version__
         from particle_explorer.configs import RunConfig
-        from particle_explorer.session import Session
+
+        if self.resume:
+            return session.run(Path(self.resume).name)
+        return session.new_run(
+            RunConfig(
+                model=self.model,
+                train=self.train.model_copy(update={"devices": n_devices}),
+                data=session.data_spec(),
+                where=self.where,
+                selection=self.selection,
+                parent=self.parent,
+                device=self.device,
+                version=__version__,
+            )
+        )
+
+    def _fit(self, session: Session, run: Run, team: Team | None) -> None:
         from particle_explorer.status import StatusWriter
         from particle_explorer.training import fit
 
-        session = Session.open(self.session)
-        if self.resume:
-            run = session.run(Path(self.resume).name)
-        else:
-            spec = session.data_spec()
-            run = session.new_run(
-                RunConfig(
-                    model=self.model,
-                    train=self.train,
-                    data=spec,
-                    where=self.where,
-                    selection=self.selection,
-                    parent=self.parent,
-                    device=self.device,
-                    version=__version__,
-                )
-            )
         print(run.path, flush=True)
         stop = threading.Event()
         job = Job(StatusWriter())  # `fit` reports to the folders; this one only talks
@@ -332,6 +352,7 @@ class Train(JobCommand):
                 resume=bool(self.resume),
                 status_folders=(Path(self.status),) if self.status else (),
                 background=bool(self.status),
+                team=team,
             ):
                 job.line(f"{progress.what} {progress.epoch}", _progress_text(progress))
         job.end_line()

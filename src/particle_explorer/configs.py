@@ -311,7 +311,7 @@ class CODAEConfig(Config):
     """The pose is led by the centre of mass and the long axis of the bright pixels at first, with this
     weight beside the reconstruction. 0 leaves it to the reconstruction alone."""
 
-    moment_share: float = setting(0.25, "Share of the training with moments", advanced=True, ge=0, le=1)
+    moment_share: float = setting(1.0, "Share of the training with moments", advanced=True, ge=0, le=1)
     """The weight of the moments falls to nothing over this share of the training."""
 
     euler_encoding: bool = setting(True, "Content on circles", advanced=True)
@@ -408,7 +408,8 @@ class TrainConfig(Config):
     """`auto` takes bf16 matrix products where the processor has them."""
 
     devices: int = setting(1, "Devices", advanced=True, ge=1, le=64)
-    """Number of devices to train on. This version trains on one."""
+    """Number of devices that take each batch together: GPUs, or processes on the CPU. Without a GPU one is as
+    fast. On several computers, start the same command everywhere with torchrun instead."""
 
     checkpoint_minutes: float = setting(1.0, "Checkpoint every", unit="min", advanced=True, ge=0, le=600)
     """A checkpoint is written at the end of an epoch when this much time has passed since the last."""

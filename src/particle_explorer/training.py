@@ -11,9 +11,11 @@ uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -33,12 +35,13 @@ from particle_explorer.configs import RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing
 from particle_explorer.gauge import Gauge
 from particle_explorer.latents import Latents
-from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel
+from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Share
 from particle_explorer.models.build import build_model
 from particle_explorer.particles import Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.session import Run, Session, guessed_sign
 from particle_explorer.status import StatusWriter
+from particle_explorer.team import Team, joined, led, ready_file
 
 LOG_S = 0.25
 """Least time between two reports"""
@@ -446,6 +449,7 @@ def fit(
     resume: bool = False,
     status_folders: tuple[Path, ...] = (),
     background: bool = False,
+    team: Team | None = None,
 ) -> Iterator[Progress]:
     """Fit the model of `run`, then write the latents of all rows of its session.
 
@@ -460,6 +464,9 @@ def fit(
         Where to report beside the run's own folder.
     background
         Leave a core and precedence to other programs.
+    team
+        The processes that train together, where `torchrun` has started them; else as many as
+        `TrainConfig.devices` says are started here.
     """
     folder = run.path
     busy = f"run {run.name} is being trained by another process"
@@ -467,27 +474,48 @@ def fit(
     with locked(folder / ".lock", wait_s=2.0, busy=busy):
         with StatusWriter(folder, *status_folders, stop=stop) as status:
             try:
-                yield from _Fit(run, status, resume=resume, background=background).run()
+                with _team_of(run, team, resume=resume) as members:
+                    yield from _Fit(run, status, members, resume=resume, background=background).run()
             except Stopped:
                 status.stop.set()
+
+
+def help_fit(run: Run, team: Team, *, resume: bool) -> None:
+    """The part in a fit of a process that does not lead: it computes its share of every step."""
+    with contextlib.suppress(Stopped):
+        for _ in _Fit(run, StatusWriter(), team, resume=resume, background=False).run():
+            pass
+
+
+@contextlib.contextmanager
+def _team_of(run: Run, team: Team | None, *, resume: bool) -> Iterator[Team]:
+    size = run.config.train.devices
+    if team is not None:
+        yield team
+    elif size == 1:
+        yield Team(device=choose_device(run.config.device))
+    else:
+        with led(run.path, run.config.device, size, resume=resume) as team:
+            yield team
 
 
 class _Fit:
     """The state of one fit; its methods are the phases in the order in which they happen."""
 
-    def __init__(self, run: Run, status: StatusWriter, *, resume: bool, background: bool) -> None:
+    def __init__(self, run: Run, status: StatusWriter, team: Team, *, resume: bool, background: bool) -> None:
         self.run_ = run
+        self.team = team
         self.status = status
         self.stop = status.stop
         self.config: RunConfig = run.config
         self.session = run.session
-        if self.config.train.devices > 1:
-            n = self.config.train.devices
-            raise UserError(f"--train.devices {n}: this version trains on one device; leave it at 1")
-        self.device = choose_device(self.config.device)
+        self.device = team.device
         if background:
             stand_back()
-        status.update(what="reading the images", device=describe_device(self.device), message=str(run.path))
+        device = describe_device(self.device)
+        if team.size > 1:
+            device = f"{team.size} × {device}"
+        status.update(what="reading the images", device=device, message=str(run.path))
         if self.config.data != self.session.data_spec():
             raise UserError(
                 f"run {run.name} was made for images of {self.config.data.box_px} px and"
@@ -507,8 +535,9 @@ class _Fit:
         yield from self._prepare()
         yield from self._start()
         yield from self._train()
-        yield from self._finish()
-        yield from self._encode()
+        if self.team.leads:
+            yield from self._finish()
+            yield from self._encode()
 
     # -- phases
 
@@ -546,22 +575,28 @@ class _Fit:
             return
         self.model.train()
         for step in self.model.start(self.batches):
-            self.live.write_if_due(starting=True)
+            if self.team.leads:
+                self.live.write_if_due(starting=True)
             yield self._said(step.what, step.fraction)
             if self.stop.is_set():
                 raise Stopped("stopped")  # nothing is worth keeping yet: resuming starts over
         self.started = True
+        # everybody has started alike, up to what devices compute differently
+        state = torch.get_rng_state()
+        self.team.same(state, *self.model.state_dict().values())
+        torch.set_rng_state(state)
 
     def _train(self) -> Iterator[Progress]:
         checkpoint_s = 60 * self.config.train.checkpoint_minutes
         self._keep_good()
-        if not self.run_.can_resume:
+        if self.team.leads and not self.run_.can_resume:
             self._save_checkpoint()  # the start may have taken long
         saved_at = time.monotonic()
         while self.epoch < self.n_epochs:
             yield from self._train_epoch()
             self._keep_good()
-            if time.monotonic() - saved_at >= checkpoint_s or self.epoch == self.n_epochs:
+            due = time.monotonic() - saved_at >= checkpoint_s or self.epoch == self.n_epochs
+            if self.team.leads and due:
                 self._save_checkpoint()
                 saved_at = time.monotonic()
 
@@ -569,11 +604,13 @@ class _Fit:
         self.model.train()
         self.status.update(what="training", epoch=self.epoch)
         order = torch.randperm(len(self.rows))
+        self.team.same(order)
         meter = self.meter = _Meter(self.meter)
         for index in order.split(self.batch_size):
-            if self.stop.is_set():
+            if self.team.any(self.stop.is_set()):
                 self._go_back()
-                self._save_checkpoint()
+                if self.team.leads:
+                    self._save_checkpoint()
                 raise Stopped("stopped")
             losses = self._step(index)
             meter.add(losses, len(index))
@@ -581,7 +618,7 @@ class _Fit:
             last = self.step % self.steps_per_epoch == 0
             if last:
                 self.epoch += 1
-            if last or meter.seconds >= LOG_S:
+            if self.team.leads and (last or meter.seconds >= LOG_S):
                 yield self._report(meter)
                 meter = self.meter = _Meter(meter)
 
@@ -589,18 +626,18 @@ class _Fit:
         """One batch; the parts of an adversarial model are stepped one after the other."""
         fraction = self.step / self.n_steps
         self.model.schedule(fraction, self.epoch)
-        batches = [self.batches.take(some) for some in index.split(self.at_once)]
+        portions = list(self._portions(index))
         named: dict[str, Tensor] = {}
         for part, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
             try:
-                losses = self._gradient(batches, part)
+                losses = self._gradient(portions, part)
             except torch.OutOfMemoryError as error:
-                if self.at_once == 1 or not self.model.step_bytes_per_image:
+                if self.at_once == 1 or not self.model.step_bytes_per_image or self.team.size > 1:
                     raise UserError(
                         f"the memory of {describe_device(self.device)} does not hold a step of"
-                        f" {len(batches[0].row)} images; choose a smaller --train.batch-size or model"
+                        f" {len(portions[0][0].row)} images; choose a smaller --train.batch-size or model"
                     ) from error
                 # other programs took memory meanwhile: this step once more, in smaller parts
                 self.at_once = max(1, self.at_once // 2)
@@ -612,21 +649,30 @@ class _Fit:
             }
         return named
 
-    def _gradient(self, batches: list[Batch], part: str) -> dict[str, Tensor]:
-        """The gradient of a batch taken in parts, as if it had been whole; its losses."""
+    def _portions(self, index: Tensor) -> Iterator[tuple[Batch, Share | None, float]]:
+        """A batch in parts that fit, of each this process's share: where it lies, its weight in the whole."""
+        for some in index.split(self.at_once * self.team.size):
+            mine, share, weight = self.team.portion(some)
+            yield self.batches.take(mine), share, weight * len(some) / len(index)
+
+    def _gradient(self, portions: list[tuple[Batch, Share | None, float]], part: str) -> dict[str, Tensor]:
+        """The gradient of a batch taken in parts and by processes, as if it had been whole; its losses."""
         self.model.zero_grad(set_to_none=True)
-        n = sum(len(batch.row) for batch in batches)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            share = len(batch.row) / n
+        for batch, share, weight in portions:
+            self.model.share = share
             with autocast(self.model, self.device, self.config.train.precision):
                 losses = self.model(batch, part)
             if not losses:
                 return {}
-            (torch.stack([loss.float() for loss in losses.values()]).sum() * share).backward()
+            (torch.stack([loss.float() for loss in losses.values()]).sum() * weight).backward()
             for name, loss in losses.items():
-                value = loss.detach() * share
+                value = loss.detach() * weight
                 sums[name] = sums[name] + value if name in sums else value
+        self.model.share = None
+        if self.team.size > 1:
+            own = (p.grad for group in self.optimisers[part].param_groups for p in group["params"])
+            self.team.add([gradient for gradient in own if gradient is not None] + list(sums.values()))
         return sums
 
     def _images_at_once(self) -> int:
@@ -734,6 +780,7 @@ class _Fit:
                     f"the start of {self.run_.name} gave weights that are not numbers; check the images"
                 )
             self._refuse_loss()
+        self.team.check_agreement(self.model.parameters())
         self._good = _copied(self._state())
 
     def _go_back(self) -> None:
@@ -773,7 +820,8 @@ class _Fit:
     def _refuse_loss(self) -> None:
         epoch = (self.step - 1) // self.steps_per_epoch + 1
         self._go_back()
-        self._save_checkpoint()
+        if self.team.leads:
+            self._save_checkpoint()
         kept = (
             f"the weights of epoch {self.epoch} were kept"
             if self.epoch
@@ -949,3 +997,19 @@ def _pickle_error() -> type[Exception]:
     import pickle
 
     return pickle.UnpicklingError
+
+
+def _help(path: str, rank: str, size: str, resume: str) -> None:
+    """What `team.led` starts: number `rank` of `size` processes that train the run at `path`."""
+    folder = Path(path)
+    run = Run(Session.open(folder.parents[1]), folder)
+    ready_file(folder / f".helper-{rank}.log").touch()
+    with joined(run.config.device, int(rank), int(size), folder / ".team") as team:
+        help_fit(run, team, resume=resume == "1")
+
+
+if __name__ == "__main__":
+    try:
+        _help(*sys.argv[1:])
+    except UserError as refused:
+        sys.exit(str(refused))

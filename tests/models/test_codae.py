@@ -100,7 +100,7 @@ def test_moments_are_those_of_a_known_ellipse_also_in_noise(box_px: int) -> None
 
 
 def test_the_moments_lead_the_pose_and_let_go() -> None:
-    model = model_of()
+    model = model_of(moment_share=0.25)
     images = place(phantom(24), torch.rand(16) * 6, torch.randn(16, 2))
     for fraction, weight in ((0.0, 1.0), (0.125, 0.5), (0.25, 0.0), (1.0, 0.0)):
         model.schedule(fraction, 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from particle_explorer.configs import Config, DataSpec
 
@@ -62,6 +62,22 @@ class Step(NamedTuple):
 
     what: str
     fraction: float
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        distributed.all_reduce(gradient)
+        return gradient
 
 
 class ParticleModel(nn.Module, ABC):
@@ -124,15 +140,17 @@ class ParticleModel(nn.Module, ABC):
             return draw(rows, *size, device=device)
         return draw(self.share.total, *size, device=device)[self.share.first : self.share.first + rows]
 
+    def normal_like(self, values: Tensor) -> Tensor:
+        """Normal random numbers of the shape of values of this process's rows, by `drawn`."""
+        return self.drawn(torch.randn, *values.shape, device=values.device).to(values.dtype)
+
     def gathered(self, values: Tensor) -> Tensor:
         """Values `(b, ...)` of this process's rows → those of the whole batch, with their gradient."""
         if self.share is None:
             return values
-        from torch.distributed.nn.functional import all_reduce
-
         first, total = self.share
         empty = values.new_zeros(total, *values.shape[1:])
-        whole: Tensor = all_reduce(torch.cat([empty[:first], values, empty[first + len(values) :]]))
+        whole: Tensor = _Summed.apply(torch.cat([empty[:first], values, empty[first + len(values) :]]))
         return whole
 
     def own(self, values: Tensor, rows: int) -> Tensor:

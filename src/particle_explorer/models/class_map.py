@@ -662,7 +662,8 @@ class ClassMap(ParticleModel):
             self._proposals = torch.zeros(size, min(self.n_proposals, n_poses), dtype=kind, device=row.device)
             self._proposed_in = torch.full((size,), -1, dtype=torch.int32, device=row.device)
             self._centres = torch.zeros(size if self.wide_px else 1, 2, dtype=torch.int16, device=row.device)
-        when = self._proposed_in[row]
+        # processes that share a batch keep the same proposals and search at the same steps
+        when = self._proposed_in[self.gathered(row)]
         return bool(((when < 0) | (self._epoch - when >= self.search_every)).any())
 
     def _places_of(self, row: Tensor) -> Tensor:
@@ -679,10 +680,11 @@ class ClassMap(ParticleModel):
         pose = self._search(
             seen.images, seen.transfer, templates, self._proposals.shape[1], per_angle=self.classes
         )
-        self._proposals[row] = pose.to(self._proposals.dtype)
-        self._proposed_in[row] = self._epoch
+        rows = self.gathered(row)
+        self._proposals[rows] = self.gathered(pose).to(self._proposals.dtype)
+        self._proposed_in[rows] = self._epoch
         if self.wide_px:
-            self._centres[row] = seen.centre.to(self._centres.dtype)
+            self._centres[rows] = self.gathered(seen.centre).to(self._centres.dtype)
         return pose
 
     @torch.no_grad()
@@ -690,14 +692,15 @@ class ClassMap(ParticleModel):
         self, images: Tensor, transfer: Tensor | None, row: Tensor, node: Tensor, nodes: Tensor
     ) -> None:
         """Keep what the live view and the noise estimate need of this step."""
-        self._show(row, (node @ self.node_z) / node.sum(1, keepdim=True).clamp_min(1e-6))
+        node, power_of_images = self.gathered(node), self.gathered(self._radial_power(images))
+        self._show(self.gathered(row), (node @ self.node_z) / node.sum(1, keepdim=True).clamp_min(1e-6))
         # signal and noise are independent: the power of the images is the sum of theirs
         particle = node.sum(1)
         share = particle / particle.sum().clamp_min(1e-6)
-        raw = share @ self._radial_power(images)
+        raw = share @ power_of_images
         model = (share @ node / particle.mean().clamp_min(1e-6)) @ self._radial_power(nodes)
         if transfer is not None:
-            model = model * (share @ self._ring_mean(transfer.square()))
+            model = model * (share @ self.gathered(self._ring_mean(transfer.square())))
         power = torch.maximum(raw - model, 0.1 * raw)
         self._power = power if self._power is None else 0.9 * self._power + 0.1 * power
         self._signal = model if self._signal is None else 0.9 * self._signal + 0.1 * model

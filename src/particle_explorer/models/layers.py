@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -105,17 +106,28 @@ def disc_pixels(box_px: int, radius_px: float) -> Tensor:
     return torch.nonzero((x**2 + y**2 <= radius_px**2).reshape(-1))[:, 0]
 
 
-def random_pixels(disc: Tensor, n_images: int, share: float) -> Tensor:
+def random_pixels(
+    disc: Tensor, n_images: int, share: float, drawn: Callable[..., Tensor] | None = None
+) -> Tensor:
     """`(b, p)` members of `disc`, a share of them for each image, all equally likely.
 
-    Each image has its own window of one shuffled order.
+    Each image has its own window of one shuffled order. `drawn` is `ParticleModel.drawn`.
     """
+
+    def places(*size: int, device: torch.device | None) -> Tensor:
+        return torch.randint(len(disc), size, device=device)
+
     count = max(1, math.ceil(share * len(disc)))
     if count == len(disc):
         return disc.expand(n_images, -1)
     order = disc[torch.randperm(len(disc), device=disc.device)]
-    start = torch.randint(len(disc), (n_images, 1), device=disc.device)
+    start = (places if drawn is None else partial(drawn, places))(n_images, 1, device=disc.device)
     return order[(start + torch.arange(count, device=disc.device)) % len(disc)]
+
+
+def exponential(*size: int, device: torch.device | None) -> Tensor:
+    """Exponential random numbers, for `ParticleModel.drawn`."""
+    return torch.empty(*size, device=device).exponential_()
 
 
 # ---------------------------------------------------------------------- group convolution

@@ -236,11 +236,11 @@ class SpatialVAE(ParticleModel):
         images = batch.images
         turn = torch.zeros(len(images), device=images.device)
         if self.settings.augment_rotation:
-            turn = torch.rand(len(images), device=images.device) * (2 * math.pi)
+            turn = self.drawn(torch.rand, len(images), device=images.device) * (2 * math.pi)
             mean, log_sd = self.infer(self._turned(images, turn))
         else:
             mean, log_sd = self.infer(images)
-        sample = mean + torch.exp(log_sd) * torch.randn_like(mean)
+        sample = mean + torch.exp(log_sd) * self.normal_like(mean)
         angle = sample[:, 0] - turn  # the turned image stands at angle + turn
         move, z = self._move(sample, turn), sample[:, self.n_pose :]
         if self.shift_frozen:
@@ -269,7 +269,7 @@ class SpatialVAE(ParticleModel):
         images = batch.images
         seen_through = self.uses_ctf and batch.ctf is not None  # each pixel then takes all the others
         share = 1.0 if seen_through else self.settings.pixel_fraction
-        chosen = random_pixels(self.disc, len(images), share)
+        chosen = random_pixels(self.disc, len(images), share, self.drawn)
         target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
         drawn = self.decoder(self.pixels[chosen], angle, move, z)
         if seen_through:

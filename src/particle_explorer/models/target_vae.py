@@ -37,6 +37,7 @@ from particle_explorer.models.layers import (
     PixelNoise,
     disc_pixels,
     exact,
+    exponential,
     gaussian_kl,
     random_pixels,
 )
@@ -183,12 +184,12 @@ class TargetVAE(ParticleModel):
         images = batch.images
         log_q, mean, log_sd = self.infer(images)
         q = log_q.exp()
-        gumbel = -torch.empty_like(log_q).exponential_().log()
+        gumbel = -self.drawn(exponential, *log_q.shape, device=log_q.device).log()
         weight = (log_q + gumbel).flatten(1).softmax(1).unflatten(1, log_q.shape[1:])
         with exact(images.device):
             angle, shift, latents = self._weighed(weight, mean)
             sd = torch.einsum("bsr,bsrd->bd", weight, log_sd.exp())
-        noise = sd * torch.randn_like(sd)
+        noise = sd * self.normal_like(sd)
         angle, z = angle + noise[:, 0], latents + noise[:, 1:]
         offset_kl = gaussian_kl(mean[..., 0] / self.turn_sd, log_sd[..., 0] - math.log(self.turn_sd))
         content_kl = gaussian_kl(mean[..., 1:], log_sd[..., 1:]).sum(-1)
@@ -208,7 +209,7 @@ class TargetVAE(ParticleModel):
 
     def _reconstruction(self, images: Tensor, angle: Tensor, shift: Tensor, z: Tensor) -> Tensor:
         """Minus the log-likelihood over the disc, estimated from a share of its pixels, per image."""
-        chosen = random_pixels(self.disc, len(images), self.settings.pixel_fraction)
+        chosen = random_pixels(self.disc, len(images), self.settings.pixel_fraction, self.drawn)
         target = images.flatten(2).gather(2, chosen[:, None].expand(-1, images.shape[1], -1)).mT
         drawn = self.decoder(self.pixels[chosen], angle, shift, z)
         return self.noise(drawn, target).sum((1, 2)).mean() * (len(self.disc) / chosen.shape[1])

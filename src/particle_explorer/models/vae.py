@@ -73,7 +73,7 @@ class VAE(ParticleModel):
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         """The negative evidence bound per image in two terms (nats), the second times β."""
         mean, log_sd = self.infer(batch.images)
-        z = mean + torch.exp(log_sd) * torch.randn_like(mean)
+        z = mean + torch.exp(log_sd) * self.normal_like(mean)
         pixels = batch.images.flatten(2)[:, :, self.disc].mT
         return {
             "reconstruction": self.noise(self._drawn(z), pixels).sum((1, 2)).mean(),

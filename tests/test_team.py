@@ -1,0 +1,160 @@
+"""Several processes that train one model: they agree, and their curve is that of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from particle_explorer import team as team_module
+from particle_explorer import training
+from particle_explorer.configs import ClassMapConfig, CODAEConfig, RotationAEConfig, RunConfig, TrainConfig
+from particle_explorer.files import UserError
+from particle_explorer.session import Run, Session
+from particle_explorer.team import Team, device_of
+from particle_explorer.training import fit
+
+MODELS: dict[str, Any] = {
+    "codae": CODAEConfig(width=2),
+    "rotation-ae": RotationAEConfig(latent_dim=3, critic_every=2, poses="self"),
+    "class-map": ClassMapConfig(latent_dim=1, nodes_per_dim=4, angle_step_deg=30),
+}
+
+
+def new_run(session: Session, model: Any, **train: Any) -> Run:
+    # 120 particles in batches of 50: the last is smaller, and odd shares are uneven
+    train = {"n_epochs": 2, "batch_size": 50, "precision": "float32", **train}
+    data = session.data_spec()
+    return session.new_run(RunConfig(model=model, train=TrainConfig(**train), data=data, device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _every_step(monkeypatch) -> None:
+    monkeypatch.setattr(training, "LOG_S", 0.0)
+
+
+def curve(run: Run) -> np.ndarray:
+    """The losses of every step."""
+    return run.metrics().drop(columns=["seconds", "images_per_second"]).to_numpy()
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
+    one, two = (new_run(tiny_session, MODELS[kind], devices=n) for n in (1, 2))
+    before = torch.get_num_threads()
+    for run in (one, two):
+        told = list(fit(run))
+        assert told[-1].fraction == 1 and run.state == "finished"
+    assert run.status.device.startswith("2 × CPU") and torch.get_num_threads() == before
+    # that the two agree with each other was checked after every epoch: `Team.check_agreement`
+    np.testing.assert_allclose(curve(two), curve(one), rtol=2e-3, atol=1e-5)
+    first, second = (safetensors.torch.load_file(run.path / "model.safetensors") for run in (one, two))
+    for name, value in first.items():
+        if name == "gauge":
+            continue  # registers frames of a map that is hardly fitted: rounding moves it
+        torch.testing.assert_close(second[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
+    assert not [path.name for path in two.path.iterdir() if path.name.startswith((".team", ".helper"))]
+
+
+def test_a_team_is_stopped_and_resumes_to_the_uninterrupted_run(tiny_session: Session) -> None:
+    whole, parts = (new_run(tiny_session, MODELS["rotation-ae"], devices=2) for _ in range(2))
+    list(fit(whole))
+    stop = threading.Event()
+    for progress in fit(parts, stop):
+        if progress.epoch == 1:
+            stop.set()
+    assert parts.state == "stopped"
+    list(fit(parts, resume=True))
+    first, second = (safetensors.torch.load_file(run.path / "model.safetensors") for run in (whole, parts))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_helper_that_dies_is_said_in_a_sentence(tiny_session: Session, monkeypatch) -> None:
+    run = new_run(tiny_session, MODELS["rotation-ae"], devices=2)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="a process that helps with this training ended: exit status 1"):
+        list(fit(run))
+    assert run.state == "failed"
+
+
+def test_torchrun_starts_a_team_from_the_command_line(tiny_session: Session, tmp_path: Path) -> None:
+    words = ["--model.kind", "rotation-ae", "--model.poses", "self", "--model.latent-dim", "2"]
+    words += ["--train.n-epochs", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "particle_explorer.cli", "train", str(tiny_session.path), *words]
+    processes = []
+    for rank in range(2):
+        where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        environment = {**os.environ, **where}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    (run,) = Session.open(tiny_session.path).runs()
+    assert run.state == "finished" and run.config.train.devices == 2
+    assert str(run.path) in said[0] and said[1].strip() == ""
+
+
+PORT: list[str] = []
+
+
+def free_port() -> str:
+    if not PORT:
+        import socket
+
+        with socket.socket() as found:
+            found.bind(("localhost", 0))
+            PORT.append(str(found.getsockname()[1]))
+    return PORT[0]
+
+
+def test_shares_of_a_batch_are_all_of_it() -> None:
+    for size in (1, 2, 3, 5):
+        for n in (1, 2, 7, 10):
+            portions = [Team(rank, size).portion(torch.arange(n)) for rank in range(size)]
+            assert sum(weight for _, _, weight in portions) == pytest.approx(1)
+            if size == 1 or n < size:
+                assert all(share is None and len(mine) == n for mine, share, _ in portions)
+            else:
+                assert torch.cat([mine for mine, _, _ in portions]).tolist() == list(range(n))
+                for mine, share, weight in portions:
+                    assert share is not None and mine[0] == share.first and share.total == n
+                    assert weight == pytest.approx(len(mine) / n)
+
+
+def test_random_numbers_do_not_depend_on_the_number_of_processes() -> None:
+    from particle_explorer.models.base import Share
+    from particle_explorer.models.rotation_ae import RotationAE
+
+    model = object.__new__(RotationAE)
+    torch.nn.Module.__init__(model)
+    torch.manual_seed(0)
+    whole = model.drawn(torch.randn, 7, 2)
+    parts = []
+    for first, rows in ((0, 4), (4, 3)):
+        torch.manual_seed(0)
+        model.share = Share(first, 7)
+        parts.append(model.drawn(torch.randn, rows, 2))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_that_are_not_there_are_said_in_a_sentence(monkeypatch) -> None:
+    assert device_of("auto", 1, 2) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"--train\.devices 2: torch finds no CUDA device here"):
+        device_of("cuda", 0, 2)
+    with pytest.raises(UserError, match="several devices are cuda or cpu"):
+        device_of("cuda:1", 0, 2)
+    monkeypatch.setattr(team_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(team_module.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="torch finds 1 CUDA device here"):
+        device_of("auto", 0, 2)
