@@ -293,8 +293,8 @@ class TargetVAEConfig(Config):
 
 class CODAEConfig(Config):
     """CODAE (Cha et al., Nature Machine Intelligence 2025): networks infer shift, angle and content, another
-    draws the aligned particle, which is then turned and moved as a whole. The fastest of the networks; for
-    particles that stand out from the noise."""
+    draws the aligned particle, which is then turned and moved as a whole. For particles that stand out from
+    the noise, wherever they lie in the box."""
 
     kind: Literal["codae"] = "codae"
 
