@@ -379,7 +379,10 @@ def _at_one_pixel_size(images: Images, rows_table: pd.DataFrame, plan: Plan) -> 
     for size in np.unique(sizes):
         rows = sizes == size
         matrix = resampling(images.shape[-1], float(size), m, plan.cached_pixel_size_A)
-        out[rows] = matrix @ images[rows] @ matrix.T
+        # two products of whole blocks: one small product per image starts threads for each
+        along_x = images[rows].reshape(-1, images.shape[-1]) @ matrix.T
+        along_x = along_x.reshape(-1, images.shape[1], images.shape[-1], m)
+        out[rows] = np.einsum("yj,kcjx->kcyx", matrix, along_x, optimize=True)
     return out
 
 
