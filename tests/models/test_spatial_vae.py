@@ -200,6 +200,7 @@ def test_of_several_starts_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(model, "_networks", counted)
     first = model.decoder.coordinates.weight.detach().clone()
+    held = list(model.parameters())  # by the optimisers of a fit
     torch.manual_seed(0)
     for step in model.start(batches):
         told.append(step)
@@ -209,6 +210,7 @@ def test_of_several_starts_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert [step.fraction for step in told] == sorted(step.fraction for step in told)
     assert model.chosen and model.decoder.out.bias.abs().max() < 100
     assert not torch.equal(model.decoder.coordinates.weight, first)
+    assert all(a is b for a, b in zip(held, model.parameters(), strict=True))
     model.schedule(0.0, 0)
     assert model.content_frozen and not model.shift_frozen
     other = model_of(16)

@@ -182,9 +182,9 @@ class SpatialVAE(ParticleModel):
         best, weights = math.inf, self.state_dict()
         for trial in range(n_starts):
             if trial:
-                device = self.disc.device
-                encoder, decoder = self._networks()
-                self.encoder, self.decoder = encoder.to(device), decoder.to(device)
+                # into the same parameters: optimisers hold them already
+                for network, drawn in zip((self.encoder, self.decoder), self._networks(), strict=True):
+                    network.load_state_dict(drawn.state_dict())
             optimiser = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
             self.content_frozen = True
             for step in range(n_steps):
