@@ -6,11 +6,13 @@ from pathlib import Path
 
 import mrcfile
 import numpy as np
+import pandas as pd
 import pytest
 import starfile
 
 from particle_explorer import exporting
 from particle_explorer.averaging import average_classes
+from particle_explorer.configs import AverageConfig
 from particle_explorer.exporting import export_classes
 from particle_explorer.files import UserError
 from particle_explorer.io import cryosparc
@@ -143,3 +145,19 @@ def test_a_particle_of_several_averages_is_in_the_one_where_it_counts_most(tiny_
     export_classes(folder, tiny_session, "shared")
     table = starfile.read(folder / "run_it000_data.star", always_dict=True)["particles"]
     assert table["rlnClassNumber"].tolist() == [2, 2, 1]
+
+
+def test_poses_are_compared_also_where_the_originals_are_gone(tiny_session, monkeypatch):
+    n = tiny_session.n_particles
+    angle, shift = np.linspace(-170, 170, n), np.zeros((n, 2))
+    chosen = exporting.choose(tiny_session, np.ones(n, bool), angle_deg=angle, shift_yx_px=shift)
+    found = pd.DataFrame({"angle_deg": chosen.angle_deg, "shift_y_px": 0.0, "shift_x_px": 0.0})
+
+    def gone(self):
+        raise UserError("the image stack is not there any more")
+
+    monkeypatch.setattr(Session, "originals", gone)
+    assert "not checked by averaging" in exporting.check_poses(chosen, found, AverageConfig())
+    found.loc[7, "angle_deg"] += 1
+    with pytest.raises(RuntimeError, match="the first is particle 8, 1° and 0 px off"):
+        exporting.check_poses(chosen, found, AverageConfig())

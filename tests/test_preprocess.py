@@ -337,3 +337,12 @@ def test_bad_images_and_outliers_are_told_from_good_ones() -> None:
     statistics = np.stack([rng.normal(size=50), rng.uniform(0.9, 1.1, 50)], axis=1)
     statistics[7, 0], statistics[9, 1], statistics[11] = 40, 5.0, np.nan
     assert np.flatnonzero(outliers(statistics, 6)).tolist() == [7, 9]
+
+
+def test_a_first_line_without_content_and_values_whose_sum_overflows_make_no_bad_image() -> None:
+    images = np.random.default_rng(0).normal(size=(5, 1, 16, 16)).astype(np.float32)
+    images[1, 0, 0] = 2.5  # masked at the border
+    images[2] = np.float32(3e38) * (1 + images[2] / 100)
+    images[3, 0, 0], images[3, 0, 9, 9] = 0, -np.inf
+    images[4] = np.float32(3e38)
+    assert np.flatnonzero(bad_images(images)).tolist() == [3, 4]

@@ -416,6 +416,8 @@ def check_poses(
     classes = np.ones(n, np.int64) if chosen.class_id is None else chosen.class_id
     if chosen.class_id is not None and not np.array_equal(found["class_id"].to_numpy(np.int64), classes):
         raise RuntimeError("the written file does not hold the classes that were meant")
+    # a blob turned the wrong way still looks alike, so every pose is compared, with the originals or without
+    same_poses(found, chosen.angle_deg, chosen.shift_yx_px)
     try:
         images = chosen.session.originals()
     except UserError as error:
@@ -429,8 +431,6 @@ def check_poses(
         found[["shift_y_px", "shift_x_px"]].to_numpy(float) if "shift_y_px" in found else None,
         n,
     )
-    # a blob turned the wrong way still looks alike, so every pose is compared as well
-    same_poses(found, chosen.angle_deg, chosen.shift_yx_px)
     worst = 1.0
     for i, part in enumerate(parts):
         where = _Written(chosen.session, chosen.rows[part], images)

@@ -306,15 +306,18 @@ def _ctf_action(
     return "keep"
 
 
-def apply(images: Images, rows_table: pd.DataFrame, plan: Plan) -> Images:
+def apply(images: Images, rows_table: pd.DataFrame, plan: Plan, *, known_good: bool = False) -> Images:
     """Originals `(k, c, n, n)` and their rows → cached images `(k, c, m, m)` float32.
+
+    A blank or broken image is a `UserError`; `known_good` says that there is none, and no look is taken.
 
     The phases are flipped on the frequencies that are kept, which is the same as flipping the original first.
     """
     images = np.asarray(images, np.float32)
     if images.shape[-1] != plan.box_px and not plan.mixed:
         raise ValueError(f"images of {images.shape[-1]} px for a plan of {plan.box_px} px")
-    _check(images, rows_table)
+    if not known_good:
+        _check(images, rows_table)
     flipped = _flipped_rows(rows_table, plan)
     m = plan.cached_box_px
     if plan.mixed:
@@ -342,8 +345,15 @@ def apply(images: Images, rows_table: pd.DataFrame, plan: Plan) -> Images:
 def bad_images(images: Images) -> NDArray[np.bool_]:
     """`(k,)`: images without any content, or with values that are not finite."""
     flat = images.reshape(len(images), -1)
-    least, largest = flat.min(axis=1), flat.max(axis=1)
-    return np.asarray(~(np.isfinite(least) & np.isfinite(largest)) | (least == largest))
+    # one pass for most: a sum is not finite where a value is not, and a blank image has a blank first line
+    with np.errstate(over="ignore", invalid="ignore"):
+        bad = ~np.isfinite(flat.sum(axis=1))
+    line = flat[:, : images.shape[-1]]
+    bad |= (line == line[:, :1]).all(axis=1)
+    doubtful = flat[bad]
+    least, largest = doubtful.min(axis=1), doubtful.max(axis=1)
+    bad[bad] = ~(np.isfinite(least) & np.isfinite(largest)) | (least == largest)
+    return np.asarray(bad)
 
 
 def outliers(statistics: NDArray[np.float64], limit_sd: float) -> NDArray[np.bool_]:

@@ -1103,14 +1103,14 @@ def _preprocessed(
         for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
             at = np.flatnonzero(box_px[rows] == box)
             originals = images.read(rows[at])
-            if bad_images == "leave-out":
-                bad = preprocess.bad_images(originals)
+            leave_out = bad_images == "leave-out"
+            if leave_out and (bad := preprocess.bad_images(originals)).any():
                 block.bad[at[bad]] = True
                 at, originals = at[~bad], originals[~bad]
             if not len(at):
                 continue
             block.statistics[at] = _statistics(originals)
-            some = preprocess.apply(originals, table.iloc[rows[at]], plan)
+            some = preprocess.apply(originals, table.iloc[rows[at]], plan, known_good=leave_out)
             _check_range(some, table.iloc[rows[at]])
             block.images[at] = some
         return block
@@ -1133,7 +1133,8 @@ def _statistics(images: NDArray[np.float32]) -> NDArray[np.float64]:
     """`(k, 2)` mean and standard deviation of every image, of every third line of a large one."""
     some = images[..., :: 3 if images.shape[-1] > 64 else 1, :].reshape(len(images), -1)
     mean = some.mean(axis=1)
-    square = np.einsum("kp,kp->k", some - mean[:, None], some - mean[:, None]) / some.shape[1]
+    centred = some - mean[:, None]
+    square = np.einsum("kp,kp->k", centred, centred) / some.shape[1]
     return np.stack([mean, np.sqrt(square)], axis=1).astype(np.float64)
 
 

@@ -96,8 +96,8 @@ class _Descriptor:
 
 def read_images(
     pool: DescriptorPool, path: str, indices: list[int], first_byte: int, n_bytes: int
-) -> Iterator[tuple[int, bytes]]:
-    """Equally sized records → (position in `indices`, bytes); neighbours are read in one go of up to 4
+) -> Iterator[tuple[int, memoryview]]:
+    """Equally sized records → (position in `indices`, their bytes); neighbours are read in one go of up to 4
     MiB."""
     most = max(1, (4 << 20) // n_bytes)
     order = sorted(range(len(indices)), key=indices.__getitem__)
@@ -116,7 +116,8 @@ def read_images(
             raise UserError(
                 f"{path} is shorter than when it was opened: image {first + 1} and on cannot be read"
             )
+        view = memoryview(block)
         for place in order[at:end]:
             start = (indices[place] - first) * n_bytes
-            yield place, block[start : start + n_bytes]
+            yield place, view[start : start + n_bytes]
         at = end

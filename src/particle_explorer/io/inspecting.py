@@ -227,8 +227,9 @@ def _look(particles: Particles) -> tuple[Contrast, int, int]:
         least, largest = images.min(axis=(1, 2, 3)), images.max(axis=(1, 2, 3))
         good = np.isfinite(least) & np.isfinite(largest) & (largest > least)
         blank += int(np.count_nonzero(~good))
-        same += int(good.sum()) - len({image.tobytes() for image in images[good]})
-        differences.append(centre_against_border(images[good]))
+        images = images if good.all() else images[good]
+        same += len(images) - len({image.tobytes() for image in images})
+        differences.append(centre_against_border(images))
     return _contrast(np.concatenate(differences)), blank, same
 
 
@@ -243,10 +244,10 @@ def centre_against_border(images: Images) -> np.ndarray:
     n = images.shape[-1]
     y, x = np.indices((n, n)) - n // 2
     radius = np.hypot(y, x)
-    flat = images.astype(np.float64).mean(axis=1)
-    border = flat[:, radius > 0.45 * n]
-    centre = flat[:, radius <= 0.25 * n]
-    spread = np.maximum(border.std(axis=1), 0.1 * flat.std(axis=(1, 2)))
+    flat = images[:, 0] if images.shape[1] == 1 else images.mean(axis=1, dtype=np.float64)
+    border = flat[:, radius > 0.45 * n].astype(np.float64)
+    centre = flat[:, radius <= 0.25 * n].astype(np.float64)
+    spread = np.maximum(border.std(axis=1), 0.1 * flat.std(axis=(1, 2), dtype=np.float64))
     return np.asarray((centre.mean(axis=1) - border.mean(axis=1)) / np.where(spread > 0, spread, 1.0))
 
 

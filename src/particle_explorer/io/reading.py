@@ -118,10 +118,11 @@ def _bare_stack(
     """Particles that have nothing but images; identity is file name and index, wherever the file lies."""
     n = file.n_images
     index = np.arange(n)
+    short = Path(name).name
     images = ImageStack([file], np.zeros(n, np.int32), index)
     table = _bare_table(
         images, np.array([file.path], object).repeat(n), index, np.full(n, pixel_size_A),
-        [f"{i + 1}@{Path(name).name}" for i in range(n)],
+        [f"{i + 1}@{short}" for i in range(n)],
     )  # fmt: skip
     if isinstance(file, NpzFile):
         taken = [label for label in file.labels if label not in table]
