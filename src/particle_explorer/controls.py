@@ -159,6 +159,11 @@ class _Taken:
         return (self.read([i])[0] for i in range(len(self.rows)))
 
     @property
+    def box_px(self) -> NDArray[Any]:
+        """Of the chosen rows."""
+        return np.asarray(self.stack.box_px[self.rows])
+
+    @property
     def n_channels(self) -> int:
         return self.stack.n_channels
 
