@@ -169,3 +169,36 @@ def test_a_column_is_whole_or_not_there(tiny_session):
     table.to_parquet(run.path / "columns" / "a.parquet")  # killed between the table and its record
     assert run.columns() == [] and list(run.features()) == []
     assert run.write_column("a", table, {}) == "a-2"
+
+
+def test_a_killed_import_goes_on_and_leaves_no_folder(tiny_stack, tmp_path):
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from particle_explorer import session
+        from particle_explorer.io.reading import read
+
+        session.BLOCK_BYTES, kill = 8 * 4 * 32**2, sys.argv[3] == "kill"
+        heard = []
+
+        def progress(what, fraction):
+            heard.append(fraction)
+            if kill and len(heard) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        session.Session.create(session.Path(sys.argv[2]), read(sys.argv[1]), progress=progress)
+        print(len(heard))
+    """)
+
+    def start(name: str, how: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", program, str(tiny_stack), str(tmp_path / name), how]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    whole = start("whole", "finish")
+    assert whole.returncode == 0, whole.stderr
+    assert start("s", "kill").returncode == -signal.SIGKILL
+    assert not (tmp_path / "s").exists() and len(list(tmp_path.glob(".s-*.part"))) == 1
+    again = start("s", "finish")
+    assert again.returncode == 0, again.stderr
+    assert int(again.stdout) == int(whole.stdout) - 5
+    assert not list(tmp_path.glob(".s-*.part"))
+    assert (tmp_path / "s" / "images.npy").read_bytes() == (tmp_path / "whole" / "images.npy").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -12,10 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from particle_explorer import preprocess, session
+from particle_explorer import preprocess
+from particle_explorer import session as session_folder
 from particle_explorer.averaging import average_classes
 from particle_explorer.configs import ClassMapConfig, DataSpec, PreprocessConfig, RunConfig
-from particle_explorer.files import Stopped, UserError
+from particle_explorer.files import Stopped, UserError, locked
 from particle_explorer.io.reading import read, read_array
 from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session, default_path, join, read_table
@@ -49,7 +51,7 @@ def test_the_cache_is_what_preprocessing_gives(tiny_session, tiny_particles):
 
 def test_blocks_and_threads_change_nothing(tiny_particles, tmp_path, monkeypatch):
     whole = Session.create(tmp_path / "whole", tiny_particles)
-    monkeypatch.setattr(session, "BLOCK_BYTES", 7 * 4 * 32 * 32)
+    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 7 * 4 * 32 * 32)
     told: list[float] = []
     blocks = Session.create(
         tmp_path / "blocks", tiny_particles, progress=lambda what, done: told.append(done)
@@ -123,6 +125,87 @@ def test_stopping_leaves_nothing_behind(tiny_particles, tmp_path):
     with pytest.raises(Stopped):
         Session.create(tmp_path / "s", tiny_particles, stop=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def stopped_after(path, particles, config, n_blocks):
+    """Start a session and stop it in the middle; returns the hidden folder that is left."""
+    stop, heard = threading.Event(), []
+
+    def progress(what, fraction):
+        heard.append(fraction)
+        if len(heard) == n_blocks:
+            stop.set()
+
+    with pytest.raises(Stopped, match="goes on from there"):
+        Session.create(path, particles, config, progress=progress, stop=stop)
+    [left] = path.parent.glob(f".{path.name}-*.part")
+    return left
+
+
+def rows_prepared(monkeypatch):
+    """The number of images that are prepared from now on, as a list that grows."""
+    counts, apply = [], preprocess.apply
+    monkeypatch.setattr(
+        preprocess, "apply", lambda images, *a, **k: counts.append(len(images)) or apply(images, *a, **k)
+    )
+    return counts
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stopped_import_goes_on_where_it_was(tmp_path, monkeypatch, damaged):
+    images = np.random.default_rng(0).normal(size=(100, 32, 32)).astype(np.float32)
+    images[3], images[70], images[44] = 1, np.nan, images[44] * 30
+    np.save(tmp_path / "stack.npy", images)
+    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    particles, config = read(tmp_path / "stack.npy"), PreprocessConfig(outlier_sd=8)
+    whole = Session.create(tmp_path / "whole", particles, config)
+    left = stopped_after(tmp_path / "s", particles, config, 6)
+    if damaged:  # in the third block of 8 images
+        with (left / ".images-unfinished.npy").open("r+b") as file:
+            file.seek(128 + 20 * 2 * 32**2)
+            file.write(b"\1\2\3")
+    counts = rows_prepared(monkeypatch)
+    again = Session.create(tmp_path / "s", particles, config)
+    assert sum(counts) == (100 - 16 - 1 if damaged else 100 - 48 - 1)
+    assert again.info.n == 97 and again.info.notes == whole.info.notes
+    assert (again.path / "images.npy").read_bytes() == (whole.path / "images.npy").read_bytes()
+    ours, theirs = (json.loads((s.path / "images.json").read_text()) for s in (again, whole))
+    assert (
+        ours["blake2b"]
+        == theirs["blake2b"]
+        == hashlib.blake2b((whole.path / "images.npy").read_bytes(), digest_size=16).hexdigest()
+    )
+    assert not left.exists() and not list(again.path.glob(".images*"))
+
+
+def test_what_another_import_has_left_is_not_taken_but_removed(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).normal(size=(40, 32, 32)).astype(np.float32)
+    np.save(tmp_path / "stack.npy", images)
+    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    particles = read(tmp_path / "stack.npy")
+    left = stopped_after(tmp_path / "s", particles, PreprocessConfig(), 3)
+    mine, alive = tmp_path / ".s-abcdefgh.part", tmp_path / ".s-12345678.part"
+    mine.mkdir(), alive.mkdir()  # a folder without a lock is not ours; one with a held lock is at work
+    with locked(alive / ".lock"):
+        np.save(tmp_path / "stack.npy", -images)
+        counts = rows_prepared(monkeypatch)
+        Session.create(tmp_path / "s", read(tmp_path / "stack.npy"), PreprocessConfig(contrast="invert"))
+        assert sum(counts) == 40 and not left.exists() and mine.exists() and alive.exists()
+
+
+def test_preparing_again_goes_on_where_it_was(tmp_path, monkeypatch):
+    np.save(tmp_path / "stack.npy", np.random.default_rng(0).normal(size=(40, 32, 32)).astype(np.float32))
+    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    session = Session.create(tmp_path / "s", read(tmp_path / "stack.npy"))
+    before = (session.path / "images.npy").read_bytes()
+    (session.path / "images.npy").unlink()
+    stop = threading.Event()
+    with pytest.raises(Stopped, match="of 40 are kept"):
+        session.prepare_images(lambda what, fraction: stop.set() if fraction > 0.5 else None, stop)
+    counts = rows_prepared(monkeypatch)
+    session.prepare_images()
+    assert sum(counts) == 16 and (session.path / "images.npy").read_bytes() == before
+    assert not list(session.path.glob(".images*"))
 
 
 def test_what_is_there_is_never_lost(tiny_particles, tmp_path):

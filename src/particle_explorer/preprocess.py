@@ -25,6 +25,8 @@ USUAL_AMPLITUDE_CONTRAST = 0.1
 NOISE_FLOOR = 0.1
 """The background is never taken for quieter than this share of the whole image (clean simulations, masks)."""
 _NEEDED = ("defocus_u_A", "defocus_v_A", "voltage_kV", "spherical_aberration_mm")
+CTF_COLUMNS = (*_NEEDED, "defocus_angle_deg", "amplitude_contrast", "phase_shift_deg")
+"""Of the table, that say the CTF of an image."""
 
 
 @dataclass(frozen=True)

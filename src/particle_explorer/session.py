@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -229,7 +230,8 @@ class Session:
 
         The folder appears at once, complete. With `overwrite`, a session that is there is kept beside it as
         `NAME-replaced-1`; any other folder with something in it is never touched. Setting `stop` ends with
-        `Stopped` and leaves nothing behind.
+        `Stopped`; the images prepared by then, or when the process was killed, are kept in a hidden folder
+        until the next import of that name, which goes on from there where it is the same.
         """
         path = Path(path).absolute()
         _check_free(path, overwrite)
@@ -243,17 +245,25 @@ class Session:
         _check_uids(particles)
         config = config or PreprocessConfig()
         plan = preprocess.plan(particles.table, config, guessed_sign(particles, config))
+        key = _inputs_key(particles.table, plan, config)
         particles = replace(particles, table=preprocess.with_pixel_size(particles.table, config))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
         except OSError as error:
             raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
+        alive, keep = contextlib.ExitStack(), False
+        made = _Cache(folder / "images.npy", plan, particles.images.n_channels)
         try:
             folder.chmod(0o777 & ~_umask())
+            alive.enter_context(locked(folder / ".lock"))
+            _clean_up_after_dead(path, folder, made, key)
             copy = _keep_source(particles, folder, path, progress)
-            made = _Cache(folder / "images.npy", plan, particles.images.n_channels)
-            left_out = made.build(particles.images, particles.table, config, progress, stop)
+            try:
+                left_out = made.build(particles.images, particles.table, config, progress, stop, key)
+            except Stopped:
+                keep = made.is_unfinished
+                raise
             kept = particles[~left_out.mask]
             info = SessionInfo(
                 created=_now(),
@@ -275,9 +285,13 @@ class Session:
             session._write_table(kept.table, at=path)
             made.record(session.cache_key, len(kept))
             write_text(folder / "session.json", info.model_dump_json(indent=1) + "\n")
+            if os.name == "nt":  # a folder with an open file in it cannot be renamed there
+                alive.close()
             _put_in_place(folder, path, overwrite)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            alive.close()
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
         return cls.open(path)
 
     @classmethod
@@ -673,7 +687,7 @@ class Session:
         """Make the cache of a session whose rows are settled; a bad image among them is an error by now."""
         cache = _Cache(self.path / "images.npy", self.plan, self.info.n_channels)
         config = self.info.preprocess.model_copy(update={"bad_images": "stop", "outlier_sd": 0.0})
-        cache.build(images, table, config, progress, stop)
+        cache.build(images, table, config, progress, stop, _inputs_key(table, self.plan, config))
         cache.record(self.cache_key, self.info.n)
 
 
@@ -731,6 +745,9 @@ class _Cache:
         self.plan = plan
         self.image_shape = (n_channels, plan.cached_box_px, plan.cached_box_px)
         self._hash = ""
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.unfinished = path.with_name(".images-unfinished.npy")
+        self.journal = path.with_name(".images-unfinished.jsonl")
 
     def build(
         self,
@@ -739,27 +756,158 @@ class _Cache:
         config: PreprocessConfig,
         progress: ProgressCallback | None,
         stop: threading.Event | None,
+        key: str = "",
     ) -> LeftOut:
-        """Prepare all images, write those that are good, and say which are not."""
+        """Prepare all images, write those that are good, and say which are not.
+
+        With a `key` of all that decides the pixels, a preparation of the same key that was stopped or killed
+        is gone on with.
+        """
         n = len(table)
         bad, statistics = np.zeros(n, bool), np.full((n, 2), np.nan)
-        with replacing(self.path) as temporary, temporary.open("w+b") as file:
-            file.write(bytes(CACHE_HEADER_BYTES))
-            done = 0
-            for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images):
-                if stop is not None and stop.is_set():
-                    raise Stopped("stopped before all images were prepared; nothing was kept")
-                rows = slice(done, done + len(block.images))
-                file.write(block.images.tobytes())
-                bad[rows], statistics[rows] = block.bad, block.statistics
-                done += len(block.images)
-                if progress is not None:
-                    progress("preparing images", done / n)
-            left_out = _left_out(table, bad, statistics, config)
-            if left_out.mask.all():
-                raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
-            self._finish(file, ~left_out.mask)
+        with replacing(self.path) as temporary:
+            temporary.unlink()  # its name is used at the end; until then a killed process leaves `unfinished`
+            try:
+                with self._opened(bad, statistics, key) as (file, journal, begun):
+                    found = bad, statistics
+                    self._prepare(images, table, config, file, journal, begun, found, progress, stop)
+                    left_out = _left_out(table, bad, statistics, config)
+                    if left_out.mask.all():
+                        raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
+                    self._finish(file, ~left_out.mask)
+                self.unfinished.replace(temporary)
+            except BaseException as error:
+                if not (isinstance(error, Stopped) and self.is_unfinished):
+                    self.forget()
+                raise
+        self.forget()
         return left_out
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier preparation ended early and left something to go on with."""
+        try:
+            return self.journal.is_file() and self.unfinished.stat().st_size > CACHE_HEADER_BYTES
+        except FileNotFoundError:
+            return False
+
+    def forget(self) -> None:
+        """Remove what an earlier preparation has left."""
+        self.journal.unlink(missing_ok=True)
+        self.unfinished.unlink(missing_ok=True)
+
+    def take_over(self, folder: Path, key: str) -> None:
+        """Move what a dead process has prepared in `folder` here, if it was for the same images."""
+        left = _Cache(folder / self.path.name, self.plan, self.image_shape[0])
+        if key and not self.journal.is_file() and left.is_unfinished and left._key() == key:
+            left.unfinished.replace(self.unfinished)
+            left.journal.replace(self.journal)
+
+    def _key(self) -> str:
+        with contextlib.suppress(OSError, ValueError, AttributeError), self.journal.open("rb") as file:
+            return str(json.loads(file.readline()).get("key", ""))
+        return ""
+
+    @contextlib.contextmanager
+    def _opened(
+        self, bad: Mask, statistics: NDArray[np.float64], key: str
+    ) -> Iterator[tuple[BinaryIO, BinaryIO | None, int]]:
+        """The unfinished file at the first row to prepare, its journal (None without `key`), and that row.
+
+        The journal has a line for every block that was written; blocks whose checksum is wrong and all after
+        them are prepared again.
+        """
+        self._digest = hashlib.blake2b(_cache_header(len(bad), self.image_shape), digest_size=16)
+        if not (key and self.is_unfinished and self._key() == key):
+            self.forget()
+        with self.unfinished.open("a+b"):
+            pass
+        with self.unfinished.open("r+b") as file, contextlib.ExitStack() as stack:
+            if not key:
+                file.write(bytes(CACHE_HEADER_BYTES))
+                yield file, None, 0
+                return
+            journal = stack.enter_context(self.journal.open("a+b"))
+            journal.seek(0)
+            head = journal.readline() or json.dumps({"key": key}).encode() + b"\n"
+            begun, end = 0, len(head)
+            file.seek(CACHE_HEADER_BYTES)
+            for line in journal:
+                rows = self._rows_of(line, file, begun, bad, statistics)
+                if not rows:
+                    break
+                begun, end = begun + rows, end + len(line)
+            if not begun:
+                journal.truncate(0)
+                journal.write(head)
+                file.truncate(0)
+                file.write(bytes(CACHE_HEADER_BYTES))
+            journal.truncate(end)
+            file.seek(CACHE_HEADER_BYTES + begun * 2 * math.prod(self.image_shape))
+            file.truncate()
+            yield file, journal, begun
+
+    def _rows_of(
+        self, line: bytes, file: BinaryIO, begun: int, bad: Mask, statistics: NDArray[np.float64]
+    ) -> int:
+        """The rows that a line of the journal stands for, 0 where it or its block in `file` is damaged."""
+        try:
+            entry = json.loads(line)
+            rows, crc, broken, numbers = (entry[name] for name in ("rows", "crc32", "bad", "statistics"))
+            if not 0 < rows <= len(bad) - begun:
+                return 0
+            found = file.read(rows * 2 * math.prod(self.image_shape))
+            if zlib.crc32(found) != crc or len(found) != rows * 2 * math.prod(self.image_shape):
+                return 0
+            bad[begun : begun + rows] = np.isin(np.arange(rows), broken)
+            if numbers:
+                statistics[begun : begun + rows] = numbers
+        except (ValueError, KeyError, TypeError):
+            return 0
+        self._digest.update(found)
+        return int(rows)
+
+    def _prepare(
+        self,
+        images: ImageStack,
+        table: pd.DataFrame,
+        config: PreprocessConfig,
+        file: BinaryIO,
+        journal: BinaryIO | None,
+        begun: int,
+        found: tuple[Mask, NDArray[np.float64]],
+        progress: ProgressCallback | None,
+        stop: threading.Event | None,
+    ) -> None:
+        """Prepare and write the rows from `begun` on, and enter each block into the journal."""
+        n, done = len(table), begun
+        bad, statistics = found
+        for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images, begun):
+            if stop is not None and stop.is_set():
+                kept = f"{done} of {n} are kept, and the same again goes on from there"
+                raise Stopped(
+                    "stopped before all images were prepared; "
+                    + (kept if journal is not None and done else "nothing was kept")
+                )
+            rows = slice(done, done + len(block.images))
+            data = block.images.reshape(-1).view(np.uint8).data
+            file.write(data)
+            self._digest.update(data)
+            bad[rows], statistics[rows] = block.bad, block.statistics
+            done = rows.stop
+            if journal is not None:
+                file.flush()
+                numbers = block.statistics.tolist() if config.outlier_sd else []
+                entry = {
+                    "rows": len(block.images),
+                    "crc32": zlib.crc32(data),
+                    "bad": np.flatnonzero(block.bad).tolist(),
+                    "statistics": numbers,
+                }
+                journal.write(json.dumps(entry).encode() + b"\n")
+                journal.flush()
+            if progress is not None:
+                progress("preparing images", done / n)
 
     def record(self, key: str, n: int) -> None:
         """Write `images.json`, by which the cache counts as whole."""
@@ -770,11 +918,13 @@ class _Cache:
     def _finish(self, file: BinaryIO, good: Mask) -> None:
         """Close the gaps that bad images leave, write the header, and take the hash on the way."""
         n_bytes = 2 * math.prod(self.image_shape)
-        header = io.BytesIO()
-        shape = (int(good.sum()), *self.image_shape)
-        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        assert header.tell() == CACHE_HEADER_BYTES
-        digest = hashlib.blake2b(header.getvalue(), digest_size=16)
+        header = _cache_header(int(good.sum()), self.image_shape)
+        if good.all():  # as it was written, and its hash taken on the way
+            file.seek(0)
+            file.write(header)
+            self._hash = self._digest.hexdigest()
+            return
+        digest = hashlib.blake2b(header, digest_size=16)
         per_block = max(1, BLOCK_BYTES // n_bytes)
         written = 0
         for start in range(0, len(good), per_block):
@@ -789,8 +939,38 @@ class _Cache:
             written += int(rows.sum())
         file.truncate(CACHE_HEADER_BYTES + written * n_bytes)
         file.seek(0)
-        file.write(header.getvalue())
+        file.write(header)
         self._hash = digest.hexdigest()
+
+
+def _cache_header(n: int, image_shape: tuple[int, ...]) -> bytes:
+    """The first bytes of `images.npy`."""
+    header = io.BytesIO()
+    shape = (n, *image_shape)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    assert header.tell() == CACHE_HEADER_BYTES
+    return header.getvalue()
+
+
+def _inputs_key(table: pd.DataFrame, plan: preprocess.Plan, config: PreprocessConfig) -> str:
+    """Hash of all that decides what is prepared, the times of the image files included; "" for images of no
+    file, which may be others the next time."""
+    codes, paths = pd.factorize(table["stack_path"])
+    try:
+        stamps = [[path, *_stamp(Path(path))] for path in paths if path]
+    except OSError:
+        return ""
+    if len(stamps) < len(paths):
+        return ""
+    chosen = [config.bad_images, config.outlier_sd > 0, BLOCK_BYTES, __version__]
+    text = json.dumps([_PLAN.dump_python(plan, mode="json"), chosen, stamps], sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    digest.update(codes.astype("<i8").tobytes())
+    for name in ("stack_index", "box_px", "pixel_size_A", *preprocess.CTF_COLUMNS):
+        if name in table:
+            digest.update(name.encode() + table[name].to_numpy("<f8").tobytes())
+    digest.update(",".join(table["ctf_state"]).encode())
+    return digest.hexdigest()
 
 
 def _left_out(
@@ -1089,11 +1269,12 @@ def _preprocessed(
     plan: preprocess.Plan,
     shape: tuple[int, ...],
     bad_images: str = "stop",
+    begun: int = 0,
 ) -> Iterator[_Block]:
-    """Blocks in the order of the rows, two of them worked on ahead of the one taken."""
+    """Blocks in the order of the rows from `begun` on, two of them worked on ahead of the one taken."""
     box_px = np.asarray(images.box_px)
     per_block = max(1, BLOCK_BYTES // (4 * shape[0] * int(box_px.max()) ** 2))
-    starts = iter(range(0, len(table), per_block))
+    starts = iter(range(begun, len(table), per_block))
 
     def work(start: int) -> _Block:
         rows = np.arange(start, min(start + per_block, len(table)))
@@ -1174,6 +1355,21 @@ def _put_in_place(folder: Path, path: Path, overwrite: bool) -> None:
         path.rmdir()
     folder.rename(path)
     sync_folder(path.parent)
+
+
+def _clean_up_after_dead(path: Path, folder: Path, made: _Cache, key: str) -> None:
+    """Remove what stopped or killed imports to `path` have left, but first take over the images that this
+    one, in `folder`, would prepare as well. Imports that live hold their lock and are left alone."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}-[a-z0-9_]{{8}}\.part")
+    for left in path.parent.iterdir():
+        if left == folder or not pattern.fullmatch(left.name) or not (left / ".lock").is_file():
+            continue
+        with contextlib.suppress(UserError, OSError):
+            with locked(left / ".lock", wait_s=0):
+                made.take_over(left, key)
+                if os.name != "nt":
+                    shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_uids(particles: Particles) -> None:
