@@ -199,3 +199,33 @@ def test_transfer_and_recentre_from_the_command_line(
     ] == ["full.mrcs"] * 4
     assert main(["export", str(session.path), "--out", str(tmp_path / "r.star"), "--recentre"]) == 2
     assert "no shifts to recentre" in capsys.readouterr().err
+
+
+def test_import_takes_several_star_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = extract(tmp_path, "a", 32, 2.0, COORDINATE_XY)
+    b = extract(tmp_path, "b", 32, 2.0, COORDINATE_XY, group="other")
+    assert main(["import", str(a), str(b)]) == 0
+    session = Session.open(tmp_path / "a_joined_explorer")
+    assert session.n_particles == 2 * K and f"{2 * K} particles of 2 files" in session.info.notes
+    names = [f"{i + 1:06d}@{name}.mrcs" for name in "ab" for i in range(K)]
+    assert session.table["rlnImageName"].tolist() == names
+    images = np.concatenate([read(star).images.read(np.arange(K)) for star in (a, b)])
+    np.testing.assert_array_equal(session.originals().read(np.arange(2 * K)), images)
+    # the same again is the same file; another one is never written over
+    assert main(["import", str(a), str(b), "--session", str(tmp_path / "again")]) == 0
+    assert main(["import", str(b), str(a), "--session", str(tmp_path / "a" / "b")]) == 0
+    (tmp_path / "b_joined.star").write_text("mine")
+    assert main(["import", str(b), str(a), "--session", str(tmp_path / "turned")]) == 0
+    assert (tmp_path / "b_joined.star").read_text() == "mine"
+    joined = sorted(path.name for path in tmp_path.glob("*_joined*.star"))
+    assert joined == ["a_joined.star", "b_joined-2.star", "b_joined.star"]
+    # what fails leaves no file
+    capsys.readouterr()
+    assert (
+        main(["import", str(a), str(b), "--session", str(tmp_path / "no"), "--where", "rlnCoordinateX < 0"])
+        == 2
+    )
+    assert main(["import", str(a), str(tmp_path / "a.mrcs"), "--session", str(tmp_path / "no")]) == 2
+    assert "is no star file; of several files opened together all must be" in capsys.readouterr().err
+    assert main(["import", str(b), str(a), "--session", str(tmp_path / "turned")]) == 2
+    assert sorted(path.name for path in tmp_path.glob("*_joined*.star")) == joined

@@ -224,8 +224,9 @@ class Inspect(JobCommand):
 class Import(JobCommand):
     """Make a session of a particle file: its table, the file itself and the images prepared for models."""
 
-    stack: CliPositionalArg[Path]
-    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures"""
+    stack: CliPositionalArg[list[Path]]
+    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures;
+    several .star files are joined into NAME_joined.star beside the session"""
     session: str = ""
     """Folder of the session; by default NAME_explorer beside the file, or in the working directory where that
     is read-only"""
@@ -247,12 +248,23 @@ class Import(JobCommand):
         """Make the session and print its path."""
         from dataclasses import replace
 
+        from particle_explorer.io.joining import joined
         from particle_explorer.io.reading import read
         from particle_explorer.particles import random_subset, where_mask
         from particle_explorer.session import Session, default_path, join, read_table
 
-        with self.job("reading") as job:
-            particles = read(self.stack, project_dir=_path(self.project_dir))
+        with contextlib.ExitStack() as stack:
+            job = stack.enter_context(self.job("reading"))
+            source = self.stack[0]
+            joining: list[str] = []
+            several = len(self.stack) > 1
+            named = source.with_name(f"{source.stem}_joined.star") if several else source
+            target = _path(self.session) or default_path(named)
+            if several:
+                out = target.absolute().with_name(named.name)
+                source, joining = stack.enter_context(joined(self.stack, out, _path(self.project_dir)))
+            particles = read(source, project_dir=_path(self.project_dir))
+            particles = replace(particles, notes=(*joining, *particles.notes))
             for note in particles.notes:
                 job.note(note)
             if self.table:
@@ -264,7 +276,7 @@ class Import(JobCommand):
                 note = f"{len(rows)} of {len(particles)} particles were taken at random"
                 particles = replace(particles[rows], notes=(*particles.notes, note))
             session = Session.create(
-                _path(self.session) or default_path(self.stack),
+                target,
                 particles,
                 self.preprocess,
                 where=self.where,

@@ -297,3 +297,32 @@ def test_the_preview_leaves_out_what_cannot_be_shown(
     np.save(tmp_path / "half.npy", images)
     _open(dock, tmp_path / "half.npy", qtbot)
     assert dock.preview.n_images == 12, "six that are not blank, before and after"
+
+
+def test_several_star_files_are_opened_as_one(
+    dock: ParticlesDock, stack: Path, tmp_path: Path, started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch, qtbot: QtBot,
+) -> None:  # fmt: skip
+    lines = stack.read_text().splitlines(keepends=True)
+    rows = [i for i, line in enumerate(lines) if "@" in line]
+    halves = [tmp_path / "first.star", tmp_path / "second.star"]
+    for half, left_out in zip(halves, (rows[:40], rows[40:]), strict=True):
+        half.write_text("".join(line for i, line in enumerate(lines) if i not in left_out))
+    from particle_explorer.widgets import data
+
+    monkeypatch.setattr(
+        data, "ask_paths", lambda parent, title, chosen, **_: chosen([str(p) for p in halves])
+    )
+    dock.ask_for_file()
+    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+    found = dock.found
+    assert found is not None and len(found.particles) == len(rows)
+    assert found.particles.source == tmp_path / "first_joined.star" and found.particles.source.is_file()
+    assert "joined into" in found.lines[0]
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    assert started[0][:2] == ["import", str(found.particles.source)]
+    mrcs = next(tmp_path.glob("*.mrcs"))
+    dock.open_several([halves[0], mrcs])
+    qtbot.waitUntil(dock.complaint.isVisible, timeout=SLOW)
+    assert "is no star file" in dock.complaint.sentence.text()

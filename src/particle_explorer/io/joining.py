@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,36 @@ from particle_explorer.io.paths import resolve_stacks
 from particle_explorer.io.star import Block, StarFile, format_block, unquoted
 
 _CHUNK_ROWS = 50_000
+
+
+@contextlib.contextmanager
+def joined(
+    sources: Sequence[Path], out: Path, project_dir: Path | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Several star files as one file `out`, and notes; no file that is there is written to.
+
+    Where `out` is taken, a file of the same content is used again, else NAME-2, NAME-3 … is written. A
+    block that fails takes the new file with it.
+    """
+    for source in sources:
+        if source.suffix.lower() != ".star":
+            raise UserError(f"{source} is no star file; of several files opened together all must be")
+    out, taken, number = out.absolute(), [], 1
+    name = out
+    while name.exists():
+        taken.append(name)
+        number += 1
+        name = out.with_name(f"{out.stem}-{number}{out.suffix}")
+    notes = merge_stars(sources, name, project_dir=project_dir)
+    same = next((path for path in taken if path.is_file() and filecmp.cmp(path, name, shallow=False)), None)
+    if same is not None:
+        name.unlink()
+    try:
+        yield same or name, notes
+    except BaseException:
+        if same is None:
+            name.unlink(missing_ok=True)
+        raise
 
 
 def merge_stars(

@@ -32,3 +32,15 @@ def ask_path(
     dialog.fileSelected.connect(chosen)
     dialog.open()
     return dialog
+
+
+def ask_paths(
+    parent: QWidget, title: str, chosen: Callable[[list[str]], object], *, patterns: str = ""
+) -> QFileDialog:
+    """The same for one file or several; `chosen` gets all paths."""
+    dialog = QFileDialog(parent, title, "", patterns)
+    dialog.setFileMode(QFileDialog.FileMode.ExistingFiles)
+    dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+    dialog.filesSelected.connect(chosen)
+    dialog.open()
+    return dialog

@@ -29,7 +29,7 @@ from qtpy.QtWidgets import (
 
 from particle_explorer.configs import PreprocessConfig
 from particle_explorer.io.paths import StacksMissing
-from particle_explorer.widgets.ask import ask_path
+from particle_explorer.widgets.ask import ask_path, ask_paths
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
@@ -109,7 +109,7 @@ class ParticlesDock(QWidget):
         self.found: Found | None = None
         self._pixel_size = 0.0
         self._layer_source: Path | None = None
-        self._missing_source = Path()
+        self._asked = [Path()]
         self.setAcceptDrops(True)
 
         self.complaint = Complaint()
@@ -341,10 +341,10 @@ class ParticlesDock(QWidget):
         from particle_explorer.io.reading import SUFFIXES
 
         patterns = " ".join(f"*{suffix}" for suffix in SUFFIXES)
-        ask_path(
+        ask_paths(
             self,
-            "Open particles",
-            lambda chosen: self.open(Path(chosen)),
+            "Open particles, or several star files as one",
+            lambda chosen: self.open_several([Path(path) for path in chosen]),
             patterns=f"Particles or session ({patterns} session.json);;All files (*)",
         )
 
@@ -352,6 +352,7 @@ class ParticlesDock(QWidget):
         """Open a particle file, a folder of pictures, a session folder or its `session.json`."""
         self.complaint.clear()
         path = Path(path)
+        self._asked = [path]
         folder = path.parent if path.name == "session.json" else path
         if (folder / "session.json").is_file():
             self._show(None, f"Opening {folder.name} …")
@@ -359,6 +360,16 @@ class ParticlesDock(QWidget):
             return
         self._show(None, f"Reading {path.name} …")
         self.tasks.run("read", lambda: _look(path, project_dir), self._on_read, self.complain)
+
+    def open_several(self, paths: list[Path], project_dir: Path | None = None) -> None:
+        """Open what `open` does, or several star files, joined into one that stays beside the first."""
+        if len(paths) == 1:
+            self.open(paths[0], project_dir)
+            return
+        self.complaint.clear()
+        self._asked = paths
+        self._show(None, f"Joining {number(len(paths))} files …")
+        self.tasks.run("read", lambda: _look_at_joined(paths, project_dir), self._on_read, self.complain)
 
     def _on_read(self, found: Found | StacksMissing) -> None:
         if not isinstance(found, StacksMissing):
@@ -371,16 +382,15 @@ class ParticlesDock(QWidget):
         stacks = "an image stack that is" if n == 1 else f"{number(n)} image stacks that are"
         self.missing_words.setText(f"{found.source.name} names {stacks} not where it says:\n{listed}{more}")
         self.missing_words.setToolTip(str(found))
-        self._missing_source = found.source
         self.missing.setVisible(True)
 
     def _ask_for_project(self) -> None:
-        source = self._missing_source
+        asked = self._asked
 
         def chosen(folder: str) -> None:
-            self.open(source, Path(folder))
+            self.open_several(asked, Path(folder))
 
-        ask_path(self, "Where is the project folder?", chosen, kind="folder", start=str(source.parent))
+        ask_path(self, "Where is the project folder?", chosen, kind="folder", start=str(asked[0].parent))
 
     def open_active_layer(self) -> None:
         """Take the image layer that is selected in napari: its file if it has one, else its pixels."""
@@ -407,14 +417,14 @@ class ParticlesDock(QWidget):
         self.tasks.run("sample", sample_session, self.open, self.complain)
 
     def dragEnterEvent(self, event: QDragEnterEvent | None) -> None:
-        if event is not None and _dropped(event) is not None:
+        if event is not None and _dropped(event):
             event.acceptProposedAction()
 
     def dropEvent(self, event: QDropEvent | None) -> None:
-        path = None if event is None else _dropped(event)
-        if event is not None and path is not None:
+        paths = [] if event is None else _dropped(event)
+        if event is not None and paths:
             event.acceptProposedAction()
-            self.open(path)
+            self.open_several(paths)
 
     def _on_layer_inserted(self, event: Any) -> None:
         layer = event.value
@@ -673,6 +683,20 @@ def _look(path: Path, project_dir: Path | None) -> Found | StacksMissing:
         return missing
 
 
+def _look_at_joined(paths: list[Path], project_dir: Path | None) -> Found | StacksMissing:
+    """The same for several star files."""
+    from particle_explorer.io.joining import joined
+    from particle_explorer.session import default_path
+
+    out = default_path(paths[0]).with_name(f"{paths[0].stem}_joined.star")
+    try:
+        with joined(paths, out, project_dir) as (path, notes):
+            found = look(path, project_dir)
+    except StacksMissing as missing:
+        return missing
+    return replace(found, lines=[f"joined into {path}", *notes, *found.lines])
+
+
 def look_at_layer(data: Any, name: str, scale: list[float], units: list[str]) -> Found:
     """Take the images of a layer; their pixel size is known when the layer is measured in ångström."""
     from particle_explorer.io.reading import read_array
@@ -806,10 +830,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _dropped(event: QDropEvent) -> Path | None:
-    """The one local file or folder that is dropped."""
+def _dropped(event: QDropEvent) -> list[Path]:
+    """The local files or folders that are dropped; none where one is not local."""
     mime = event.mimeData()
     urls = mime.urls() if mime is not None else []
-    if len(urls) != 1 or not urls[0].isLocalFile():
-        return None
-    return Path(urls[0].toLocalFile())
+    if not all(url.isLocalFile() for url in urls):
+        return []
+    return [Path(url.toLocalFile()) for url in urls]
