@@ -58,6 +58,10 @@ PIXEL_SIZE_TOLERANCE = 0.01
 MEMORY_SHARE = 0.25
 """Images are held in memory when they take no more than this of what is free"""
 FREE_MEMORY_UNKNOWN = 2 * 2**30
+CHECKPOINT_VERSION = 1
+"""Of `resume.pt`"""
+_NO_CHECKPOINT = (RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+"""What reading something else as a checkpoint may raise"""
 
 
 @dataclass(frozen=True)
@@ -291,11 +295,29 @@ def load_model(run: Run, device: torch.device | str = "cpu") -> ParticleModel:
     model.precision = run.config.train.precision
     try:
         weights = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged and holds no weights; train the run again") from error
+    try:
         model.load_state_dict(weights)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise UserError(f"{path} does not hold the weights of this run's model: {reason}") from error
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not hold the weights of this run's {run.config.model.kind}:"
+            f" {_misfit(model, weights)}; put back its own file, or train the run again"
+        ) from error
     return model.to(device).eval()
+
+
+def _misfit(model: ParticleModel, weights: dict[str, Tensor]) -> str:
+    """The first difference of `weights` from those that a model has, in a few words."""
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        if name not in weights:
+            return f"it has no {name}"
+        if weights[name].shape != value.shape:
+            found, right = ("×".join(map(str, one.shape)) or "1" for one in (weights[name], value))
+            return f"its {name} has the shape {found}, not {right}"
+    unknown = [name for name in weights if name not in wanted]
+    return f"this model has no {unknown[0]}" if unknown else "its parts are not those of this model"
 
 
 @torch.no_grad()
@@ -522,6 +544,11 @@ class _Fit:
                 f" {self.config.data.n_particles} particles, the session has others now; start a new run"
             )
         self.rows = self.session.rows_where(self.config.where, self.config.selection)
+        if len(self.rows) == 1:
+            raise UserError(
+                f"run {run.name} has 1 particle to learn from, and a map shows differences between particles;"
+                " give it thousands, at least 2"
+            )
         self.resume = resume
         self.epoch = self.step = 0
         self.started = False
@@ -762,7 +789,8 @@ class _Fit:
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
-            "format_version": 1,
+            "format_version": CHECKPOINT_VERSION,
+            "kind": self.config.model.kind,
             "epoch": self.epoch,
             "at_once": self.at_once,
             "seconds": self.seconds_before + time.monotonic() - self.began,
@@ -806,12 +834,25 @@ class _Fit:
 
     def _load_checkpoint(self) -> None:
         path = self.run_.path / "resume.pt"
+        refused, mine = f"{path} cannot be resumed from", self.config.model.kind
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            version, kind = int(state["format_version"]), state.get("kind", mine)
+            weights = dict(state["weights"])
+        except (*_NO_CHECKPOINT, EOFError, OSError, _pickle_error()) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or "it is damaged, or no checkpoint"
+            raise UserError(f"{refused}: {reason}; start a new run") from error
+        if version > CHECKPOINT_VERSION:
+            raise UserError(
+                f"{refused}: it has format version {version}, this program reads up to {CHECKPOINT_VERSION};"
+                " install a newer, or start a new run"
+            )
+        if kind != mine:
+            raise UserError(f"{refused}: it is of the model {kind}, this run's is {mine}; start a new run")
+        try:
             self._restore(state)
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError, _pickle_error()) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be resumed from ({reason}); start a new run") from error
+        except _NO_CHECKPOINT as error:
+            raise UserError(f"{refused}: {_misfit(self.model, weights)}; start a new run") from error
         # parts of another size would draw other random numbers than the uninterrupted run
         self.at_once = min(self.at_once, int(state.get("at_once", self.at_once)))
         self.started = True

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from particle_explorer import pose
@@ -165,6 +166,15 @@ def test_turning_and_moving_the_input_turns_and_moves_the_pose(box_px: int) -> N
     found = (encoding.shift - shift).flip(-1).reshape(-1).numpy()
     centre = np.linalg.lstsq(xy, found, rcond=None)[0]
     assert np.sqrt(np.mean((found - xy @ centre) ** 2)) < 0.5
+    # as RELION takes the exported pose: x_ref = R(psi) (x_particle + origin)
+    psi, *origin = pose.to_relion(np.rad2deg(encoding.angle.numpy()), encoding.shift.numpy(), 2.0)
+    grid = np.indices((box_px, box_px))[::-1].reshape(2, -1) - box_px // 2
+    average, mirrored = np.zeros(box_px**2), np.zeros(box_px**2)
+    for image, turn, x, y in zip(images[:, 0].numpy(), psi, *origin, strict=True):
+        for total, sign in ((average, 1), (mirrored, -1)):
+            at = pose.rotation_matrix(-sign * turn) @ grid - sign * np.array([[x / 2.0], [y / 2.0]])
+            total += map_coordinates(image, at[::-1] + box_px // 2, order=1) / len(images)
+    assert average.var() > 0.75 * images.var() > 1.5 * mirrored.var()
     views = model.decode(encoding.z, encoding.angle, encoding.shift).flatten(1)
     match = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(views, images.flatten(1), strict=True)]
     assert torch.stack(match).median() > 0.9

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
+import starfile
 import torch
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
+from particle_explorer import pose
 from particle_explorer.configs import DataSpec, RotationAEConfig
 from particle_explorer.files import UserError
+from particle_explorer.io.reading import read
+from particle_explorer.io.writing import export_particles
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.rotation_ae import RotationAE, _angle_loss
@@ -159,8 +167,36 @@ def test_the_slope_of_the_critic_is_held() -> None:
     assert 0.3 < slopes[True] < 2 and slopes[False] > 5 * slopes[True], slopes
 
 
+def exported_poses(folder: Path, posed: Posed, angle_deg: NDArray[np.float32]) -> Path:
+    """The star file that results from these angles and a source with true origins and false angles."""
+    n, (_, y, x) = posed.images.shape[-1], posed.pose.T.tolist()
+    with mrcfile.new(folder / "in.mrcs", posed.images[:, 0].numpy()) as stack:
+        stack.set_image_stack()
+    optics = f"data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n_rlnImageSize\n1 2.0 {n}\n\n"
+    names = ["ImageName", "OpticsGroup", "AnglePsi", "OriginXAngst", "OriginYAngst"]
+    rows = [f"{i + 1}@in.mrcs 1 77.0 {-2 * x[i]} {-2 * y[i]}" for i in range(len(x))]
+    lines = ["data_particles", "", "loop_", *(f"_rln{name}" for name in names), *rows, ""]
+    star = folder / "in.star"
+    star.write_text(optics + "\n".join(lines))
+    out = folder / "out.star"
+    export_particles(out, table=read(star).table, source=star, kind="star", angle_deg=angle_deg)
+    return out
+
+
+def average_by_star(star: Path, images: NDArray[np.float32], sign: int) -> NDArray[np.float64]:
+    """As RELION takes the poses: x_ref = R(psi) (x_particle + origin); the other `sign` mistakes psi."""
+    table, n = starfile.read(star)["particles"], images.shape[-1]
+    grid = np.indices((n, n))[::-1].reshape(2, -1) - n // 2
+    origins = table[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy() / 2.0
+    total = np.zeros(n * n)
+    for image, psi, origin in zip(images, table["rlnAnglePsi"], origins, strict=True):
+        at = pose.rotation_matrix(-sign * psi) @ grid - origin[:, None]
+        total += map_coordinates(image, at[::-1] + n // 2, order=1) / len(images)
+    return total
+
+
 @pytest.mark.parametrize("box_px", [25])
-def test_turning_the_input_turns_the_angle_and_not_the_content(box_px: int) -> None:
+def test_turning_the_input_turns_the_angle_and_not_the_content(box_px: int, tmp_path: Path) -> None:
     batches = posed_phantoms(box_px, 600)
     model = model_of(box_px)
     train(model, batches, 300)
@@ -173,6 +209,10 @@ def test_turning_the_input_turns_the_angle_and_not_the_content(box_px: int) -> N
     drawn = model.decode(encoding.z)
     target = 3 * phantom(box_px).expand(200, -1, -1, -1)
     assert (drawn - target).square().mean() < 0.1 * target.square().mean()
+    exported = exported_poses(tmp_path, fresh, np.rad2deg(encoding.angle.numpy()))
+    average, mirrored = (average_by_star(exported, fresh.images[:, 0].numpy(), sign) for sign in (1, -1))
+    kept, mistaken = (view.var() / float(fresh.images.var()) for view in (average, mirrored))
+    assert kept > 0.8 and mistaken < 0.7  # a good part of the phantom is round
     turn = torch.full((200,), 1.0)
     turned = model.encode(Batch(place(fresh.images, turn, mode="bicubic"), None, torch.arange(200)))
     difference = torch.exp(1j * (turned.angle - encoding.angle - 1.0)).angle().abs()

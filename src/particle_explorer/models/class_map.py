@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from particle_explorer.configs import ClassMapConfig, DataSpec
+from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
-from particle_explorer.models.layers import SmoothDecoder
+from particle_explorer.models.layers import SmoothDecoder, fast_products
 from particle_explorer.transforms import (
     FourierBand,
     fourier_radius,
@@ -96,17 +96,6 @@ class _Expectation(NamedTuple):
     """`(r, k, px)` of the sum of `log_evidence` with respect to the templates"""
     node: Tensor
     """`(b, k)` posterior of the nodes; what it lacks to 1 is junk"""
-
-
-@contextmanager
-def _fast_products(precision: str) -> Iterator[None]:
-    """float32 products through bf16 where the hardware has it (sums and results stay float32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _block(floats_per_image: int, device: torch.device, factor: int = 1) -> int:
@@ -640,7 +629,7 @@ class ClassMap(ParticleModel):
         with torch.enable_grad():
             graph = self._templates(fixed, self.band)
         templates = graph.detach()
-        with torch.no_grad(), _fast_products(self.precision):
+        with torch.no_grad(), fast_products(self.precision):
             due = self._search_is_due(batch.row)
             seen = self._seen(batch, None if due else self._places_of(batch.row))
             images, transfer = seen.images, seen.transfer
@@ -747,6 +736,11 @@ class ClassMap(ParticleModel):
 
         A map that starts at random folds: two of its parts come to describe the same conformation.
         """
+        if self.wide_px > self.data.box_px // 2:  # refused here, not of runs that are fitted already
+            raise UserError(
+                f"--model.shift-range-px {self.wide_px:g}: in images of {self.data.box_px} px shifts go up to"
+                f" {self.data.box_px // 2} px; choose a smaller range"
+            )
         yield from self._start_noise(batches)
         template = yield from self._start_template(batches)
         self._places = ("fixed",), self._round_spectra(template)
@@ -798,7 +792,7 @@ class ClassMap(ParticleModel):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
             band = self.coarse_band if step < 0.6 * n_steps else self.band
             chosen = torch.randint(len(sample), (size,))
-            with _fast_products(self.precision):
+            with fast_products(self.precision):
                 some = None if transfer is None else transfer[chosen]
                 new = self._one_template_step(sample[chosen], some, template, heat, band)
             keep = 0.0 if step < 5 else 0.7
@@ -853,7 +847,7 @@ class ClassMap(ParticleModel):
             batch = batches.take(part)
             rows.append(batch.row)
             images, transfer, _ = self._seen(batch)
-            with _fast_products(self.precision):
+            with fast_products(self.precision):
                 pose = self._search(images, transfer, templates, 1)[:, 0]
             r = len(self.angles)
             angle, move = self.angles[pose % r], self.shifts[pose // r].float()
@@ -948,7 +942,7 @@ class ClassMap(ParticleModel):
     def _choose_proposals(self, batch: Batch) -> None:
         """As many poses per image as hold 99.8 % of the posterior in a search that keeps the most."""
         self.n_encode_proposals.fill_(self.max_encode_proposals)
-        with _fast_products(self.precision):
+        with fast_products(self.precision):
             mass = self._encode_part(self._seen(batch), self.decoder(self.node_z))["proposal_mass"]
         # one image in ten may need more
         held = mass.cumsum(1).quantile(0.1, dim=0)
@@ -980,7 +974,7 @@ class ClassMap(ParticleModel):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoding:
-        with _fast_products(self.precision):
+        with fast_products(self.precision):
             nodes = self.decoder(self.node_z)
             parts = []
             for i in range(0, len(batch.images), 1024):

@@ -20,8 +20,8 @@ Where we differ:
 - a Wasserstein critic is held to a slope of 1 by a gradient penalty (Gulrajani et al. 2017); the published
   clipping had no effect. It takes one step for several of the autoencoder, with that step's gradient alone;
 - its term has a weight, which the published sum lacks: a critic that works outweighs the pixels' errors;
-- every image is normalised by itself (layer and group norm), so that answers depend on no other image, one
-  particle can be fitted, and several devices agree; the published batch norms have 0.8 where their epsilon
+- every image is normalised by itself (layer and group norm), so that answers depend on no other image, a
+  batch may be one particle, and several devices agree; the published batch norms have 0.8 where their epsilon
   is;
 - the decoder has no input for an angle that is always 0.
 """
