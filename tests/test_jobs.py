@@ -133,6 +133,20 @@ def test_who_says_running_must_be_there(tmp_path, changes, state):
     assert read_status(tmp_path).state == state
 
 
+@pytest.mark.parametrize("last_word", ["finished", "stopped", "failed"])
+def test_a_job_that_ends_while_it_is_looked_at_is_not_taken_for_interrupted(tmp_path, monkeypatch, last_word):
+    said = Status("running", 2**30, socket.gethostname(), "then", time.time(), time.time())
+    (tmp_path / "status.json").write_text(json.dumps(dataclasses.asdict(said)))
+
+    def ends_now(pid: int) -> str:
+        ended = dataclasses.replace(said, state=last_word)
+        (tmp_path / "status.json").write_text(json.dumps(dataclasses.asdict(ended)))
+        return process_started(pid)
+
+    monkeypatch.setattr("particle_explorer.status.process_started", ends_now)
+    assert read_status(tmp_path).state == last_word
+
+
 def test_processes_are_told_apart():
     assert process_started(os.getpid()) == process_started(os.getpid()) != ""
     assert process_started(2**30) == ""

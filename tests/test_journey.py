@@ -6,15 +6,21 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("napari")
 
+from qtpy.QtCore import Qt
+from qtpy.QtTest import QTest
+
 from particle_explorer.plugin import read_stack
 from particle_explorer.widgets.screenshots import Camera, Hand
+
+if TYPE_CHECKING:
+    from particle_explorer.session import Session
 
 starfile = pytest.importorskip("starfile")
 
@@ -98,5 +104,76 @@ def test_from_a_stack_to_class_averages_by_hand(
     assert average.shape == (1, 32, 32) and attributes["scale"][-1] == pytest.approx(7)
     np.testing.assert_allclose(average[0], classes.stored.images[0], atol=1e-6)
 
+    workspace.shutdown()
+    hand.rest(0.2)
+
+
+@pytest.mark.timeout(300)
+def test_a_training_is_stopped_resumed_and_compared_by_hand(
+    make_napari_viewer: Callable[..., Any], tiny_session: Session, tmp_path: Path
+) -> None:
+    n_epochs = 40
+    viewer = make_napari_viewer(show=True)
+    viewer.window.resize(1366, 768)
+    _, workspace = viewer.window.add_plugin_dock_widget("napari-particle-explorer", "Particle Explorer")
+    hand = Hand(workspace)
+    camera = Camera(viewer, Path(os.environ.get("PARTICLE_EXPLORER_SCREENSHOTS", tmp_path / "screenshots")))
+    train = workspace.train
+    workspace.open(tiny_session.path)
+    hand.wait(lambda: train.setup.isVisible(), "the session")
+
+    def state_of(name: str) -> str:
+        return tiny_session.run(name).state
+
+    # train a first run to its end
+    hand.write(train.train_form.editor("n_epochs").native, "1")
+    hand.click(train.train_button)
+    hand.wait(lambda: workspace.state.run is not None, "the first map", 120)
+    first = workspace.state.run.name
+
+    # train another model, and stop it on the way
+    hand.tab("Train")
+    hand.choose(train.model, "spatial-VAE")
+    hand.write(train.train_form.editor("n_epochs").native, str(n_epochs))
+    hand.click(train.train_button)
+    hand.wait(lambda: len(tiny_session.runs()) == 2, "the second run", 60)
+    second = tiny_session.runs()[-1].name
+    hand.wait(lambda: tiny_session.run(second).status.epoch > 1, "the first epochs", 60)
+    hand.click(train.stop_button)
+    hand.wait(lambda: not train.watch.isVisible(), "the stop", 60)
+    assert state_of(second) == "stopped", train.complaint.sentence.text()
+    reached = tiny_session.run(second).status.epoch
+    assert 0 < reached < n_epochs
+    steps = tiny_session.run(second).metrics()["step"].tolist()
+
+    # resume it where it stood
+    hand.wait(lambda: train.resume_button.isVisible(), "the button Resume")
+    hand.rest()
+    camera.take("7-stopped")
+    hand.click(train.resume_button)
+    hand.wait(train.watch.isVisible, "the training going on")
+    hand.wait(lambda: not train.watch.isVisible(), "the end", 120)
+    assert state_of(second) == "finished", train.complaint.sentence.text()
+    assert len(tiny_session.runs()) == 2, "resuming makes no other run"
+    assert tiny_session.run(second).status.epoch == n_epochs
+    logged = tiny_session.run(second).metrics()["step"].tolist()
+    assert logged == sorted(set(logged)) and logged[-1] > steps[-1], "it goes on from its checkpoint"
+    hand.wait(lambda: workspace.state.run is not None and workspace.state.run.name == second, "its map")
+
+    # compare the two
+    hand.click(train.table_button)
+    hand.wait(lambda: train.table is not None and train.table.table.rowCount() == 2, "the table of runs")
+    runs = train.table
+    for row, key in ((0, Qt.KeyboardModifier.NoModifier), (1, Qt.KeyboardModifier.ControlModifier)):
+        place = runs.table.visualItemRect(runs.table.item(row, 0)).center()
+        QTest.mouseClick(runs.table.viewport(), Qt.MouseButton.LeftButton, key, place)
+    assert set(runs.chosen()) == {first, second}
+    hand.click(runs.compare_button)
+    hand.wait(lambda: "particles:" in runs.words.text(), "the comparison")
+    assert "120 particles" in runs.words.text() and "explain" in runs.words.text()
+    hand.rest()
+    runs.grab().save(str(tmp_path / "compared.png"))
+    camera.take("8-compared")
+    runs.close()
     workspace.shutdown()
     hand.rest(0.2)

@@ -84,21 +84,28 @@ def read_status(folder: Path) -> Status:
     A job that says "running" while its process is gone, or, on another computer, while its heartbeat is
     stale, was "interrupted".
     """
+    while (status := _said(Path(folder))).state == "running" and not _is_alive(status):
+        # It may have said how it ended, and gone, between the two looks. Who is gone says nothing more, so
+        # what stands there now counts; another process that has taken over is asked in its turn.
+        if _said(Path(folder)) == status:
+            return dataclasses.replace(status, state="interrupted", seconds_left=-1.0)
+    return status
+
+
+def _said(folder: Path) -> Status:
+    """What `status.json` says, whether true or not."""
     try:
-        text = (Path(folder) / STATUS).read_text(encoding="utf-8")
+        text = (folder / STATUS).read_text(encoding="utf-8")
     except FileNotFoundError:
         return Status()
     except OSError as error:
-        raise UserError(f"cannot read {Path(folder) / STATUS}: {error.strerror}") from error
+        raise UserError(f"cannot read {folder / STATUS}: {error.strerror}") from error
     try:
         found = json.loads(text)
         known = {field.name for field in dataclasses.fields(Status)}
-        status = Status(**{name: value for name, value in found.items() if name in known})
+        return Status(**{name: value for name, value in found.items() if name in known})
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{Path(folder) / STATUS} is not a status file; delete it to go on") from error
-    if status.state == "running" and not _is_alive(status):
-        return dataclasses.replace(status, state="interrupted", seconds_left=-1.0)
-    return status
+        raise UserError(f"{folder / STATUS} is not a status file; delete it to go on") from error
 
 
 def request_stop(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from qtpy.QtCore import QEventLoop, QPoint, QPointF, Qt, QTimer
 from qtpy.QtTest import QTest
-from qtpy.QtWidgets import QApplication, QFileDialog, QLineEdit, QWidget
+from qtpy.QtWidgets import QApplication, QComboBox, QFileDialog, QLineEdit, QWidget
 
 from particle_explorer.files import UserError
 from particle_explorer.widgets.workspace import Workspace, open_workspace
@@ -72,6 +72,16 @@ class Hand:
         QTest.keyClick(widget, Qt.Key.Key_A, Qt.KeyboardModifier.ControlModifier)
         QTest.keyClicks(widget, text)
         QTest.keyClick(widget, Qt.Key.Key_Return)
+
+    def choose(self, box: QComboBox, words: str) -> None:
+        """Choose an entry of a list by typing how it begins, and press Enter."""
+        self._show(box)
+        box.setFocus()
+        QTest.keyClicks(box, words)
+        QTest.keyClick(box, Qt.Key.Key_Return)
+        live(20)
+        if box.currentText() != words:
+            raise LookupError(f"there is no {words!r} to choose; {box.currentText()!r} is chosen")
 
     def tab(self, name: str) -> None:
         """Click one of the tabs."""
