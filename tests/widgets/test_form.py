@@ -200,3 +200,12 @@ def test_command_line_names_what_differs_from_the_defaults() -> None:
         "--model.latent-dim",
         "1",
     ]
+
+
+def test_choices_are_said_in_words(qapp: QApplication) -> None:
+    form = ConfigForm(configs.ClusterConfig)
+    box = form.editor("method").native
+    shown = [box.itemText(i) for i in range(box.count())]
+    assert shown == ["k-means", "Gaussian mixture", "HDBSCAN", "Ward"]
+    assert form.value().method == "kmeans"
+    assert "k-means makes round groups" in form.editor("method").tooltip

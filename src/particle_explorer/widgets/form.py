@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import typing
 from typing import Any, Generic, Literal, TypeVar
 
@@ -21,6 +22,26 @@ from particle_explorer.configs import Config
 from particle_explorer.widgets.number_box import Number, WholeNumber
 
 C = TypeVar("C", bound=Config)
+
+CHOICES = {
+    "auto": "automatic",
+    "umap": "UMAP",
+    "tsne": "t-SNE",
+    "pca": "principal components",
+    "kmeans": "k-means",
+    "gmm": "Gaussian mixture",
+    "hdbscan": "HDBSCAN",
+    "ward": "Ward",
+    "component": "principal component",
+    "straight": "straight line",
+    "particles": "by way of particles",
+    "prior": "samples from the prior",
+    "wiener": "Wiener filter",
+    "gaussian": "Gaussian",
+    "gaussian-learned": "Gaussian, learned variance",
+    "bernoulli": "Bernoulli",
+}
+"""What forms call the values that the command line has short names for."""
 
 
 class CalmWheel(QObject):
@@ -172,7 +193,7 @@ def _editor(field: FieldInfo, unit: str, zero: str) -> ValueWidget[Any] | None:
         choices = typing.get_args(kind)
         if len(choices) == 1:
             return None
-        return ComboBox(choices=[(str(choice).replace("-", " "), choice) for choice in choices])
+        return ComboBox(choices=[(choice_words(choice), choice) for choice in choices])
     if kind is bool:
         return CheckBox()
     low, high = _bounds(field)
@@ -181,6 +202,11 @@ def _editor(field: FieldInfo, unit: str, zero: str) -> ValueWidget[Any] | None:
     if kind is float:
         return Number(low, high, unit, zero)
     raise TypeError(f"no control for a setting of type {kind}")
+
+
+def choice_words(choice: object) -> str:
+    """One of several values as people write it."""
+    return CHOICES.get(str(choice), str(choice).replace("-", " "))
 
 
 def _bounds(field: FieldInfo) -> tuple[float, float]:
@@ -200,7 +226,8 @@ def _bounds(field: FieldInfo) -> tuple[float, float]:
 
 def _wrapped(text: str) -> str:
     """Tooltips wrap only as rich text."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "")
+    named = re.sub("`([^`]*)`", lambda found: CHOICES.get(found[1], found[1]), text)
+    escaped = named.replace("&", "&amp;").replace("<", "&lt;")
     return f"<p>{escaped}</p>" if text else ""
 
 

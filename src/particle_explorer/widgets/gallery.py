@@ -596,7 +596,7 @@ class Gallery(QWidget):
         if not shown:
             words = ""
         elif not selected:
-            words = f"nothing selected: all {number(shown)} particles"
+            words = f"all {number(shown)} particles"
         elif selected == shown:
             words = f"{number(selected)} selected"
         else:
