@@ -46,7 +46,15 @@ def curve(run: Run) -> np.ndarray:
     return run.metrics().drop(columns=["seconds", "images_per_second"]).to_numpy()
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+def assert_same_weights(one: Run, two: Run) -> None:
+    first, second = (safetensors.torch.load_file(run.path / "model.safetensors") for run in (one, two))
+    for name, value in first.items():
+        if name == "gauge":
+            continue  # registers frames of a map that is hardly fitted: rounding moves it
+        torch.testing.assert_close(second[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["codae", "class-map"])
 def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     one, two = (new_run(tiny_session, MODELS[kind], devices=n) for n in (1, 2))
     before = torch.get_num_threads()
@@ -56,26 +64,25 @@ def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     assert run.status.device.startswith("2 × CPU") and torch.get_num_threads() == before
     # that the two agree with each other was checked after every epoch: `Team.check_agreement`
     np.testing.assert_allclose(curve(two), curve(one), rtol=2e-3, atol=1e-5)
-    first, second = (safetensors.torch.load_file(run.path / "model.safetensors") for run in (one, two))
-    for name, value in first.items():
-        if name == "gauge":
-            continue  # registers frames of a map that is hardly fitted: rounding moves it
-        torch.testing.assert_close(second[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
+    assert_same_weights(one, two)
     assert not [path.name for path in two.path.iterdir() if path.name.startswith((".team", ".helper"))]
 
 
-def test_a_team_is_stopped_and_resumes_to_the_uninterrupted_run(tiny_session: Session) -> None:
-    whole, parts = (new_run(tiny_session, MODELS["rotation-ae"], devices=2) for _ in range(2))
+def test_an_adversarial_team_that_is_stopped_and_resumed_trains_as_one(tiny_session: Session) -> None:
+    whole, parts = (new_run(tiny_session, MODELS["rotation-ae"], devices=n) for n in (1, 2))
     list(fit(whole))
     stop = threading.Event()
     for progress in fit(parts, stop):
         if progress.epoch == 1:
             stop.set()
     assert parts.state == "stopped"
+    np.testing.assert_allclose(curve(parts), curve(whole)[:3], rtol=2e-3, atol=1e-5)
     list(fit(parts, resume=True))
-    first, second = (safetensors.torch.load_file(run.path / "model.safetensors") for run in (whole, parts))
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    resumed, expected = curve(parts), curve(whole)
+    # the critic sits out the first step after resuming, so that it has nothing to tell and add there
+    assert np.isnan(resumed[3]).any() and np.isfinite(np.delete(resumed, 3, 0)).all()
+    np.testing.assert_allclose(np.delete(resumed, 3, 0), np.delete(expected, 3, 0), rtol=2e-3, atol=1e-5)
+    assert_same_weights(whole, parts)
 
 
 def test_a_helper_that_dies_is_said_in_a_sentence(tiny_session: Session, monkeypatch) -> None:
