@@ -94,6 +94,29 @@ def test_cryosparc_gets_templates(averaged):
     assert (folder / "montage.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_marks_decide_which_classes_are_chosen(averaged):
+    session, *_ = averaged
+    folder = session.path.parent
+
+    def chosen(marks, name):
+        session.mark_classes("three", marks)
+        export_classes(folder / name, session, "three")
+        names = starfile.read(folder / name / "class_averages.star", always_dict=True)[""][
+            "rlnReferenceImage"
+        ]
+        assert len(cryosparc.load(folder / name / "templates.cs")) == len(names)
+        assert len(starfile.read(folder / name / "run_it000_data.star")["particles"]) == 114, "all particles"
+        return starfile.read(folder / name / "backup_selection.star")["rlnSelected"].tolist()
+
+    assert chosen(["", "bad", ""], "a") == [1, 0, 0, 1]
+    assert chosen(["", "bad", "good"], "b") == [0, 0, 0, 1]
+    assert chosen(["", "", ""], "c") == [1, 1, 0, 1]
+    session.mark_classes("three", ["bad"] * 3)
+    with pytest.raises(UserError, match="every class of three is marked bad"):
+        export_classes(folder / "d", session, "three")
+    assert not (folder / "d").exists()
+
+
 def test_a_class_set_is_whole_or_not_there(averaged, monkeypatch):
     session, *_ = averaged
     folder = session.path.parent / "out"

@@ -28,7 +28,7 @@ from particle_explorer.particles import ImageStack, Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.report import png_file
-from particle_explorer.session import Run, Session, StoredClasses
+from particle_explorer.session import Run, Session, StoredClasses, kept_classes
 
 PARTICLE_SUFFIXES = (".star", ".cs")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -202,7 +202,8 @@ def _write_classes(
     stop: Event | None,
 ) -> list[str]:
     write_relion(new, classes, shown)
-    notes = ["averages are in this program's own grey scale: RELION's autopicking wants them rescaled"]
+    notes = [f"{int(classes.chosen.sum())} of {len(stored.classes)} classes are chosen"]
+    notes.append("averages are in this program's own grey scale: RELION's autopicking wants them rescaled")
     if math.isfinite(classes.pixel_size_A):
         write_templates(new, classes)
     else:
@@ -274,7 +275,12 @@ def _class_set(
     resolution = np.full(k, np.nan)
     found = [one.get("ssnr_radius_A") for one in stored.classes]
     resolution[number - 1] = [math.nan if value is None else float(value) for value in found]
-    return ClassSet(every, counts, resolution, stored.pixel_size_A)
+    chosen = np.zeros(k, bool)
+    chosen[number - 1] = kept_classes([one.get("mark", "") for one in stored.classes])
+    chosen &= counts > 0
+    if not chosen.any():
+        raise UserError(f"every class of {stored.name} is marked bad; mark those to export good")
+    return ClassSet(every, counts, resolution, chosen, stored.pixel_size_A)
 
 
 def recentred(chosen: Chosen, micrograph_pixel_size_A: float = 0.0) -> tuple[Chosen, NDArray[np.float64]]:

@@ -106,7 +106,8 @@ class StoredClasses(NamedTuple):
     pixel_size_A: float
     """NaN where it is not known"""
     classes: list[dict[str, Any]]
-    """per average: label, n, n_effective, frc, frc_label, ssnr, ssnr_radius_A, ctf, halves_independent"""
+    """per average: label, n, n_effective, frc, frc_label, ssnr, ssnr_radius_A, ctf, halves_independent,
+    and where it was judged, mark: good or bad"""
     members: pd.DataFrame
     """uid → index of the average, column `average`; a particle may be in several. `weight`, and the pose
     it was moved back by: `angle_deg`, `shift_y_px`, `shift_x_px` (px of the original)"""
@@ -649,6 +650,18 @@ class Session:
             how=record["how"],
         )
 
+    def mark_classes(self, name: str, marks: Sequence[str]) -> None:
+        """Keep how averages were judged: "good", "bad" or "", one for each.
+
+        `marks` is read once the lock is held, so of several writers of one list the last writes the newest.
+        """
+        path = self.path / "classes" / f"{_checked(name)}.json"
+        with self._writing():
+            record = _read_json(path)
+            for one, mark in zip(record["classes"], list(marks), strict=True):
+                one["mark"] = mark
+            _write_json(path, record)
+
     # ------------------------------------------------------------------ inside
 
     def _writing(self) -> Any:
@@ -1148,6 +1161,12 @@ class Run:
     def save_gauge(self, gauge: Mapping[str, Any]) -> None:
         """Write `gauge.json`."""
         _write_json(self.path / "gauge.json", dict(gauge))
+
+
+def kept_classes(marks: Sequence[str]) -> NDArray[np.bool_]:
+    """`(k,)` averages to go on with: those marked good; where none is, those that are not marked bad."""
+    given = np.asarray(marks, dtype=str)
+    return given == "good" if (given == "good").any() else given != "bad"
 
 
 def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ pytest.importorskip("napari")
 
 from napari.components import ViewerModel
 from pytestqt.qtbot import QtBot
+from qtpy.QtCore import Qt
+from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QApplication
 
 from particle_explorer import jobs
@@ -159,6 +161,56 @@ def test_an_export_never_replaces_without_a_word(
     averages = plugin_read(star.with_suffix(".mrcs"))
     assert dock.stored is not None
     np.testing.assert_allclose(averages, dock.stored.images, atol=1e-6)
+
+
+def test_averages_are_judged_by_keys_and_the_good_are_selected(
+    dock: ClassesDock, tiny_session: Session, qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    name = _save_averages(tiny_session)
+    dock.state.classes_changed.emit(name)
+    qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
+    assert dock.montage is not None and not dock.select_good_button.isEnabled()
+    before = dock.montage.pixels.copy()
+
+    def stored() -> list[str]:
+        return [str(one.get("mark", "")) for one in tiny_session.classes(name).classes]
+
+    dock.one.setCurrentIndex(1)
+    dock.layer.keymap[next(key for key in dock.layer.keymap if str(key) == "G")](dock.layer)
+    dock.one.setCurrentIndex(2)
+    QTest.mouseClick(dock.bad_button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: stored() == ["", "good", "bad"], timeout=SLOW)
+    changed = np.any(dock.montage.pixels != before, axis=1)
+    assert changed[dock.montage.tile[1] :].any(), "the caption says it"
+    QTest.mouseClick(dock.select_good_button, Qt.MouseButton.LeftButton)
+    expected = np.arange(tiny_session.n_particles) % 3 == 1
+    qtbot.waitUntil(lambda: np.array_equal(dock.state.selection.mask, expected), timeout=SLOW)
+    QTest.mouseClick(dock.bad_button, Qt.MouseButton.LeftButton)  # again: taken back
+    qtbot.waitUntil(lambda: stored() == ["", "good", ""], timeout=SLOW)
+
+
+def test_the_class_set_goes_into_a_new_folder(
+    dock: ClassesDock, tiny_session: Session, tmp_path: Path, qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    dock.state.classes_changed.emit(_save_averages(tiny_session))
+    qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
+    dock.show_export()
+    (tmp_path / "out_classes").mkdir()  # somebody's: it is left alone
+    dock.export_path.setText(str(tmp_path / "out.star"))
+    for box in (dock.export_stars, dock.export_averages):
+        box.setChecked(False)
+    assert not dock.export_button.isEnabled()
+    dock.export_set.setChecked(True)
+    QTest.mouseClick(dock.export_button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: dock.export_words.text() != "", timeout=60_000)
+    folder = tmp_path / "out_classes-2"
+    assert str(folder) in dock.export_words.text()
+    assert {"backup_selection.star", "templates.csg", "montage.png"} <= {
+        each.name for each in folder.iterdir()
+    }
+    assert not list((tmp_path / "out_classes").iterdir())
 
 
 def plugin_read(path: Path) -> Any:

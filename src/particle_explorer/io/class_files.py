@@ -37,6 +37,8 @@ class ClassSet:
     """`(k,)` particles of each class; 0 for one that is empty"""
     resolution_A: NDArray[np.float64]
     """`(k,)`, not finite where it is not known"""
+    chosen: NDArray[np.bool_]
+    """`(k,)` classes to go on with; an empty one never is"""
     pixel_size_A: float
     """NaN where it is not known"""
 
@@ -80,9 +82,8 @@ def write_relion(folder: Path, classes: ClassSet, shown: str) -> None:
         "rlnNumberOfIterations": "0",
     }
     _write(folder / f"{ROOT}_optimiser.star", _pairs("optimiser_general", optimiser))
-    filled = classes.counts > 0
-    _write(folder / "class_averages.star", format_block("", table[filled]))
-    selected = pd.DataFrame({"rlnSelected": filled.astype(int)})
+    _write(folder / "class_averages.star", format_block("", table[classes.chosen]))
+    selected = pd.DataFrame({"rlnSelected": classes.chosen.astype(int)})
     _write(folder / "backup_selection.star", format_block("", selected))
     _check_relion(folder, classes, table)
 
@@ -100,8 +101,8 @@ def _check_relion(folder: Path, classes: ClassSet, table: pd.DataFrame) -> None:
 
 
 def write_templates(folder: Path, classes: ClassSet) -> None:
-    """`templates.mrc`, `.cs` and `.csg`: the classes that hold particles, for *Import Result Group*."""
-    filled = np.flatnonzero(classes.counts > 0)
+    """`templates.mrc`, `.cs` and `.csg`: the chosen classes, for *Import Result Group*."""
+    filled = np.flatnonzero(classes.chosen)
     images, n = classes.images[filled], classes.images.shape[-1]
     write_stack(folder / "templates.mrc", images, classes.pixel_size_A)
     records = np.zeros(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from qtpy.QtCore import QRectF, Qt, QTimer
-from qtpy.QtGui import QColor, QFont, QFontMetrics, QImage, QPainter
+from qtpy.QtGui import QColor, QFont, QFontMetrics, QImage, QKeySequence, QPainter, QShortcut
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
@@ -79,6 +79,8 @@ class ClassesDock(QWidget):
         self.montage: Montage | None = None
         self.stored: StoredClasses | None = None
         self._exported: list[Path] = []
+        self._marks: list[str] = []
+        self._steps: list[list[str]] = []
 
         self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
         self.no_run.setWordWrap(True)
@@ -171,21 +173,48 @@ class ClassesDock(QWidget):
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(4)
         layout.addLayout(row)
+        layout.addLayout(self._build_marks(page))
         layout.addWidget(self.quality)
         layout.addWidget(self.quality_words)
         self.export_part = Folded("Export…", self._build_export())
         layout.addWidget(self.export_part)
         return page
 
+    def _build_marks(self, page: QWidget) -> QHBoxLayout:
+        self.good_button, self.bad_button = QPushButton("Good"), QPushButton("Bad")
+        row = QHBoxLayout()
+        for button, mark in ((self.good_button, "good"), (self.bad_button, "bad")):
+            key = mark[0].upper()
+            button.setToolTip(f"Mark this average {mark}, or take the mark back (key {key})")
+            button.clicked.connect(partial(self.mark, mark))
+            shortcut = QShortcut(QKeySequence(key), page)
+            shortcut.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
+            shortcut.activated.connect(partial(self.mark, mark))
+            row.addWidget(button)
+        self.select_good_button = QPushButton("Select particles of good")
+        self.select_good_button.clicked.connect(self.select_good)
+        row.addWidget(self.select_good_button, 1)
+        return row
+
     def _build_export(self) -> QWidget:
         page = QWidget()
         self.export_stars = QCheckBox("Particles, with class and angle")
         self.export_averages = QCheckBox("Averages (.mrcs)")
-        for box in (self.export_stars, self.export_averages):
-            box.setChecked(True)
+        self.export_set = QCheckBox("Class set for RELION and cryoSPARC (folder)")
+        self.export_set.setToolTip(
+            "<p>Averages, model, data and chosen classes as RELION's class display opens them, templates for"
+            " cryoSPARC and a montage, in a new folder beside the particle file. Chosen are classes marked"
+            " good; where none is, those that are not marked bad.</p>"
+        )
+        self.export_stars.setChecked(True)
+        self.export_averages.setChecked(True)
+        for box in (self.export_stars, self.export_averages, self.export_set):
             box.toggled.connect(self._update_buttons)
         self.export_path = QLineEdit()
-        self.export_path.setToolTip("The particle file; the averages go beside it")
+        self.export_path.setToolTip(
+            "<p>The particle file; the averages go beside it. Its ending says what is written: .star, .cs"
+            " (with .csg), .csv, .tsv, .parquet, or .txt for rows of the source.</p>"
+        )
         self.export_path_button = QPushButton("…")
         self.export_path_button.setMaximumWidth(32)
         self.export_path_button.setToolTip("Choose where to write")
@@ -199,7 +228,7 @@ class ClassesDock(QWidget):
         self.replace_button.clicked.connect(self._export_replacing)
         self.keep_button.clicked.connect(lambda: self.question.setVisible(False))
         self.export_bar = JobBar()
-        self.export_bar.finished.connect(self._on_exported)
+        self.export_bar.finished.connect(self._on_export_step)
         self.export_bar.failed.connect(self._on_failed)
         self.export_bar.stopped.connect(self._update_buttons)
         self.export_words = QLabel()
@@ -220,6 +249,7 @@ class ClassesDock(QWidget):
         layout.setSpacing(4)
         layout.addWidget(self.export_stars)
         layout.addWidget(self.export_averages)
+        layout.addWidget(self.export_set)
         layout.addLayout(where)
         layout.addWidget(self.export_button)
         for part in (self.question, self.export_bar, self.export_words):
@@ -269,11 +299,16 @@ class ClassesDock(QWidget):
         self.average_button.setText(
             f"Average {number(count)} selected particles" if selection and count else "Average"
         )
-        wanted = self.export_stars.isChecked() or self.export_averages.isChecked()
-        self.export_button.setEnabled(self.stored is not None and wanted and self.export_bar.folder is None)
-        self.export_button.setToolTip(
-            "Write the files" if wanted else "Choose what to export: particles, averages, or both"
+        wanted = any(box.isChecked() for box in (self.export_stars, self.export_averages, self.export_set))
+        good = "good" in self._marks
+        self.select_good_button.setEnabled(good)
+        self.select_good_button.setToolTip(
+            "Make the particles of the averages marked good the selection"
+            if good
+            else "Mark averages first: G"
         )
+        self.export_button.setEnabled(self.stored is not None and wanted and self.export_bar.folder is None)
+        self.export_button.setToolTip("Write the files" if wanted else "Choose what to export")
 
     # --- averaging --------------------------------------------------------------------------------
 
@@ -395,6 +430,7 @@ class ClassesDock(QWidget):
 
     def _show_classes(self, stored: StoredClasses) -> None:
         self.stored = stored
+        self._marks = [str(each.get("mark", "")) for each in stored.classes]
         self.results.setVisible(True)
         self.one.blockSignals(True)
         self.one.clear()
@@ -426,6 +462,8 @@ class ClassesDock(QWidget):
             )
             tile(self.layer)
             self.layer.mouse_drag_callbacks.append(self._on_click)
+            for mark in ("good", "bad"):
+                self.layer.bind_key(mark[0].upper(), partial(self._on_key, mark), overwrite=True)
         else:
             self.layer.data = made.pixels
             self.layer.scale, self.layer.translate = scale, translate
@@ -451,6 +489,44 @@ class ClassesDock(QWidget):
         index = self.montage.index_at(row, column)
         if 0 <= row < height and 0 <= column < width and index < len(self.stored.classes):
             self.one.setCurrentIndex(index)
+
+    # --- judging ----------------------------------------------------------------------------------
+
+    def _on_key(self, mark: str, _: object) -> None:
+        self.mark(mark)
+
+    def mark(self, mark: str, *_: object) -> None:
+        """Mark the average that is looked at "good" or "bad"; the same mark again takes it back."""
+        session, stored, index = self.state.session, self.stored, self.one.currentIndex()
+        if session is None or stored is None or self.montage is None or not 0 <= index < len(self._marks):
+            return
+        marks = self._marks
+        marks[index] = "" if marks[index] == mark else mark
+        one = stored.classes[index]
+        one["mark"] = marks[index]
+        draw_tile(self.montage, index, stored.images[index], caption_lines(one))
+        self.layer.refresh()
+        self._update_buttons()
+        self.tasks.run(
+            "mark", lambda: session.mark_classes(stored.name, marks), lambda _: None, self._on_failed
+        )
+
+    def select_good(self) -> None:
+        """Make the particles of the averages that are marked good the selection."""
+        session, stored = self.state.session, self.stored
+        if session is None or stored is None:
+            return
+        good = np.flatnonzero(np.asarray(self._marks) == "good")
+
+        def work() -> NDArray[np.bool_]:
+            members = stored.members
+            return np.isin(session.uid, members.index[members["average"].isin(good)])
+
+        def done(mask: NDArray[np.bool_]) -> None:
+            if session is self.state.session:
+                self.state.selection.set(mask)
+
+        self.tasks.run("select good", work, done, self._on_failed)
 
     def _show_quality(self, *_: object) -> None:
         stored, index = self.stored, self.one.currentIndex()
@@ -479,7 +555,7 @@ class ClassesDock(QWidget):
             self.export_path.setText,
             kind="save",
             start=self.export_path.text(),
-            patterns="Particle files (*.star *.cs)",
+            patterns="Particle files (*.star *.cs *.csv *.tsv *.parquet *.txt)",
         )
 
     def show_export(self) -> None:
@@ -509,7 +585,6 @@ class ClassesDock(QWidget):
         self._export(overwrite=True)
 
     def _export(self, *, overwrite: bool) -> None:
-        from particle_explorer import jobs
 
         session, stored = self.state.session, self.stored
         if session is None or stored is None:
@@ -521,21 +596,37 @@ class ClassesDock(QWidget):
         averages = next((path for path in files if path.suffix == ".mrcs"), None)
         arguments = self.export_arguments(overwrite=overwrite)
         pictures = session.path / "classes" / f"{stored.name}.mrcs"
+        self._steps = [] if star is None else [arguments]
+        if self.export_set.isChecked():
+            folder = unused_folder(Path(self.export_path.text()).expanduser())
+            files = [*files, folder]
+            self._steps.append(
+                ["export-classes", str(session.path), "--out", str(folder), "--averages", stored.name]
+            )
         self.export_button.setEnabled(False)
 
-        def work() -> Path | None:
+        def work() -> None:
             if averages is not None:
                 copy_file(pictures, averages, overwrite=overwrite)
-            return None if star is None else jobs.start(arguments, session.new_job("export"))
-
-        def done(folder: Path | None) -> None:
-            if folder is None:
-                self._on_exported(Status(state="finished"))
-            else:
-                self.export_bar.follow(folder, "Exporting")
 
         self._exported = files
-        self.tasks.run("export", work, done, self._on_failed)
+        self.tasks.run("export", work, self._on_export_step, self._on_failed)
+
+    def _on_export_step(self, _: object) -> None:
+        """Start the next worker of an export; after the last, say what was written."""
+        from particle_explorer import jobs
+
+        session = self.state.session
+        if not self._steps or session is None:
+            self._on_exported()
+            return
+        arguments = self._steps.pop(0)
+        self.tasks.run(
+            "export",
+            lambda: jobs.start(arguments, session.new_job(arguments[0])),
+            lambda folder: self.export_bar.follow(folder, "Exporting"),
+            self._on_failed,
+        )
 
     def export_arguments(self, *, overwrite: bool) -> list[str]:
         """The command line that writes the particles behind the averages that are shown."""
@@ -548,7 +639,7 @@ class ClassesDock(QWidget):
         arguments += ["--held"] if how.get("held") else []
         return arguments + (["--overwrite"] if overwrite else [])
 
-    def _on_exported(self, _: Status) -> None:
+    def _on_exported(self) -> None:
         self._update_buttons()
         self.export_words.setText("Written:\n" + "\n".join(str(path) for path in self._exported))
 
@@ -595,10 +686,12 @@ def quality_words(one: dict[str, Any], known: bool) -> str:
 
 
 def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
-    """Class, number of particles, and how far the signal reaches."""
+    """Class, number of particles, how it was judged, and how far the signal reaches."""
     radius = one.get("ssnr_radius_A")
     reach = "" if radius is None else f"SSNR {radius:.3g} Å"
-    return f"{one['label']} · N {number(one['n'])}", reach
+    return f"{one['label']} · N {number(one['n'])}", " · ".join(
+        word for word in (str(one.get("mark", "")).upper(), reach) if word
+    )
 
 
 def unused(name: str, taken: list[str]) -> str:
@@ -607,6 +700,15 @@ def unused(name: str, taken: list[str]) -> str:
     while f"{name}-{n}" in taken:
         n += 1
     return f"{name}-{n}"
+
+
+def unused_folder(out: Path) -> Path:
+    """NAME_classes beside a particle file, or NAME_classes-2 …, the first that is not there."""
+    folder, n = out.with_name(f"{out.stem}_classes"), 1
+    while folder.exists():
+        n += 1
+        folder = out.with_name(f"{out.stem}_classes-{n}")
+    return folder
 
 
 def default_export(session: Session) -> Path:
@@ -625,15 +727,23 @@ def montage(images: NDArray[np.floating], captions: list[tuple[str, str]]) -> Mo
     tile = (side + CAPTION_PX, side + 4)
     colour = images.ndim == 4
     pixels = np.zeros((rows * tile[0], columns * tile[1], *((3,) if colour else ())), np.float32)
+    made = Montage(pixels, columns, tile)
     for index, (image, lines) in enumerate(zip(images, captions, strict=True)):
-        top, left = (index // columns) * tile[0], (index % columns) * tile[1]
-        low, high = np.percentile(image, [0.5, 99.8])
-        shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-        shown = np.moveaxis(shown, 0, -1) if colour else shown
-        pixels[top : top + side, left : left + side] = shown.repeat(factor, 0).repeat(factor, 1)
-        words = written(lines, side, CAPTION_PX)
-        pixels[top + side : top + tile[0], left : left + side] = words[..., None] if colour else words
-    return Montage(pixels, columns, tile)
+        draw_tile(made, index, image, lines)
+    return made
+
+
+def draw_tile(made: Montage, index: int, image: NDArray[np.floating], lines: tuple[str, str]) -> None:
+    """Draw one average `(n, n)` or `(3, n, n)` and its caption into its place."""
+    row, column = divmod(index, made.columns)
+    top, left, side = row * made.tile[0], column * made.tile[1], made.tile[1] - 4
+    factor, colour = side // image.shape[-1], image.ndim == 3
+    low, high = np.percentile(image, [0.5, 99.8])
+    shown = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    shown = np.moveaxis(shown, 0, -1) if colour else shown
+    made.pixels[top : top + side, left : left + side] = shown.repeat(factor, 0).repeat(factor, 1)
+    words = written(lines, side, CAPTION_PX)
+    made.pixels[top + side : top + made.tile[0], left : left + side] = words[..., None] if colour else words
 
 
 def written(lines: tuple[str, str], width: int, height: int) -> NDArray[np.float32]:
