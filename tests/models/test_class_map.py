@@ -504,10 +504,10 @@ def test_one_seed_gives_one_map() -> None:
         torch.manual_seed(5)
         model = model_of(nodes_per_dim=4, angle_step_deg=30, n_particles=120)
         fit(model, images, n_epochs=2)
-        maps.append((list(model.parameters()), model.decode(model.nodes()).detach()))
-    for a, b in zip(maps[0][0], maps[1][0], strict=True):
+        # not registered: rounding may turn the frames of a map as bare as this one by another step
+        maps.append([*model.parameters(), model.decoder(model.nodes()).detach()])
+    for a, b in zip(*maps, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
-    torch.testing.assert_close(maps[0][1], maps[1][1], atol=1e-4, rtol=0)
 
 
 def test_a_constant_added_to_an_image_changes_nothing(
