@@ -27,7 +27,7 @@ State = Literal["new", "running", "finished", "failed", "stopped", "interrupted"
 STATUS = "status.json"
 STOP = "stop"
 HEARTBEAT_S = 1.0
-NICE = 10
+NICE = 19
 STALE_S = 60.0
 """A job on another computer counts as interrupted when its heartbeat is older; covers slow file systems
 and clocks that differ."""

@@ -73,7 +73,7 @@ class Reconstruction:
         follow(owner, self.state.handle_changed, self._ask)
         follow(owner, self.state.pose_changed, self._ask)
         follow(owner, self.state.held_changed, self._ask)
-        follow(owner, self.state.off_data_changed, self._say)
+        follow(owner, self.state.off_data_changed, self._say_at_rest)
         self._on_run(self.state.run)
 
     def pause(self) -> None:
@@ -204,6 +204,10 @@ class Reconstruction:
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.refresh(extent=False, highlight=False)
         self._say()
+
+    def _say_at_rest(self, *_: object) -> None:
+        # the canvas builds its words anew, programs and all, which under the hand would be a stall
+        self._rest.start()
 
     def _say(self, *_: object) -> None:
         if self.layer is None or not self.layer.visible:
