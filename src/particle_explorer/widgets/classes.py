@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -463,7 +464,7 @@ class ClassesDock(QWidget):
             tile(self.layer)
             self.layer.mouse_drag_callbacks.append(self._on_click)
             for mark in ("good", "bad"):
-                self.layer.bind_key(mark[0].upper(), partial(self._on_key, mark), overwrite=True)
+                self.layer.bind_key(mark[0].upper(), self._key_for(mark), overwrite=True)
         else:
             self.layer.data = made.pixels
             self.layer.scale, self.layer.translate = scale, translate
@@ -492,8 +493,13 @@ class ClassesDock(QWidget):
 
     # --- judging ----------------------------------------------------------------------------------
 
-    def _on_key(self, mark: str, _: object) -> None:
-        self.mark(mark)
+    def _key_for(self, mark: str) -> Callable[[object], None]:
+        """What a key on the layer does; napari wants a function with a name."""
+
+        def pressed(_: object) -> None:
+            self.mark(mark)
+
+        return pressed
 
     def mark(self, mark: str, *_: object) -> None:
         """Mark the average that is looked at "good" or "bad"; the same mark again takes it back."""

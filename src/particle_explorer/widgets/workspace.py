@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,21 +41,8 @@ VIEW_MARGIN = 0.13
 CAPTION_CHARACTERS = 84
 """What fits into one line at the foot of the canvas of a small screen."""
 
-SETTLED_MS = 1500
-"""So long after the first session was opened, all that opening brings has been imported."""
-
 _states: WeakKeyDictionary[napari.Viewer, AppState] = WeakKeyDictionary()
 _captions: WeakKeyDictionary[napari.Viewer, dict[str, str]] = WeakKeyDictionary()
-
-
-def settle() -> None:
-    """Take what napari and the libraries consist of from the care of the garbage collector, once.
-
-    Its full passes look at every object, a million of them here, and hold up the window for 200 ms each.
-    """
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
 
 
 def unwrapped(viewer: Any) -> napari.Viewer:
@@ -292,7 +278,6 @@ class Workspace(QWidget):
         self._fit_splitter()
         self.latent.setVisible(session is not None)
         if self.state.session is not None:
-            QTimer.singleShot(SETTLED_MS, settle)
             self._show_gallery()
             self.viewer.title = f"{self.state.session.path.name} · Particle Explorer"
             self.tabs.setCurrentIndex(1 if self.state.run is None else 2)
