@@ -179,6 +179,8 @@ class CurveView(QWidget):
         box = QRectF(margin, line + 6 + line * named, self.width() - margin - 8, 0)
         box.setBottom(self.height() - 2 * line - 4)
         to_x = box.width() / (right - left)
+        if not high > low:  # a curve of one value
+            low, high = low - 0.5, high + 0.5
         to_y = box.height() / (high - low)
 
         painter.setPen(QPen(faint, 1))
