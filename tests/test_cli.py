@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from particle_explorer import cli
 from particle_explorer.cli import BENCH, COMMANDS, main, parse
-from particle_explorer.configs import ClassMapConfig, SpatialVAEConfig
+from particle_explorer.configs import ClassMapConfig, Config, SpatialVAEConfig
 from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.reading import read
 from particle_explorer.session import Run, Session
@@ -463,7 +462,7 @@ def test_help_says_every_option(name, capsys):
     for field_name, field in command.model_fields.items():
         if field_name == "model":
             assert "--model.angle-step-deg" in text and "--model.kind spatial-vae" in text
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, cli.Config):
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
             for inner_name, inner in field.annotation.model_fields.items():
                 assert f"--{field_name}.{inner_name}".replace("_", "-") in text
                 assert inner.description and inner.description.split()[0] in text
@@ -493,7 +492,8 @@ def test_exit_status_tells_whose_fault_it_is():
     bad = run_program("train", "nowhere")
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
     fault = (
-        "import particle_explorer.cli as c\nc.Inspect.execute = lambda self: 1 / 0\nc.main(['inspect', 'x'])"
+        "import particle_explorer.cli as c\n"
+        "c.COMMANDS['inspect'].execute = lambda self: 1 / 0\nc.main(['inspect', 'x'])"
     )
     ours = run_program(code=fault)
     assert ours.returncode == 1 and "ZeroDivisionError" in ours.stderr

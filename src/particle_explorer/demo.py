@@ -232,7 +232,7 @@ def demo(out: Path, window: bool = True, *, say: Say = print) -> Outcome:
     )
     say(f"report: {out / 'report.html'}")
     if window and has_display():
-        from particle_explorer.cli import open_session
+        from particle_explorer.commands.starting import open_session
 
         open_session(session.path)
     return outcome

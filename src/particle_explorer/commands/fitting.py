@@ -1,0 +1,180 @@
+"""Commands that fit a model and encode with it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic_settings import CliPositionalArg
+
+from particle_explorer.commands.command import PROGRAM, Job, JobCommand, interrupts_stop
+from particle_explorer.commands.options import numbers, path_or_none
+from particle_explorer.commands.runs import open_run
+from particle_explorer.configs import ClassMapConfig, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from particle_explorer.session import Run, Session
+    from particle_explorer.team import Team
+
+
+class Train(JobCommand):
+    """Fit a model to a session and write the latent coordinates and poses of all its particles."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    model: ModelConfig = ClassMapConfig()
+    train: TrainConfig = TrainConfig()
+    where: str = ""
+    """Fit only these particles: COLUMN OP VALUE [and ...]; all are encoded at the end"""
+    selection: str = ""
+    """Fit only the particles of this named selection; all are encoded at the end"""
+    parent: str = ""
+    """Name of the run whose map the selection was made on, to be remembered with the new run"""
+    device: str = "auto"
+    """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
+    resume: str = ""
+    """Go on with this run (its name or number) from its last checkpoint, with its own settings"""
+
+    def execute(self) -> None:
+        """Fit, and print the path of the run."""
+        from particle_explorer.session import Session
+
+        session = Session.open(self.session)
+
+        from particle_explorer.team import joined, started_by_torchrun
+        from particle_explorer.training import help_fit
+
+        with contextlib.ExitStack() as stack:
+            team = stack.enter_context(joined(self.device)) if started_by_torchrun() else None
+            if team is None or team.leads:
+                run = self._run(session, team.size if team else self.train.devices)
+            if team is not None:
+                run = session.run(Path(team.tell(run.name if team.leads else "")).name)
+                if not team.leads:
+                    help_fit(run, team, resume=bool(self.resume))
+                    return
+            self._fit(session, run, team)
+
+    def _run(self, session: Session, n_devices: int) -> Run:
+        """The run that is gone on with, or a new one."""
+        from particle_explorer import __version__
+        from particle_explorer.configs import RunConfig
+
+        if self.resume:
+            return session.run(Path(self.resume).name)
+        return session.new_run(
+            RunConfig(
+                model=self.model,
+                train=self.train.model_copy(update={"devices": n_devices}),
+                data=session.data_spec(),
+                where=self.where,
+                selection=self.selection,
+                parent=self.parent,
+                device=self.device,
+                version=__version__,
+            )
+        )
+
+    def _fit(self, session: Session, run: Run, team: Team | None) -> None:
+        from particle_explorer.status import StatusWriter
+        from particle_explorer.training import fit
+
+        print(run.path, flush=True)
+        stop = threading.Event()
+        job = Job(StatusWriter())  # `fit` reports to the folders; this one only talks
+        with interrupts_stop(stop):
+            for progress in fit(
+                run,
+                stop,
+                resume=bool(self.resume),
+                status_folders=(Path(self.status),) if self.status else (),
+                background=bool(self.status),
+                team=team,
+            ):
+                job.line(f"{progress.what} {progress.epoch}", _progress_text(progress))
+        job.end_line()
+        if stop.is_set():
+            job.note(f"stopped; {PROGRAM} train {session.path} --resume {run.name} goes on")
+
+
+class Encode(JobCommand):
+    """Write the latent coordinates and poses that a run's model gives of its session or of another stack."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, SESSION/runs/NAME; or of a session, for its newest finished run"""
+    stack: str = ""
+    """Encode this particle file instead, prepared as the session was"""
+    out: str = ""
+    """With --stack: the .parquet file to write, by default STACK_latents.parquet in the run's folder"""
+    project_dir: str = ""
+    """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
+    overwrite: bool = False
+    """Replace the file of --out"""
+    device: str = "auto"
+    """auto, cpu, mps or cuda:N"""
+
+    def execute(self) -> None:
+        """Encode, and print the path of the table."""
+        from particle_explorer.training import choose_device, encode, encode_stack, load_model, stand_back
+
+        with self.job("loading the model") as job:
+            run = open_run(self.run, needs="weights")
+            device = choose_device(self.device)
+            if self.status:
+                stand_back()
+            model = load_model(run, device)
+            precision = run.config.train.precision
+            if not self.stack:
+                run.session.prepare_images(job.tell, job.stop)
+                latents = job.finish("encoding", encode(model, run.session, precision=precision))
+                run.save_latents(latents)
+                job.result(run.path / "latents.parquet")
+                return
+            from particle_explorer.io.reading import read
+
+            particles = read(Path(self.stack), project_dir=path_or_none(self.project_dir))
+            out = path_or_none(self.out) or run.path / f"{Path(self.stack).stem}latents_of.parquet"
+            coded = encode_stack(model, run.session, particles, precision=precision)
+            latents = job.finish("encoding", coded)
+            latents.write(out, overwrite=self.overwrite)
+            job.result(out)
+
+
+class PoseMap(JobCommand):
+    """Write how probable every angle and shift of some particles is, as images: rows and columns are shifts,
+    one image for each angle that the model weighs (TARGET-VAE: 0° and on)."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    rows: str = "0"
+    """Rows of the session's particles, counted from 0, separated by commas"""
+    out: Path
+    """The .mrcs file to write: all angles of the first particle, then of the next"""
+    overwrite: bool = False
+    """Replace the file if it is there"""
+
+    def execute(self) -> None:
+        """Weigh, and print the path of the stack."""
+        from particle_explorer.io.mrc import write_stack
+        from particle_explorer.training import load_model, pose_posterior
+
+        with self.job("weighing poses") as job:
+            run = open_run(self.run, needs="weights")
+            rows = [round(value) for value in numbers(self.rows, "--rows")]
+            run.session.prepare_images(job.tell, job.stop)
+            q = pose_posterior(load_model(run), run, rows)
+            size = run.session.plan.cached_pixel_size_A
+            write_stack(self.out, q.reshape(-1, *q.shape[2:]), size, overwrite=self.overwrite)
+            job.note(f"{q.shape[1]} images for each particle, at angles {360 / q.shape[1]:g}° apart")
+            job.result(self.out)
+
+
+def _progress_text(progress: Any) -> str:
+    text = progress.what
+    if progress.what != "training":
+        return f"{text} {progress.fraction:.0%}"
+    losses = "  ".join(f"{name} {loss:.4g}" for name, loss in progress.losses.items())
+    speed = f"{progress.images_per_second:.0f} images/s  {progress.seconds_left:.0f} s left"
+    return f"epoch {progress.epoch}/{progress.n_epochs}  {losses}  {speed}"
