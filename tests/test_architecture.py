@@ -24,6 +24,7 @@ RANKS: dict[str, int] = {
             ["configs", "pose", "files", "transforms", "shears"],
             ["particles", "ctf", "status"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
+            ["cache", "estimates"],
             ["session", "gauge", "team", "traversals", "membership", "refining"],
             ["training", "exporting", "coordinates"],
             ["jobs", "state", "controls"],

@@ -174,10 +174,10 @@ def test_a_column_is_whole_or_not_there(tiny_session):
 def test_a_killed_import_goes_on_and_leaves_no_folder(tiny_stack, tmp_path):
     program = textwrap.dedent("""
         import os, signal, sys
-        from particle_explorer import session
+        from particle_explorer import cache, session
         from particle_explorer.io.reading import read
 
-        session.BLOCK_BYTES, kill = 8 * 4 * 32**2, sys.argv[3] == "kill"
+        cache.BLOCK_BYTES, kill = 8 * 4 * 32**2, sys.argv[3] == "kill"
         heard = []
 
         def progress(what, fraction):

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from particle_explorer import preprocess
-from particle_explorer import session as session_folder
+from particle_explorer import cache, preprocess
 from particle_explorer.averaging import average_classes
 from particle_explorer.configs import ClassMapConfig, DataSpec, PreprocessConfig, RunConfig
 from particle_explorer.files import Stopped, UserError, locked
 from particle_explorer.io.reading import read, read_array
+from particle_explorer.io.tables import join, read_table
 from particle_explorer.latents import Latents
-from particle_explorer.session import Run, Session, default_path, join, read_table
+from particle_explorer.session import Run, Session, default_path
 
 
 def config_of(found: Session) -> RunConfig:
@@ -51,7 +51,7 @@ def test_the_cache_is_what_preprocessing_gives(tiny_session, tiny_particles):
 
 def test_blocks_and_threads_change_nothing(tiny_particles, tmp_path, monkeypatch):
     whole = Session.create(tmp_path / "whole", tiny_particles)
-    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 7 * 4 * 32 * 32)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 7 * 4 * 32 * 32)
     told: list[float] = []
     blocks = Session.create(
         tmp_path / "blocks", tiny_particles, progress=lambda what, done: told.append(done)
@@ -156,7 +156,7 @@ def test_a_stopped_import_goes_on_where_it_was(tmp_path, monkeypatch, damaged):
     images = np.random.default_rng(0).normal(size=(100, 32, 32)).astype(np.float32)
     images[3], images[70], images[44] = 1, np.nan, images[44] * 30
     np.save(tmp_path / "stack.npy", images)
-    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 8 * 4 * 32**2)
     particles, config = read(tmp_path / "stack.npy"), PreprocessConfig(outlier_sd=8)
     whole = Session.create(tmp_path / "whole", particles, config)
     left = stopped_after(tmp_path / "s", particles, config, 6)
@@ -181,7 +181,7 @@ def test_a_stopped_import_goes_on_where_it_was(tmp_path, monkeypatch, damaged):
 def test_what_another_import_has_left_is_not_taken_but_removed(tmp_path, monkeypatch):
     images = np.random.default_rng(0).normal(size=(40, 32, 32)).astype(np.float32)
     np.save(tmp_path / "stack.npy", images)
-    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 8 * 4 * 32**2)
     particles = read(tmp_path / "stack.npy")
     left = stopped_after(tmp_path / "s", particles, PreprocessConfig(), 3)
     mine, alive = tmp_path / ".s-abcdefgh.part", tmp_path / ".s-12345678.part"
@@ -195,7 +195,7 @@ def test_what_another_import_has_left_is_not_taken_but_removed(tmp_path, monkeyp
 
 def test_preparing_again_goes_on_where_it_was(tmp_path, monkeypatch):
     np.save(tmp_path / "stack.npy", np.random.default_rng(0).normal(size=(40, 32, 32)).astype(np.float32))
-    monkeypatch.setattr(session_folder, "BLOCK_BYTES", 8 * 4 * 32**2)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 8 * 4 * 32**2)
     session = Session.create(tmp_path / "s", read(tmp_path / "stack.npy"))
     before = (session.path / "images.npy").read_bytes()
     (session.path / "images.npy").unlink()
@@ -544,14 +544,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 ) -> None:
     import errno
 
-    from particle_explorer import session as module
-
     np.save(tmp_path / "a.npy", _noise())
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module._Cache, "_finish", full)
+    monkeypatch.setattr(cache.Cache, "_finish", full)
     with pytest.raises(UserError, match="No space left on device; nothing of it was kept"):
         Session.create(tmp_path / "s", read(tmp_path / "a.npy"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]

@@ -16,9 +16,10 @@ from particle_explorer.configs import ImportedConfig, RunConfig
 from particle_explorer.files import UserError
 from particle_explorer.io import cryosparc, relion
 from particle_explorer.io.star import StarFile
+from particle_explorer.io.tables import read_table
 from particle_explorer.latents import Latents
 from particle_explorer.particles import make_uids
-from particle_explorer.session import Run, Session, read_table
+from particle_explorer.session import Run, Session
 from particle_explorer.status import StatusWriter
 
 SUFFIXES = (".npy", ".npz", ".csv", ".tsv", ".parquet", ".star", ".cs")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 """A disk, a quota or a file system without room for what is written."""
@@ -178,3 +183,45 @@ def umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Write a table."""
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, compression="zstd")
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a table of ours."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return content
+
+
+def stamp_of(path: Path) -> list[int]:
+    """Size and time of a file: as long as both stay, its content is taken to be the same."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from particle_explorer.files import UserError
 
 if TYPE_CHECKING:
+    from particle_explorer.cache import CachedImages
     from particle_explorer.particles import ImageStack, Particles
-    from particle_explorer.session import CachedImages
 
 METADATA = "particle_explorer"
 """Key of the metadata of layers that were read here; the Particles dock opens their source."""

@@ -27,26 +27,36 @@ import re
 import shutil
 import tempfile
 import threading
-import time
-import weakref
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from particle_explorer import __version__, preprocess
+from particle_explorer.cache import BLOCK_BYTES, PLAN, Cache, CachedImages, ProgressCallback, inputs_key
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
-from particle_explorer.files import Stopped, UserError, locked, replacing, sync_folder, write_text
+from particle_explorer.files import (
+    Stopped,
+    UserError,
+    locked,
+    read_json,
+    read_parquet,
+    replacing,
+    stamp_of,
+    sync_folder,
+    umask,
+    write_json,
+    write_parquet,
+    write_text,
+)
 from particle_explorer.io import cryosparc, cs_writing, mrc, reading
-from particle_explorer.io.inspecting import look_at_contrast
+from particle_explorer.io.inspecting import guessed_sign
+from particle_explorer.io.tables import join
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
 from particle_explorer.status import Status, read_status
@@ -55,16 +65,10 @@ if TYPE_CHECKING:
     from particle_explorer.averaging import ClassAverage
 
 FORMAT_VERSION = 1
-CACHE_HEADER_BYTES = 128
-"""Of `images.npy`; numpy pads the header of any such shape to it."""
-BLOCK_BYTES = 32 * 2**20
-"""Originals preprocessed at once; two threads hold three such blocks at most."""
 
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.intp]
-ProgressCallback = Callable[[str, float], None]
 
-_PLAN: TypeAdapter[preprocess.Plan] = TypeAdapter(preprocess.Plan)
 _UNKNOWN = ("pixel_size_A", "cached_pixel_size_A")
 """Numbers of a plan that may be NaN, for which JSON has no word"""
 _NAME = re.compile(r"\w[\w .+-]*")
@@ -114,98 +118,6 @@ class StoredClasses(NamedTuple):
     how: dict[str, Any]
 
 
-class CachedImages:
-    """`images.npy` as an array `(N, c, m, m)` of float32 that is never loaded whole.
-
-    Indexing reads just what is asked for, with `os.pread`, from any thread.
-    """
-
-    dtype = np.dtype(np.float32)
-    ndim = 4
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise UserError(f"{path} was not written by this package; delete it to have it made again")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
-        if len(shape) != 4 or fortran or dtype != np.float16:
-            raise UserError(f"{path} is not an image cache of ours; delete it to have it made again")
-        self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
-        self._bytes = 2 * int(np.prod(self.shape[1:]))
-        if path.stat().st_size != self._start + self._bytes * self.shape[0]:
-            raise UserError(f"{path} is cut short; delete it to have it made again")
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._lock = threading.Lock()
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Number of pixels of all images."""
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all images as they lie on disk."""
-        return self._bytes * self.shape[0]
-
-    def read(self, rows: Any) -> NDArray[np.float32]:
-        """`(k,)` rows → `(k, c, m, m)` float32."""
-        return self.read_raw(rows).astype(np.float32)
-
-    def read_raw(self, rows: Any) -> NDArray[np.float16]:
-        """`(k,)` rows → `(k, c, m, m)` float16, as on disk; neighbouring rows are read in one go."""
-        rows = np.asarray(rows, np.intp).ravel()
-        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
-            raise IndexError(f"row outside 0 … {self.shape[0] - 1}")
-        out = np.empty((len(rows), *self.shape[1:]), np.float16)
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-            if last > first:
-                self._fill(out[first:last], int(rows[first]))
-        return out
-
-    def __getitem__(self, key: Any) -> NDArray[np.float32]:
-        first, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        if first is Ellipsis:
-            first, rest = slice(None), (Ellipsis, *rest)
-        if isinstance(first, (int, np.integer)):
-            row = int(first) + (self.shape[0] if first < 0 else 0)
-            images = self.read([row])[0]
-            return images[rest] if rest else images
-        if isinstance(first, slice):
-            rows = np.arange(*first.indices(self.shape[0]))
-        else:
-            rows = np.asarray(first)
-            rows = np.flatnonzero(rows) if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
-        images = self.read(rows)
-        return images[(slice(None), *rest)] if rest else images
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        raise TypeError("the images of a session are not loaded whole; index them, e.g. images[:100]")
-
-    def _fill(self, out: NDArray[np.float16], row: int) -> None:
-        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        offset, done = self._start + row * self._bytes, 0
-        while done < len(view):
-            if hasattr(os, "preadv"):
-                n = os.preadv(self._descriptor, [view[done:]], offset + done)
-            else:  # Windows has no positioned read
-                with self._lock:
-                    os.lseek(self._descriptor, offset + done, os.SEEK_SET)
-                    data = os.read(self._descriptor, len(view) - done)
-                n = len(data)
-                view[done : done + n] = data
-            if n == 0:
-                raise UserError(f"{self.path} was cut short while it was read")
-            done += n
-
-
 class Session:
     """One data set being explored: a folder, opened with `Session.open` and made with `Session.create`."""
 
@@ -246,7 +158,7 @@ class Session:
         _check_uids(particles)
         config = config or PreprocessConfig()
         plan = preprocess.plan(particles.table, config, guessed_sign(particles, config))
-        key = _inputs_key(particles.table, plan, config)
+        key = inputs_key(particles.table, plan, config)
         particles = replace(particles, table=preprocess.with_pixel_size(particles.table, config))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,9 +166,9 @@ class Session:
         except OSError as error:
             raise UserError(f"cannot write into {path.parent}: {error.strerror}") from error
         alive, keep = contextlib.ExitStack(), False
-        made = _Cache(folder / "images.npy", plan, particles.images.n_channels)
+        made = Cache(folder / "images.npy", plan, particles.images.n_channels)
         try:
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(0o777 & ~umask())
             alive.enter_context(locked(folder / ".lock"))
             _clean_up_after_dead(path, folder, made, key)
             copy = _keep_source(particles, folder, path, progress)
@@ -278,7 +190,7 @@ class Session:
                 n_channels=particles.images.n_channels,
                 preprocess=config,
                 plan={
-                    name: _json_number(value) for name, value in _PLAN.dump_python(plan, mode="json").items()
+                    name: _json_number(value) for name, value in PLAN.dump_python(plan, mode="json").items()
                 },
                 notes=(*particles.notes, *left_out.notes),
             )
@@ -337,14 +249,14 @@ class Session:
         """How the cached images were made of the originals."""
         try:
             unknown = {name: math.nan for name in _UNKNOWN if self.info.plan.get(name) is None}
-            return _PLAN.validate_python(self.info.plan | unknown)
+            return PLAN.validate_python(self.info.plan | unknown)
         except ValidationError as error:
             raise UserError(_first_problem(self.path / "session.json", error)) from error
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
         """N rows indexed by uid (uint64); stack paths are absolute."""
-        table = _read_parquet(self.path / "particles.parquet")
+        table = read_parquet(self.path / "particles.parquet")
         if len(table) != self.info.n:
             raise UserError(
                 f"{self.path / 'particles.parquet'} has {len(table)} rows, not the session's {self.info.n}"
@@ -393,8 +305,8 @@ class Session:
 
     def _is_cache_sound(self, progress: ProgressCallback | None, stop: threading.Event | None) -> bool:
         """Whether the cache still has the hash it was made with; read only where it was touched since."""
-        path, record = self.path / "images.npy", _read_json(self.path / "images.json")
-        wanted, stamp = record.get("blake2b", ""), _stamp(path)
+        path, record = self.path / "images.npy", read_json(self.path / "images.json")
+        wanted, stamp = record.get("blake2b", ""), stamp_of(path)
         if not wanted or record.get("stamp") == stamp:
             return True
         digest, size, done = hashlib.blake2b(digest_size=16), path.stat().st_size, 0
@@ -409,7 +321,7 @@ class Session:
         if digest.hexdigest() != wanted:
             return False
         with contextlib.suppress(UserError):  # a session that may only be read is checked each time
-            _write_json(self.path / "images.json", {**record, "stamp": stamp})
+            write_json(self.path / "images.json", {**record, "stamp": stamp})
         return True
 
     def originals(self) -> ImageStack:
@@ -519,19 +431,19 @@ class Session:
             if there and aside:
                 self._put_selection_aside(name)
             table = pd.DataFrame(index=pd.Index(self.uid[mask], name="uid"))
-            _write_parquet(table, folder / f"{name}.parquet")
+            write_parquet(table, folder / f"{name}.parquet")
             record = {"how": how, "n": int(mask.sum()), "made": _now()}
-            _write_json(folder / f"{name}.json", record | ({"colour": colour} if colour else {}))
+            write_json(folder / f"{name}.json", record | ({"colour": colour} if colour else {}))
 
     def selection_record(self, name: str) -> dict[str, Any]:
         """How a selection was chosen: how, n, made, and its colour (RRGGBB) where it was given one."""
-        return _read_json(self.path / "selections" / f"{_checked(name)}.json")
+        return read_json(self.path / "selections" / f"{_checked(name)}.json")
 
     def colour_selection(self, name: str, colour: str) -> None:
         """Give a selection another colour, RRGGBB."""
         with self._writing():
             path = self.path / "selections" / f"{_checked(name)}.json"
-            _write_json(path, self.selection_record(name) | {"colour": colour})
+            write_json(path, self.selection_record(name) | {"colour": colour})
 
     def rename_selection(self, name: str, new: str) -> None:
         """Give a selection another name, which must be free."""
@@ -581,7 +493,7 @@ class Session:
         if not path.is_file():
             there = ", ".join(self.selections()) or "none"
             raise UserError(f"{self.path} has no selection {name!r}; there are: {there}")
-        return np.asarray(self.table.index.isin(_read_parquet(path).index))
+        return np.asarray(self.table.index.isin(read_parquet(path).index))
 
     def class_sets(self) -> list[str]:
         """Names of the saved sets of averages."""
@@ -592,7 +504,7 @@ class Session:
         folder = self.path / "classes"
         names = self.class_sets()
         return max(
-            names, key=lambda name: str(_read_json(folder / f"{name}.json").get("made", "")), default=""
+            names, key=lambda name: str(read_json(folder / f"{name}.json").get("made", "")), default=""
         )
 
     def save_classes(
@@ -628,8 +540,8 @@ class Session:
         with self._writing():
             used = _unused(folder, _checked(name))
             mrc.write_stack(folder / f"{used}.mrcs", images.reshape(-1, *images.shape[-2:]), pixel_size_A)
-            _write_parquet(members, folder / f"{used}.parquet")
-            _write_json(folder / f"{used}.json", record)  # last: it announces the rest
+            write_parquet(members, folder / f"{used}.parquet")
+            write_json(folder / f"{used}.json", record)  # last: it announces the rest
         return used
 
     def classes(self, name: str) -> StoredClasses:
@@ -638,7 +550,7 @@ class Session:
         if not (folder / f"{_checked(name)}.json").is_file():
             there = ", ".join(self.class_sets()) or "none"
             raise UserError(f"{self.path} has no class averages {name!r}; there are: {there}")
-        record = _read_json(folder / f"{name}.json")
+        record = read_json(folder / f"{name}.json")
         k, c, size = len(record["classes"]), record["n_channels"], record["pixel_size_A"]
         images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(k * c))
         return StoredClasses(
@@ -646,7 +558,7 @@ class Session:
             images=images.reshape(k, *((c,) if c > 1 else ()), *images.shape[-2:]),
             pixel_size_A=math.nan if size is None else size,
             classes=record["classes"],
-            members=_read_parquet(folder / f"{name}.parquet"),
+            members=read_parquet(folder / f"{name}.parquet"),
             how=record["how"],
         )
 
@@ -657,10 +569,10 @@ class Session:
         """
         path = self.path / "classes" / f"{_checked(name)}.json"
         with self._writing():
-            record = _read_json(path)
+            record = read_json(path)
             for one, mark in zip(record["classes"], list(marks), strict=True):
                 one["mark"] = mark
-            _write_json(path, record)
+            write_json(path, record)
 
     # ------------------------------------------------------------------ inside
 
@@ -688,7 +600,7 @@ class Session:
                 table[name] = table[name].astype(str)
         paths = table["stack_path"].astype(str)
         table["stack_path"] = paths.map({path: _portable(Path(path), at) for path in paths.unique()})
-        _write_parquet(table, self.path / "particles.parquet")
+        write_parquet(table, self.path / "particles.parquet")
 
     def _build_images(
         self,
@@ -698,316 +610,10 @@ class Session:
         stop: threading.Event | None,
     ) -> None:
         """Make the cache of a session whose rows are settled; a bad image among them is an error by now."""
-        cache = _Cache(self.path / "images.npy", self.plan, self.info.n_channels)
+        cache = Cache(self.path / "images.npy", self.plan, self.info.n_channels)
         config = self.info.preprocess.model_copy(update={"bad_images": "stop", "outlier_sd": 0.0})
-        cache.build(images, table, config, progress, stop, _inputs_key(table, self.plan, config))
+        cache.build(images, table, config, progress, stop, inputs_key(table, self.plan, config))
         cache.record(self.cache_key, self.info.n)
-
-
-def requirements(particles: Particles, config: PreprocessConfig) -> list[str]:
-    """What preparing and training will take, one fact a line; a few images are prepared to time it."""
-    n = len(particles)
-    try:
-        plan = preprocess.plan(particles.table, config, guessed_sign(particles, config))
-    except UserError as error:
-        return [f"cannot be prepared as it is: {error}"]
-    n_bytes = 2 * n * particles.images.n_channels * plan.cached_box_px**2
-    rows = np.unique(np.linspace(0, n - 1, min(n, 32)).astype(int))
-    rows = rows[particles.images.box_px[rows] == particles.images.box_px[rows[0]]]
-    start = time.perf_counter()
-    images = particles.images.read(rows)
-    good = ~preprocess.bad_images(images)
-    preprocess.apply(images[good], particles.table.iloc[rows[good]], plan)
-    seconds = (time.perf_counter() - start) / len(rows) * n
-    fit = first_estimate(n, plan.cached_box_px)
-    return [
-        f"prepared in {plan.cached_box_px} px: {_in_words(n_bytes)} on disk and, where free, in memory while "
-        f"training; about {_time_in_words(seconds)} to prepare and {_time_in_words(fit)} for a class map"
-    ]
-
-
-def first_estimate(n: int, cached_box_px: int) -> float:
-    """Seconds that a class map will take before any was fitted here: rough, by images and pixels."""
-    cores = max(1, min(os.cpu_count() or 1, 16))
-    return 15 + n * (cached_box_px / 40) ** 2 * 0.006 / cores
-
-
-def _in_words(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{max(1, round(n_bytes / 2**20))} MiB"
-
-
-def _time_in_words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class LeftOut(NamedTuple):
-    """Rows that are not taken into a session, and why."""
-
-    mask: Mask
-    """`(N,)`"""
-    notes: tuple[str, ...]
-
-
-class _Cache:
-    """`images.npy` in the making. Rows are known to be good only when all have been read."""
-
-    def __init__(self, path: Path, plan: preprocess.Plan, n_channels: int) -> None:
-        self.path = path
-        self.plan = plan
-        self.image_shape = (n_channels, plan.cached_box_px, plan.cached_box_px)
-        self._hash = ""
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.unfinished = path.with_name(".images-unfinished.npy")
-        self.journal = path.with_name(".images-unfinished.jsonl")
-
-    def build(
-        self,
-        images: ImageStack,
-        table: pd.DataFrame,
-        config: PreprocessConfig,
-        progress: ProgressCallback | None,
-        stop: threading.Event | None,
-        key: str = "",
-    ) -> LeftOut:
-        """Prepare all images, write those that are good, and say which are not.
-
-        With a `key` of all that decides the pixels, a preparation of the same key that was stopped or killed
-        is gone on with.
-        """
-        n = len(table)
-        bad, statistics = np.zeros(n, bool), np.full((n, 2), np.nan)
-        with replacing(self.path) as temporary:
-            temporary.unlink()  # its name is used at the end; until then a killed process leaves `unfinished`
-            try:
-                with self._opened(bad, statistics, key) as (file, journal, begun):
-                    found = bad, statistics
-                    self._prepare(images, table, config, file, journal, begun, found, progress, stop)
-                    left_out = _left_out(table, bad, statistics, config)
-                    if left_out.mask.all():
-                        raise UserError(f"none of the {n} images can be used: {left_out.notes[0]}")
-                    self._finish(file, ~left_out.mask)
-                self.unfinished.replace(temporary)
-            except BaseException as error:
-                if not (isinstance(error, Stopped) and self.is_unfinished):
-                    self.forget()
-                raise
-        self.forget()
-        return left_out
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether an earlier preparation ended early and left something to go on with."""
-        try:
-            return self.journal.is_file() and self.unfinished.stat().st_size > CACHE_HEADER_BYTES
-        except FileNotFoundError:
-            return False
-
-    def forget(self) -> None:
-        """Remove what an earlier preparation has left."""
-        self.journal.unlink(missing_ok=True)
-        self.unfinished.unlink(missing_ok=True)
-
-    def take_over(self, folder: Path, key: str) -> None:
-        """Move what a dead process has prepared in `folder` here, if it was for the same images."""
-        left = _Cache(folder / self.path.name, self.plan, self.image_shape[0])
-        if key and not self.journal.is_file() and left.is_unfinished and left._key() == key:
-            left.unfinished.replace(self.unfinished)
-            left.journal.replace(self.journal)
-
-    def _key(self) -> str:
-        with contextlib.suppress(OSError, ValueError, AttributeError), self.journal.open("rb") as file:
-            return str(json.loads(file.readline()).get("key", ""))
-        return ""
-
-    @contextlib.contextmanager
-    def _opened(
-        self, bad: Mask, statistics: NDArray[np.float64], key: str
-    ) -> Iterator[tuple[BinaryIO, BinaryIO | None, int]]:
-        """The unfinished file at the first row to prepare, its journal (None without `key`), and that row.
-
-        The journal has a line for every block that was written; blocks whose checksum is wrong and all after
-        them are prepared again.
-        """
-        self._digest = hashlib.blake2b(_cache_header(len(bad), self.image_shape), digest_size=16)
-        if not (key and self.is_unfinished and self._key() == key):
-            self.forget()
-        with self.unfinished.open("a+b"):
-            pass
-        with self.unfinished.open("r+b") as file, contextlib.ExitStack() as stack:
-            if not key:
-                file.write(bytes(CACHE_HEADER_BYTES))
-                yield file, None, 0
-                return
-            journal = stack.enter_context(self.journal.open("a+b"))
-            journal.seek(0)
-            head = journal.readline() or json.dumps({"key": key}).encode() + b"\n"
-            begun, end = 0, len(head)
-            file.seek(CACHE_HEADER_BYTES)
-            for line in journal:
-                rows = self._rows_of(line, file, begun, bad, statistics)
-                if not rows:
-                    break
-                begun, end = begun + rows, end + len(line)
-            if not begun:
-                journal.truncate(0)
-                journal.write(head)
-                file.truncate(0)
-                file.write(bytes(CACHE_HEADER_BYTES))
-            journal.truncate(end)
-            file.seek(CACHE_HEADER_BYTES + begun * 2 * math.prod(self.image_shape))
-            file.truncate()
-            yield file, journal, begun
-
-    def _rows_of(
-        self, line: bytes, file: BinaryIO, begun: int, bad: Mask, statistics: NDArray[np.float64]
-    ) -> int:
-        """The rows that a line of the journal stands for, 0 where it or its block in `file` is damaged."""
-        try:
-            entry = json.loads(line)
-            rows, crc, broken, numbers = (entry[name] for name in ("rows", "crc32", "bad", "statistics"))
-            if not 0 < rows <= len(bad) - begun:
-                return 0
-            found = file.read(rows * 2 * math.prod(self.image_shape))
-            if zlib.crc32(found) != crc or len(found) != rows * 2 * math.prod(self.image_shape):
-                return 0
-            bad[begun : begun + rows] = np.isin(np.arange(rows), broken)
-            if numbers:
-                statistics[begun : begun + rows] = numbers
-        except (ValueError, KeyError, TypeError):
-            return 0
-        self._digest.update(found)
-        return int(rows)
-
-    def _prepare(
-        self,
-        images: ImageStack,
-        table: pd.DataFrame,
-        config: PreprocessConfig,
-        file: BinaryIO,
-        journal: BinaryIO | None,
-        begun: int,
-        found: tuple[Mask, NDArray[np.float64]],
-        progress: ProgressCallback | None,
-        stop: threading.Event | None,
-    ) -> None:
-        """Prepare and write the rows from `begun` on, and enter each block into the journal."""
-        n, done = len(table), begun
-        bad, statistics = found
-        for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images, begun):
-            if stop is not None and stop.is_set():
-                kept = f"{done} of {n} are kept, and the same again goes on from there"
-                raise Stopped(
-                    "stopped before all images were prepared; "
-                    + (kept if journal is not None and done else "nothing was kept")
-                )
-            rows = slice(done, done + len(block.images))
-            data = block.images.reshape(-1).view(np.uint8).data
-            file.write(data)
-            self._digest.update(data)
-            bad[rows], statistics[rows] = block.bad, block.statistics
-            done = rows.stop
-            if journal is not None:
-                file.flush()
-                numbers = block.statistics.tolist() if config.outlier_sd else []
-                entry = {
-                    "rows": len(block.images),
-                    "crc32": zlib.crc32(data),
-                    "bad": np.flatnonzero(block.bad).tolist(),
-                    "statistics": numbers,
-                }
-                journal.write(json.dumps(entry).encode() + b"\n")
-                journal.flush()
-            if progress is not None:
-                progress("preparing images", done / n)
-
-    def record(self, key: str, n: int) -> None:
-        """Write `images.json`, by which the cache counts as whole."""
-        shape = (n, *self.image_shape)
-        content = {"key": key, "shape": shape, "dtype": "float16", "blake2b": self._hash}
-        _write_json(self.path.with_suffix(".json"), {**content, "stamp": _stamp(self.path)})
-
-    def _finish(self, file: BinaryIO, good: Mask) -> None:
-        """Close the gaps that bad images leave, write the header, and take the hash on the way."""
-        n_bytes = 2 * math.prod(self.image_shape)
-        header = _cache_header(int(good.sum()), self.image_shape)
-        if good.all():  # as it was written, and its hash taken on the way
-            file.seek(0)
-            file.write(header)
-            self._hash = self._digest.hexdigest()
-            return
-        digest = hashlib.blake2b(header, digest_size=16)
-        per_block = max(1, BLOCK_BYTES // n_bytes)
-        written = 0
-        for start in range(0, len(good), per_block):
-            rows = good[start : start + per_block]
-            file.seek(CACHE_HEADER_BYTES + start * n_bytes)
-            block = np.frombuffer(file.read(len(rows) * n_bytes), np.uint8).reshape(len(rows), n_bytes)
-            kept = block[rows].tobytes()
-            digest.update(kept)
-            if written != start or not rows.all():
-                file.seek(CACHE_HEADER_BYTES + written * n_bytes)
-                file.write(kept)
-            written += int(rows.sum())
-        file.truncate(CACHE_HEADER_BYTES + written * n_bytes)
-        file.seek(0)
-        file.write(header)
-        self._hash = digest.hexdigest()
-
-
-def _cache_header(n: int, image_shape: tuple[int, ...]) -> bytes:
-    """The first bytes of `images.npy`."""
-    header = io.BytesIO()
-    shape = (n, *image_shape)
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    assert header.tell() == CACHE_HEADER_BYTES
-    return header.getvalue()
-
-
-def _inputs_key(table: pd.DataFrame, plan: preprocess.Plan, config: PreprocessConfig) -> str:
-    """Hash of all that decides what is prepared, the times of the image files included; "" for images of no
-    file, which may be others the next time."""
-    codes, paths = pd.factorize(table["stack_path"])
-    try:
-        stamps = [[path, *_stamp(Path(path))] for path in paths if path]
-    except OSError:
-        return ""
-    if len(stamps) < len(paths):
-        return ""
-    chosen = [config.bad_images, config.outlier_sd > 0, BLOCK_BYTES, __version__]
-    text = json.dumps([_PLAN.dump_python(plan, mode="json"), chosen, stamps], sort_keys=True)
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    digest.update(codes.astype("<i8").tobytes())
-    for name in ("stack_index", "box_px", "pixel_size_A", *preprocess.CTF_COLUMNS):
-        if name in table:
-            digest.update(name.encode() + table[name].to_numpy("<f8").tobytes())
-    digest.update(",".join(table["ctf_state"]).encode())
-    return digest.hexdigest()
-
-
-def _left_out(
-    table: pd.DataFrame, bad: Mask, statistics: NDArray[np.float64], config: PreprocessConfig
-) -> LeftOut:
-    notes = []
-    if bad.any():
-        notes.append(f"{_rows_in_words(table, bad)} blank or broken and left out")
-    far = np.zeros(len(bad), bool)
-    if config.outlier_sd:
-        far = preprocess.outliers(np.where(bad[:, None], np.nan, statistics), config.outlier_sd) & ~bad
-        if far.any():
-            what = f"more than {config.outlier_sd:g} SD from the others in mean or contrast, and left out"
-            notes.append(f"{_rows_in_words(table, far)} {what}")
-    return LeftOut(bad | far, tuple(notes))
-
-
-def _rows_in_words(table: pd.DataFrame, mask: Mask) -> str:
-    """`3 images (rows 4, 17 and 80000 of the file) are`"""
-    rows = [str(row + 1) for row in table["source_row"].to_numpy()[mask][:10]]
-    n = int(mask.sum())
-    if n == 1:
-        return f"1 image (row {rows[0]} of the file) is"
-    return f"{n} images (rows {', '.join(rows)}{' …' if n > len(rows) else ''} of the file) are"
 
 
 @dataclass(frozen=True)
@@ -1039,7 +645,7 @@ class Run:
     def config(self) -> RunConfig:
         """Everything needed to repeat the run."""
         path = self.path / "config.json"
-        found = _read_json(path)
+        found = read_json(path)
         _check_version(found, path)
         try:
             return RunConfig.model_validate(found)
@@ -1073,7 +679,7 @@ class Run:
 
     def latents(self) -> Latents | None:
         """Coordinates and poses of all rows of the session, or None before they are written."""
-        return Latents.from_table(_read_parquet(self.path / "latents.parquet")) if self.is_encoded else None
+        return Latents.from_table(read_parquet(self.path / "latents.parquet")) if self.is_encoded else None
 
     def save_latents(self, latents: Latents) -> None:
         """Write `latents.parquet`."""
@@ -1083,7 +689,7 @@ class Run:
         """Names of the results in `columns/`, oldest first."""
         folder = self.path / "columns"
         return sorted(
-            _stems(folder), key=lambda name: (_read_json(folder / f"{name}.json").get("made", ""), name)
+            _stems(folder), key=lambda name: (read_json(folder / f"{name}.json").get("made", ""), name)
         )
 
     def column(self, name: str) -> pd.DataFrame:
@@ -1092,11 +698,11 @@ class Run:
         if not path.is_file():
             there = ", ".join(self.columns()) or "none"
             raise UserError(f"run {self.name} has no column {name!r}; there are: {there}")
-        return _read_parquet(path)
+        return read_parquet(path)
 
     def column_record(self, name: str) -> dict[str, Any]:
         """The config and time of one result."""
-        return _read_json(self.path / "columns" / f"{_checked(name)}.json")
+        return read_json(self.path / "columns" / f"{_checked(name)}.json")
 
     def newest_column(self, kind: str) -> str | None:
         """The newest result whose name starts with `kind`, e.g. "cluster"."""
@@ -1132,8 +738,8 @@ class Run:
             used = _checked(name) if replace else _unused(folder, _checked(name))
             pattern = re.compile(rf"{re.escape(name)}(?=$|_)")
             table = table.rename(columns={old: pattern.sub(used, str(old), count=1) for old in table.columns})
-            _write_parquet(table, folder / f"{used}.parquet")
-            _write_json(folder / f"{used}.json", {"config": dict(config), "made": _now()})
+            write_parquet(table, folder / f"{used}.parquet")
+            write_json(folder / f"{used}.json", {"config": dict(config), "made": _now()})
         return used
 
     def metrics(self) -> pd.DataFrame:
@@ -1156,11 +762,11 @@ class Run:
     def gauge(self) -> dict[str, Any] | None:
         """The content of `gauge.json`, or None where nothing is held still."""
         path = self.path / "gauge.json"
-        return _read_json(path) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def save_gauge(self, gauge: Mapping[str, Any]) -> None:
         """Write `gauge.json`."""
-        _write_json(self.path / "gauge.json", dict(gauge))
+        write_json(self.path / "gauge.json", dict(gauge))
 
 
 def kept_classes(marks: Sequence[str]) -> NDArray[np.bool_]:
@@ -1199,153 +805,12 @@ def _control_record(average: ClassAverage) -> dict[str, Any]:
     }
 
 
-def guessed_sign(particles: Particles, config: PreprocessConfig) -> int:
-    """What a look at the images says of the contrast (+1 bright, -1 dark, 0 unsure); 0 where it need not."""
-    if config.contrast != "auto" or (particles.table["contrast_sign"] != 0).any():
-        return 0
-    return look_at_contrast(particles)[0].sign
-
-
 def default_path(source: Path) -> Path:
     """Where the session of a source goes unless told: beside it, or in the working directory if that is
     read-only."""
     source = Path(source).absolute()
     parent = source.parent if os.access(source.parent, os.W_OK) else Path.cwd()
     return parent / f"{source.stem}_explorer"
-
-
-def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
-    """`table` with the columns of `extra`, matched by `uid` (column or index), else by the order of rows."""
-    if "uid" in extra.columns:
-        extra = extra.set_index(extra["uid"].astype(np.uint64)).drop(columns="uid")
-    by_uid = extra.index.name == "uid"
-    clash = [str(name) for name in extra.columns if name in table.columns]
-    if clash:
-        raise UserError(
-            f"the table has columns that the particles have already: {', '.join(clash)}; rename them"
-        )
-    if by_uid:
-        if extra.index.has_duplicates:
-            raise UserError(f"the table names uid {extra.index[extra.index.duplicated()][0]} twice")
-        extra = extra.reindex(table.index)
-        if len(extra.columns) and extra.isna().all(axis=None):
-            raise UserError("none of the table's uids is one of the particles")
-    elif len(extra) != len(table):
-        raise UserError(
-            f"the table has {len(extra)} rows and no uid column, but there are {len(table)} particles"
-        )
-    else:
-        extra = extra.set_index(table.index)
-    return pd.concat([table, extra], axis=1)
-
-
-def read_table(path: Path, n: int) -> pd.DataFrame:
-    """A table to `join` to `n` particles: .csv, .tsv, .parquet, .npy or .npz.
-
-    Arrays of two dimensions become columns NAME_0, NAME_1, …; of an .npz, the arrays with `n` rows are taken.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            return pd.read_csv(path, sep="," if suffix == ".csv" else "\t")
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-        if suffix not in (".npy", ".npz"):
-            raise UserError(f"{path} is no table; give a .csv, .tsv, .parquet, .npy or .npz file")
-        found = np.load(path, allow_pickle=False)
-        arrays = {path.stem: found} if suffix == ".npy" else dict(found)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
-    columns: dict[str, NDArray[Any]] = {}
-    for name, array in arrays.items():
-        if array.dtype.names and array.ndim == 1:
-            columns |= {field: array[field] for field in array.dtype.names}
-        elif array.ndim == 2 and (len(array) == n or suffix == ".npy"):
-            columns |= {f"{name}_{i}": array[:, i] for i in range(array.shape[1])}
-        elif array.ndim == 1 and (len(array) == n or suffix == ".npy"):
-            columns[name] = array
-    if not columns:
-        raise UserError(f"{path} holds no array with one row for each of the {n} particles")
-    return pd.DataFrame(columns)
-
-
-# ---------------------------------------------------------------------- preprocessing in blocks
-
-
-class _Block(NamedTuple):
-    images: NDArray[np.float16]
-    """`(k, c, m, m)`; zeros where `bad`"""
-    bad: Mask
-    statistics: NDArray[np.float64]
-    """`(k, 2)` mean and standard deviation of the originals"""
-
-
-def _preprocessed(
-    images: ImageStack,
-    table: pd.DataFrame,
-    plan: preprocess.Plan,
-    shape: tuple[int, ...],
-    bad_images: str = "stop",
-    begun: int = 0,
-) -> Iterator[_Block]:
-    """Blocks in the order of the rows from `begun` on, two of them worked on ahead of the one taken."""
-    box_px = np.asarray(images.box_px)
-    per_block = max(1, BLOCK_BYTES // (4 * shape[0] * int(box_px.max()) ** 2))
-    starts = iter(range(begun, len(table), per_block))
-
-    def work(start: int) -> _Block:
-        rows = np.arange(start, min(start + per_block, len(table)))
-        block = _Block(
-            np.zeros((len(rows), *shape), np.float16), np.zeros(len(rows), bool), np.zeros((len(rows), 2))
-        )
-        for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
-            at = np.flatnonzero(box_px[rows] == box)
-            originals = images.read(rows[at])
-            leave_out = bad_images == "leave-out"
-            if leave_out and (bad := preprocess.bad_images(originals)).any():
-                block.bad[at[bad]] = True
-                at, originals = at[~bad], originals[~bad]
-            if not len(at):
-                continue
-            block.statistics[at] = _statistics(originals)
-            some = preprocess.apply(originals, table.iloc[rows[at]], plan, known_good=leave_out)
-            _check_range(some, table.iloc[rows[at]])
-            block.images[at] = some
-        return block
-
-    with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[_Block]] = deque()
-        try:
-            for start in starts:
-                ahead.append(pool.submit(work, start))
-                if len(ahead) == 3:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-def _statistics(images: NDArray[np.float32]) -> NDArray[np.float64]:
-    """`(k, 2)` mean and standard deviation of every image, of every third line of a large one."""
-    some = images[..., :: 3 if images.shape[-1] > 64 else 1, :].reshape(len(images), -1)
-    mean = some.mean(axis=1)
-    centred = some - mean[:, None]
-    square = np.einsum("kp,kp->k", centred, centred) / some.shape[1]
-    return np.stack([mean, np.sqrt(square)], axis=1).astype(np.float64)
-
-
-def _check_range(images: NDArray[np.float32], table: pd.DataFrame) -> None:
-    bad = np.flatnonzero(np.abs(images).max(axis=(1, 2, 3)) > np.finfo(np.float16).max)
-    if bad.size:
-        row = table.iloc[bad[0]]
-        raise UserError(
-            f"image {int(row['stack_index']) + 1} of {row['stack_path'] or 'the layer'} has grey values too"
-            " large for the cache (float16); use --preprocess.background ring"
-        )
 
 
 # ---------------------------------------------------------------------- folders and small files
@@ -1376,7 +841,7 @@ def _put_in_place(folder: Path, path: Path, overwrite: bool) -> None:
     sync_folder(path.parent)
 
 
-def _clean_up_after_dead(path: Path, folder: Path, made: _Cache, key: str) -> None:
+def _clean_up_after_dead(path: Path, folder: Path, made: Cache, key: str) -> None:
     """Remove what stopped or killed imports to `path` have left, but first take over the images that this
     one, in `folder`, would prepare as well. Imports that live hold their lock and are left alone."""
     pattern = re.compile(rf"\.{re.escape(path.name)}-[a-z0-9_]{{8}}\.part")
@@ -1470,36 +935,6 @@ def _checked(name: str) -> str:
     return name
 
 
-def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    with replacing(path) as temporary:
-        table.to_parquet(temporary, compression="zstd")
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return content
-
-
 def _check_version(found: Any, path: Path) -> None:
     version = found.get("format_version") if isinstance(found, dict) else None
     if not isinstance(version, int):
@@ -1524,12 +959,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _stamp(path: Path) -> list[int]:
-    """Size and time of a file: as long as both stay, its content is taken to be the same."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def _hash(path: Path) -> str:
     if not path.is_file():
         return ""
@@ -1539,9 +968,3 @@ def _hash(path: Path) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

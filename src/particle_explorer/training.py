@@ -34,12 +34,13 @@ from particle_explorer import preprocess
 from particle_explorer.configs import RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing
 from particle_explorer.gauge import Gauge
+from particle_explorer.io.inspecting import guessed_sign
 from particle_explorer.latents import Latents
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Share
 from particle_explorer.models.build import build_model
 from particle_explorer.particles import Particles
 from particle_explorer.pose import wrap_deg
-from particle_explorer.session import Run, Session, guessed_sign
+from particle_explorer.session import Run, Session
 from particle_explorer.status import StatusWriter
 from particle_explorer.team import Team, joined, led, ready_file
 

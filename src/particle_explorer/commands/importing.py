@@ -26,10 +26,10 @@ class Inspect(JobCommand):
 
     def execute(self) -> None:
         """Print the summary."""
+        from particle_explorer.estimates import requirements
         from particle_explorer.io.checking import scan
         from particle_explorer.io.inspecting import summarise
         from particle_explorer.io.reading import read
-        from particle_explorer.session import requirements
 
         particles = read(self.stack, project_dir=path_or_none(self.project_dir))
         if not self.full:
@@ -70,8 +70,9 @@ class Import(JobCommand):
 
         from particle_explorer.io.joining import joined
         from particle_explorer.io.reading import read
+        from particle_explorer.io.tables import join, read_table
         from particle_explorer.particles import random_subset, where_mask
-        from particle_explorer.session import Session, default_path, join, read_table
+        from particle_explorer.session import Session, default_path
 
         with contextlib.ExitStack() as stack:
             job = stack.enter_context(self.job("reading"))

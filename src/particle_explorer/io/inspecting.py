@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from particle_explorer.configs import PreprocessConfig
 from particle_explorer.io.checking import PoseCheck, check_poses, listed_twice
 from particle_explorer.particles import Images, Particles
 
@@ -276,3 +277,10 @@ def _listed(counts: dict[str, int]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{what} ({count} particles)" for what, count in counts.items())
+
+
+def guessed_sign(particles: Particles, config: PreprocessConfig) -> int:
+    """What a look at the images says of the contrast (+1 bright, -1 dark, 0 unsure); 0 where it need not."""
+    if config.contrast != "auto" or (particles.table["contrast_sign"] != 0).any():
+        return 0
+    return look_at_contrast(particles)[0].sign

@@ -727,9 +727,10 @@ def save_layer(particles: Particles, beside: Path) -> Path:
 
 
 def _found(particles: Particles, path: Path) -> Found:
+    from particle_explorer.estimates import requirements
     from particle_explorer.io.inspecting import summarise
     from particle_explorer.plugin import plugin_setting
-    from particle_explorer.session import Session, default_path, requirements
+    from particle_explorer.session import Session, default_path
 
     table, summary = particles.table, summarise(particles)
     pixel_size = float(np.nanmedian(table["pixel_size_A"])) if table["pixel_size_A"].notna().any() else 0.0
@@ -770,8 +771,8 @@ def preview(particles: Particles, config: PreprocessConfig, where: str) -> Previ
     """Prepare a few particles, taken at random, and time it."""
     from particle_explorer import preprocess
     from particle_explorer.files import UserError
+    from particle_explorer.io.inspecting import guessed_sign
     from particle_explorer.particles import where_mask
-    from particle_explorer.session import guessed_sign
 
     table = particles.table
     rows = np.flatnonzero(where_mask(table, where)) if where else np.arange(len(table))

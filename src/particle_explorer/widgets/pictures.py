@@ -16,8 +16,8 @@ from particle_explorer.pose import rotation_matrix
 from particle_explorer.state import AppState, View
 
 if TYPE_CHECKING:
+    from particle_explorer.cache import CachedImages
     from particle_explorer.jobs import DecodeClient
-    from particle_explorer.session import CachedImages
 
 Images = NDArray[np.float32]
 

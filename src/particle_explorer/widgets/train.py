@@ -773,7 +773,7 @@ def list_runs(session: Session) -> tuple[list[Listed], dict[str, float]]:
 
 def first_estimate(session: Session) -> float:
     """Seconds that a class map will take before any was fitted here."""
-    from particle_explorer.session import first_estimate
+    from particle_explorer.estimates import first_estimate
 
     return first_estimate(session.n_particles, session.images.shape[-1])
 
