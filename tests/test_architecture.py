@@ -21,13 +21,14 @@ RANKS: dict[str, int] = {
     name: rank
     for rank, names in enumerate(
         [
-            ["configs", "pose", "files", "transforms", "shears"],
-            ["particles", "ctf", "status"],
+            ["configs", "pose", "files", "transforms", "shears", "ctf_sums"],
+            ["particles", "ctf", "spectra", "status"],
+            ["summing"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["cache", "estimates"],
             ["session", "gauge", "team", "traversals", "membership", "refining"],
             ["training", "exporting", "coordinates"],
-            ["jobs", "state", "controls"],
+            ["jobs", "state", "controls", "halves"],
             ["demo", "commands", "plugin"],
             ["cli"],
             ["widgets"],
@@ -46,8 +47,9 @@ WINDOWED_TESTS = {"test_journey.py", "test_plugin.py", "test_interface.py"}
 
 # Packages that cost start-up time or a screen, and the only modules that may name them.
 ALLOWED: dict[str, set[str]] = {
-    "numba": {"shears"},
-    "torch": {"averaging", "transforms", "models", "training", "team", "gauge", "demo", "bench"},
+    "numba": {"shears", "ctf_sums"},
+    "llvmlite": {"shears"},
+    "torch": {"summing", "transforms", "models", "training", "team", "gauge", "demo", "bench"},
     "qtpy": {"widgets", "bench"},
     "superqt": set(),
     "magicgui": {"widgets"},

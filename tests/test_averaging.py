@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from particle_explorer import averaging
-from particle_explorer.averaging import align, average_classes, class_average, frc, ssnr_ring
+from particle_explorer import averaging, spectra, summing
+from particle_explorer.averaging import average_classes, class_average
 from particle_explorer.configs import AverageConfig, RefineConfig
-from particle_explorer.ctf import ctf_2d
+from particle_explorer.ctf import TableCTF, ctf_2d, ctf_mode
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import recentre, rotation_matrix
 from particle_explorer.refining import compare, refine
+from particle_explorer.spectra import align, frc, ssnr_ring
 
 PIXEL_A = 3.0
 
@@ -113,7 +114,7 @@ def test_noise_keeps_its_level_inside_and_nothing_comes_from_outside() -> None:
     turned = align(noise, angle, shift)[:, 0]
     y, x = np.indices((32, 32)) - 16
     inside = np.hypot(y, x) < 13
-    grid = averaging._Grid(32, 32)
+    grid = spectra.Grid(32, 32)
     assert abs(np.mean(turned[:, inside] ** 2) / disc_share(32) - 1) < 0.03
     covered = grid.covered(angle, shift)
     np.testing.assert_allclose((turned == 0).mean((1, 2)), 1 - covered, atol=0.08)
@@ -124,7 +125,7 @@ def test_averaging_reaches_the_predicted_ssnr() -> None:
     n, k, sigma, repeats = 40, 300, 4.0, 6
     reference = phantom(n)[0]
     power = np.abs(np.fft.rfft2(reference)) ** 2
-    rings = averaging._rings(n)
+    rings = spectra.ring_sums(n)
     predicted = k * (rings @ power.ravel()) / (np.asarray(rings.sum(1)).ravel() * n**2 * sigma**2)
     found, noise = [], []
     for seed in range(repeats):
@@ -132,7 +133,7 @@ def test_averaging_reaches_the_predicted_ssnr() -> None:
         images = phantom(n, angle, shift) + np.random.default_rng(seed).normal(0, sigma, (k, n, n))
         average = class_average(Stack(images), np.arange(k), angle, shift)
         found.append(average.ssnr)
-        noise.append((average.image - reference)[~averaging.outside_circle(n)].std())
+        noise.append((average.image - reference)[~spectra.outside_circle(n)].std())
         assert abs(ssnr_ring(average.ssnr) - ssnr_ring(predicted)) <= 2
         assert np.isnan(average.ssnr_radius_A)  # no pixel size, no Å
     clear = np.flatnonzero(predicted > 3)[2:]
@@ -197,7 +198,7 @@ def test_wiener_fills_the_zeros_of_the_ctf(n: int, state: str) -> None:
     ring = slice(3, n // 4)
     assert np.all(frc(average.image, reference)[ring] > 0.97)
     # the amplitudes come back, not only the phases
-    rings = averaging._rings(n)
+    rings = spectra.ring_sums(n)
     power = [rings @ (np.abs(np.fft.rfft2(x)) ** 2).ravel() for x in (average.image, reference)]
     np.testing.assert_allclose(np.sqrt(power[0] / power[1])[ring], 1.0, atol=0.15)
     # Wiener beats leaving the CTF as it is
@@ -212,7 +213,7 @@ def test_astigmatism_is_turned_with_the_image() -> None:
     angle, shift = poses(k)
     table = microscope(k, n, "raw", astigmatism_A=9000.0)
     images = with_ctf(phantom(n, angle, shift), table)
-    ctf = averaging._CTF(table, "wiener")
+    ctf = TableCTF(table)
     rows, pixel = np.arange(k), np.full(k, PIXEL_A)
     turned = ctf.at(rows, pixel, n, -angle)
     spectrum = np.fft.rfft2(align(images[:, None], angle, shift)[:, 0])
@@ -231,7 +232,7 @@ def test_astigmatism_is_turned_with_the_image() -> None:
 
 def test_auto_takes_what_the_table_knows() -> None:
     known = microscope(3, 32, "raw")
-    mode = averaging.ctf_mode
+    mode = ctf_mode
     assert mode(known, "auto") == "wiener" and mode(known, "phase-flip") == "phase-flip"
     assert mode(known.assign(ctf_state="none"), "auto") == "none"
     assert mode(known.assign(defocus_u_A=[1.0, np.nan, 2.0]), "auto") == "none"
@@ -295,7 +296,7 @@ def test_all_classes_in_one_pass_equal_each_alone(state: str, monkeypatch: pytes
     images = phantom(n, angle, shift) + rng.normal(size=(k, n, n))
     labels = rng.integers(-1, 3, k)
     session = Originals(images, table)
-    monkeypatch.setattr(averaging, "BLOCK_BYTES", 7 * 4 * n * n)  # seven images at a time
+    monkeypatch.setattr(summing, "BLOCK_BYTES", 7 * 4 * n * n)  # seven images at a time
     done: list[float] = []
     together = average_classes(session, labels, angle, shift, progress=done.append)
     # each image once, in the order of the disk
@@ -321,7 +322,7 @@ def test_without_ctf_an_average_is_the_mean_of_the_aligned_images() -> None:
     angle, shift = poses(k)
     images = np.random.default_rng(0).normal(size=(k, n, n))
     average = class_average(Stack(images), np.arange(k), angle, shift)
-    outside = averaging.outside_circle(n)
+    outside = spectra.outside_circle(n)
     aligned = align((images - images[:, outside].mean(1)[:, None, None])[:, None], angle, shift)[:, 0]
     for name, members in (("image", aligned), ("half_a", aligned[::2]), ("half_b", aligned[1::2])):
         got, expected = getattr(average, name), members.mean(0)
@@ -479,12 +480,12 @@ def test_sheared_classes_equal_each_alone_and_may_share_members(monkeypatch: pyt
     session = Originals(images, make_table(k, n))
     row = np.concatenate([np.arange(25), np.arange(10, 40), np.arange(5)])
     which = np.repeat([0, 1, 2], [25, 30, 5])
-    members = averaging.Members(row, which, rng.uniform(0.2, 1, len(row)))
-    monkeypatch.setattr(averaging, "SHEAR_BLOCK_BYTES", 7 * 4 * n * n)
+    members = summing.Members(row, which, rng.uniform(0.2, 1, len(row)))
+    monkeypatch.setattr(summing, "SHEAR_BLOCK_BYTES", 7 * 4 * n * n)
     config = AverageConfig(interpolation="shears")
     names = ["a", "b", "c"]
     for sums in (2**30, 1):  # all together, and one class after the other
-        monkeypatch.setattr(averaging, "SUMS_BYTES", sums)
+        monkeypatch.setattr(summing, "SUMS_BYTES", sums)
         found = averaging.average_members(session, members, names, angle, shift, config)
         for i, average in enumerate(found):
             own = which == i

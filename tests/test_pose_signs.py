@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from particle_explorer.averaging import align, average_classes
+from particle_explorer.averaging import average_classes
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig
 from particle_explorer.io.reading import read
 from particle_explorer.io.writing import export_particles
 from particle_explorer.models.base import Batch, Encoding, ParticleModel
 from particle_explorer.session import Session
+from particle_explorer.spectra import align
 from particle_explorer.training import encode
 
 K = 12

@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError
 
-from particle_explorer.commands.averaging import Average, Refine
+from particle_explorer.commands.averaging import Average, Independent, Refine
 from particle_explorer.commands.command import PROGRAM, Command
 from particle_explorer.commands.exploring import Cluster, Embed, HoldStill, Regroup
 from particle_explorer.commands.exporting import Export, ExportClasses, Merge, Transfer
@@ -59,6 +59,7 @@ COMMANDS: dict[str, type[Command]] = {
     "film": Film,
     "average": Average,
     "refine": Refine,
+    "average-independent": Independent,
     "export": Export,
     "export-classes": ExportClasses,
     "merge": Merge,

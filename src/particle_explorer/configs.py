@@ -598,6 +598,8 @@ class AveragesConfig(Config):
 class SpeedConfig(Config):
     """Images per second of models, averaging and preprocessing."""
 
+    what: Literal["all", "models", "images"] = setting("all", "What")
+    """All of it, only the models, or only averaging and preprocessing a stack of full-size images."""
     boxes_px: tuple[int, ...] = setting((40, 64, 128), "Boxes")
     """Sides of the images that models are timed on."""
     batch_size: int = setting(0, "Batch size", ge=0, le=100_000)

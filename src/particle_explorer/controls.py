@@ -18,12 +18,13 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from particle_explorer import averaging
-from particle_explorer.averaging import ClassAverage, Members
+from particle_explorer.averaging import ClassAverage
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError
 from particle_explorer.particles import Particles
 from particle_explorer.preprocess import Plan
 from particle_explorer.session import Run
+from particle_explorer.summing import Event, Members
 from particle_explorer.training import encode_prepared, load_model
 
 MEMBERS = 1000
@@ -85,7 +86,7 @@ def noise_control(
     device: str = "cpu",
     seed: int = 0,
     tell: Callable[[str, float], None] = lambda what, share: None,
-    stop: averaging.Event | None = None,
+    stop: Event | None = None,
 ) -> list[ClassAverage]:
     """`averages` of `members` (average `i` made of those with `average == i`), each with its control.
 

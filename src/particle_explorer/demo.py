@@ -34,6 +34,7 @@ from particle_explorer.files import UserError, replacing, write_text
 from particle_explorer.pose import rotation_matrix
 from particle_explorer.report import curves, figures, page, scatter
 from particle_explorer.session import Run, Session
+from particle_explorer.spectra import outside_circle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -367,7 +368,7 @@ def _views(
         clean = render(
             hinge, np.full(len(hinge), turn), np.broadcast_to(move, (len(hinge), 2)), n, size
         ).mean(0)
-        inside = ~averaging.outside_circle(n)
+        inside = ~outside_circle(n)
         r = float(np.corrcoef(average.image[inside], clean[inside])[0, 1])
         views.append(
             View(

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from particle_explorer.averaging import Event, average_classes
+from particle_explorer.averaging import average_classes
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError, umask
 from particle_explorer.io import cs_writing, joining, writing
@@ -29,6 +29,7 @@ from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.report import png_file
 from particle_explorer.session import Run, Session, StoredClasses, kept_classes
+from particle_explorer.summing import Event
 
 PARTICLE_SUFFIXES = (".star", ".cs")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -273,7 +274,8 @@ def _class_set(
     every[number - 1] = images
     counts = np.bincount(members["class_id"].to_numpy(np.int64) - 1, minlength=k)
     resolution = np.full(k, np.nan)
-    found = [one.get("ssnr_radius_A") for one in stored.classes]
+    # halves that share an alignment say nothing of a resolution
+    found = [one.get("resolution_A") if one["halves_independent"] else None for one in stored.classes]
     resolution[number - 1] = [math.nan if value is None else float(value) for value in found]
     chosen = np.zeros(k, bool)
     chosen[number - 1] = kept_classes([one.get("mark", "") for one in stored.classes])

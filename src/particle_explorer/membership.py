@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
-from particle_explorer.averaging import Members
 from particle_explorer.files import UserError
+from particle_explorer.summing import Members
 
 Floats = NDArray[np.float64]
 Weighting = Literal["hard", "distance", "posterior"]

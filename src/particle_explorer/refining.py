@@ -17,10 +17,13 @@ import numpy as np
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
 
-from particle_explorer.averaging import _CTF, Event, Originals, _cropped, align, ctf_mode, outside_circle
+from particle_explorer.averaging import Originals
 from particle_explorer.configs import RefineConfig
+from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix, wrap_deg
+from particle_explorer.spectra import align, cropped, outside_circle
+from particle_explorer.summing import Event
 
 Floats = NDArray[np.float64]
 Float = NDArray[np.float32]
@@ -204,7 +207,7 @@ class _Job:
         mode = ctf_mode(table, wanted)
         if plan.ctf == "flip-all":
             table = table.assign(ctf_state="raw")
-        self.ctf = _CTF(table, "wiener") if mode == "wiener" else None
+        self.ctf = TableCTF(table) if mode == "wiener" else None
         self.pixel_size_A = table["pixel_size_A"].to_numpy(float) / self.scale
         stack, self.images = session.originals(), np.empty((len(self.rows), m, m), np.float16)
         outside = outside_circle(self.n)
@@ -214,7 +217,7 @@ class _Job:
             background = images[:, outside]
             images = images - background.mean(1)[:, None, None]
             if self.m < self.n:
-                images = scipy.fft.irfft2(_cropped(scipy.fft.rfft2(images), self.n, m), s=(m, m))
+                images = scipy.fft.irfft2(cropped(scipy.fft.rfft2(images), self.n, m), s=(m, m))
             if not self.grey:  # of the first images; the averages keep the weights of all others
                 self.grey = max(float(images.std()), 1e-12)
             self.images[start : start + BLOCK] = images / self.grey
@@ -328,7 +331,7 @@ class _Job:
                 spectrum = scipy.fft.rfft2(picture)
                 side = picture.shape[-1]
                 picture = (
-                    scipy.fft.irfft2(_cropped(spectrum, side, m), s=(m, m))
+                    scipy.fft.irfft2(cropped(spectrum, side, m), s=(m, m))
                     if side > m
                     else scipy.fft.irfft2(_padded(spectrum, side, m), s=(m, m))
                 )

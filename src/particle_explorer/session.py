@@ -783,6 +783,7 @@ def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:
         "frc": [_json_number(value) for value in np.asarray(average.frc, float).round(5).tolist()],
         "frc_label": average.frc_label,
         "halves_independent": average.halves_independent,
+        "resolution_A": _json_number(float(average.resolution_A)),
         "ssnr": [_json_number(value) for value in np.asarray(average.ssnr, float).round(5).tolist()],
         "ssnr_radius_A": _json_number(float(average.ssnr_radius_A)),
         "ctf": average.ctf,

@@ -76,7 +76,7 @@ def test_the_integrin_stack_is_read_with_its_truth(data_dir: Path) -> None:
     assert len(table) == 500 and (table["split"] == 1).sum() == 100
     images = stack.particles.images.read(np.arange(500))[:, 0]
     # moved back by the truth, the images of one conformation agree with the noise-free picture of it
-    from particle_explorer.averaging import align
+    from particle_explorer.spectra import align
 
     truth = np.load(data_dir / "5hdb_sim" / "truth.npz")
     shift = table[["true_shift_y_px", "true_shift_x_px"]].to_numpy()
@@ -103,7 +103,7 @@ def few_digits(tmp_path: Path) -> Path:
 
 
 def brought_back(stack: stacks.Stack) -> np.ndarray:
-    from particle_explorer.averaging import align
+    from particle_explorer.spectra import align
 
     table = stack.particles.table
     images = stack.particles.images.read(np.arange(len(table)))

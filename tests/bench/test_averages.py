@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from particle_explorer.averaging import Members
 from particle_explorer.bench.averages import Scene, ml2d, table
+from particle_explorer.summing import Members
 
 N = 40
 
@@ -33,7 +33,7 @@ def _scene(hinge):
 
 def test_quality_is_one_for_the_picture_itself_turned_and_moved():
     scene = _scene([0.0])
-    from particle_explorer.averaging import align
+    from particle_explorer.spectra import align
 
     for turn, move in ((0.0, (0.0, 0.0)), (73.0, (1.5, -2.2)), (-160.0, (-1.0, 0.4))):
         picture = align(scene.at(20.0)[None, None], [turn], [move])[0, 0]

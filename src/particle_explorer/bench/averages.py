@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from sklearn.cluster import KMeans
 
 from particle_explorer import membership, training
-from particle_explorer.averaging import Members, align, average_members
+from particle_explorer.averaging import average_members
 from particle_explorer.bench.machine import describe
 from particle_explorer.bench.stacks import data_folder, integrin
 from particle_explorer.configs import AverageConfig, AveragesConfig, ClassMapConfig, RunConfig
 from particle_explorer.files import write_text
 from particle_explorer.session import Session
+from particle_explorer.spectra import align, placed
+from particle_explorer.summing import Members
 
 Floats = NDArray[np.float64]
 DISC_PX = 18.0
@@ -96,35 +97,7 @@ class Scene:
 
     def quality(self, average: NDArray[Any], hinge: float) -> float:
         """Correlation with the picture at `hinge`, at the best angle and shift."""
-        expected = self.at(hinge)[self.disc]
-        expected = expected - expected.mean()
-
-        def loss(pose: Any) -> float:
-            moved = align(average[None, None], [pose[0]], [(pose[1], pose[2])])[0, 0][self.disc]
-            moved = moved - moved.mean()
-            return -float(moved @ expected / max(np.linalg.norm(moved) * np.linalg.norm(expected), 1e-12))
-
-        n = average.shape[-1]
-        angles = np.arange(0, 360, 5.0)
-        copies = np.broadcast_to(np.asarray(average, np.float32), (len(angles), 1, n, n))
-        turned = align(copies, angles, np.zeros((len(angles), 2)))[:, 0]
-        picture = np.where(self.disc, self.at(hinge) - expected.mean(), 0.0)
-        score = np.fft.irfft2(np.fft.rfft2(turned) * np.fft.rfft2(picture).conj(), s=(n, n))
-        best = []
-        for a in np.argsort(-score.max((1, 2)))[:3]:
-            y, x = np.unravel_index(int(score[a].argmax()), (n, n))
-            move = np.array([(v + n // 2) % n - n // 2 for v in (y, x)], float)
-            # turned after the shift is found: x_img = R(angle) (x_ref + move)
-            turn = np.deg2rad(angles[a])
-            shift = (
-                np.sin(turn) * move[1] + np.cos(turn) * move[0],
-                np.cos(turn) * move[1] - np.sin(turn) * move[0],
-            )
-            found = minimize(
-                loss, [angles[a], *shift], method="Nelder-Mead", options={"xatol": 0.02, "fatol": 1e-5}
-            )
-            best.append(-float(found.fun))
-        return max(best)
+        return placed(average, self.at(hinge), self.disc).correlation
 
     def scored(self, method: str, images: NDArray[Any], members: Members, seconds: float) -> dict[str, Any]:
         """All columns of the table for averages and their members."""

@@ -45,13 +45,14 @@ from particle_explorer.configs import (
     VAEConfig,
 )
 from particle_explorer.files import write_text
-from particle_explorer.io.mrc import write_stack
+from particle_explorer.io.mrc import write_stack_in_batches
 from particle_explorer.io.reading import read
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.particles import ImageStack
 from particle_explorer.session import Session
 from particle_explorer.simulate import simulate
+from particle_explorer.spectra import outside_circle
 
 MODELS: dict[str, ModelConfig] = {
     "class-map": ClassMapConfig(latent_dim=1),
@@ -80,7 +81,7 @@ def run(
         update = {"boxes_px": (32,), "seconds": 0.2, "stack_box_px": 64, "stack_n": 64}
         config = config.model_copy(update=update)
     models: list[dict[str, Any]] = []
-    for box in config.boxes_px:
+    for box in () if config.what == "images" else config.boxes_px:
         for name in MODELS:
             models.append(_alone(time_model, name, box, config))
             say(f"{name}, {box} px: " + _words(models[-1]))
@@ -92,9 +93,11 @@ def run(
             for measure in (time_model, time_plain_target):
                 models.append(_alone(measure, "target-vae of the paper", box, config))
                 say(f"{models[-1]['model']}, {box} px: " + _words(models[-1]))
-    with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-") as folder:
-        stack = _stack(Path(folder), config)
-        images = [_alone(time_averaging, stack, config), _alone(time_preprocessing, stack, config)]
+    images: list[dict[str, Any]] = []
+    if config.what != "models":
+        with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-") as folder:
+            stack = _stack(Path(folder), config)
+            images = [_alone(time_averaging, stack, config), _alone(time_preprocessing, stack, config)]
     for result in images:
         say(f"{result['what']}: " + _words(result))
     say("\n" + _tables(models, images))
@@ -366,7 +369,8 @@ def _stack(folder: Path, config: SpeedConfig) -> Path:
     n, box = config.stack_n, config.stack_box_px
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((min(n, 64), box, box), dtype=np.float32)
-    write_stack(folder / "stack.mrcs", np.stack([noise[i % len(noise)] for i in range(n)]), 1.0)
+    batches = (noise[: min(len(noise), n - start)] for start in range(0, n, len(noise)))
+    write_stack_in_batches(folder / "stack.mrcs", batches, n, box, 1.0)
     lines = [
         "data_optics", "loop_", "_rlnOpticsGroup #1", "_rlnImagePixelSize #2", "_rlnImageSize #3",
         "_rlnVoltage #4", "_rlnSphericalAberration #5", "_rlnAmplitudeContrast #6",
@@ -461,7 +465,7 @@ def _alignment_error(images: ImageStack, angle: NDArray[Any], shift: NDArray[Any
         n = average.image.shape[-1]
         y, x = np.meshgrid(np.fft.fftfreq(n), np.fft.rfftfreq(n), indexing="ij")
         low = np.fft.irfft2(np.fft.rfft2(average.image) * (np.hypot(y, x) < 0.3), s=(n, n))
-        pictures.append(low[~averaging.outside_circle(n)])
+        pictures.append(low[~outside_circle(n)])
     return float(f"{1 - np.corrcoef(pictures[0], pictures[1])[0, 1]:.2g}")
 
 

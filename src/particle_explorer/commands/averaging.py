@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from particle_explorer.averaging import Members
     from particle_explorer.session import Run
+    from particle_explorer.summing import Members
 
 
 class Average(JobCommand):
@@ -56,7 +56,7 @@ class Average(JobCommand):
         """Average, and print the path of the averages."""
         import numpy as np
 
-        from particle_explorer.averaging import Members
+        from particle_explorer.summing import Members
 
         with self.job("averaging") as job:
             run = open_run(self.run, needs="weights" if self.noise_control else "")
@@ -88,6 +88,56 @@ class Average(JobCommand):
                 "config": self.average.model_dump(),
             }
             used = session.save_classes(name, averages, [average.label for average in averages], how)
+            job.result(session.path / "classes" / f"{used}.mrcs")
+
+
+class Independent(JobCommand):
+    """Average two halves of the particles by two models that never saw each other's particles: the half-set
+    FRC is then a resolution.
+
+    The particles are split at random into the selections independent-a and independent-b, and the model of
+    the run is fitted anew to either. Each half is grouped and averaged by its own model; every average of the
+    first is then laid onto the one of the second that it resembles. Takes as long as two trainings of half
+    the size; what is there already is not made again.
+    """
+
+    run: CliPositionalArg[Path]
+    """Folder of the run whose settings are taken, or of a session for its newest finished run"""
+    classes: int = Field(10, ge=1, le=200)
+    """Averages of either half: parts of equal numbers along a map of one dimension, else k-means"""
+    seed: int = Field(0, ge=0)
+    """Of the split and of k-means"""
+    average: AverageConfig = AverageConfig()
+
+    def execute(self) -> None:
+        """Fit what is missing, average, and print the path of the averages."""
+        from particle_explorer import halves
+        from particle_explorer.training import stand_back
+
+        with self.job("splitting the particles") as job:
+            run = open_run(self.run, needs="weights")
+            session = run.session
+            if self.status:
+                stand_back()
+            halves.split(session, self.seed)
+            runs = halves.runs_of_halves(run, job.tell, job.stop)
+            found = halves.independent_averages(
+                runs, self.classes, self.average, seed=self.seed, tell=job.tell, stop=job.stop
+            )
+            how = {
+                "run": run.name,
+                "by": "",
+                "selection": "",
+                "held": False,
+                "poses": "independent",
+                "runs": [one.name for one in runs],
+                "matches": [[a, b, round(r, 4)] for a, b, r in found.matches],
+                "weights": "hard",
+                "config": self.average.model_dump(),
+            }
+            job.note(halves.summary(found.averages))
+            labels = [average.label for average in found.averages]
+            used = session.save_classes("independent", found.averages, labels, how)
             job.result(session.path / "classes" / f"{used}.mrcs")
 
 
@@ -252,7 +302,6 @@ def average_members_of(
     run: Run, members: Members, names: list[str], poses: PoseSource, config: AverageConfig, job: Job
 ) -> list[Any]:
     """The average of each set of members, from the original images at the poses of a source."""
-    from particle_explorer.averaging import Stopped as AveragingStopped
     from particle_explorer.averaging import average_members
 
     angle, shift = poses_of(run, poses)
@@ -267,5 +316,5 @@ def average_members_of(
             progress=lambda done: job.tell("averaging", done),
             stop=job.stop,
         )
-    except AveragingStopped:
+    except Stopped:
         raise Stopped("stopped; nothing was written") from None

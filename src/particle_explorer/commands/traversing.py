@@ -214,8 +214,8 @@ def _averages_of_cached(
     """`(k, m, m)` means of the cached images with each label, moved back by their poses; NaN for none."""
     import numpy as np
 
-    from particle_explorer.averaging import align
     from particle_explorer.preprocess import original_pixels
+    from particle_explorer.spectra import align
 
     rows = np.flatnonzero(label >= 0)
     m = session.images.shape[-1]

@@ -31,6 +31,14 @@ class DescriptorPool:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
+    def pread_into(self, path: str, target: memoryview, offset: int) -> int:
+        """Fill `target` from `offset` of the file; returns how many bytes, fewer where it ends."""
+        try:
+            with self._borrow(path) as descriptor:
+                return descriptor.pread_into(target, offset)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
     def size(self, path: str) -> int:
         """Bytes in the file."""
         try:
@@ -85,6 +93,20 @@ class _Descriptor:
             n_bytes -= len(part)
             offset += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def pread_into(self, target: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(target):
+            if hasattr(os, "preadv"):
+                count = os.preadv(self.number, [target[done:]], offset + done)
+            else:
+                part = self._pread_once(len(target) - done, offset + done)
+                count = len(part)
+                target[done : done + count] = part
+            if not count:
+                break
+            done += count
+        return done
 
     def _pread_once(self, n_bytes: int, offset: int) -> bytes:
         if hasattr(os, "pread"):

@@ -1,0 +1,455 @@
+"""Sums of images moved back by their poses: what averages are made of.
+
+Few images are moved back by splines (`spectra`), many by shears (`shears`). Memory holds one block of images
+and the sums of some averages, never the stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+from scipy import sparse
+
+from particle_explorer.ctf import TableCTF, phase_pictures
+from particle_explorer.files import Stopped, UserError
+from particle_explorer.spectra import Float, Grid, cropped, disc, outside_circle
+
+if TYPE_CHECKING:
+    from particle_explorer.shears import Turner
+
+Progress = Callable[[float], None]
+
+TORCH_PIXELS = 2e8
+SUMS_BYTES = 384 * 2**20
+"""Sums of averages held at once where images are sheared."""
+POWER_MEMBERS = 64
+"""At least as many members of either half say how much power an image has, where images are sheared."""
+TRANSFORMS = 16
+"""Images transformed in one go."""
+BLOCK_BYTES = 16 * 2**20
+"""Original images read at once; with transforms and two threads about ten times this much is in memory."""
+SHEAR_BLOCK_BYTES = 4 * 2**20
+"""The same for sheared images: what fits into the cache."""
+
+
+class Images(Protocol):
+    """The part of `ImageStack` that is needed here."""
+
+    @property
+    def box_px(self) -> NDArray[Any]: ...
+
+    def read(self, rows: NDArray[np.int64]) -> Float: ...
+
+
+class Event(Protocol):
+    """The part of `threading.Event` that is needed here."""
+
+    def is_set(self) -> bool: ...
+
+
+class Members(NamedTuple):
+    """Which particle weighs how much in which average; a particle may be in several."""
+
+    row: NDArray[np.int64]
+    """`(M,)` rows of the session"""
+    average: NDArray[np.int64]
+    """`(M,)` 0 …"""
+    weight: NDArray[np.float64]
+    """`(M,)` above 0"""
+
+
+class Work(NamedTuple):
+    """What is to be summed; arrays of `rows`, and members sorted by average and row."""
+
+    stack: Images
+    rows: NDArray[np.int64]
+    boxes: NDArray[np.int64]
+    members: Members
+    rank: NDArray[np.int64]
+    """`(M,)` place of a member in its average"""
+    half: NDArray[np.int64]
+    """`(M,)` 0 for half a, 1 for half b"""
+    sizes: NDArray[np.int64]
+    """`(k,)` members of every average"""
+    angle_deg: NDArray[np.float64]
+    shift_yx_px: NDArray[np.float64]
+    signs: NDArray[np.float32]
+    ctf: TableCTF | None
+    pixel_size_A: NDArray[np.float64]
+    m: int
+    mode: str
+    rings: sparse.csr_matrix
+    stop: Event | None
+
+
+class _Part(NamedTuple):
+    """What one block of images contributes."""
+
+    images: Float
+    """`(b, c, m, m)`, aligned, CTF applied where it must be."""
+    gain: Float | None
+    """`(b, m, m // 2 + 1)` how much of the signal, and of the power of the noise, each image contributes, in
+    the frame of the reference; None where that is 1."""
+    covered: NDArray[np.float64]
+    """`(b,)` how much of the average each image covers with its noise."""
+    power: NDArray[np.float64]
+    """`(b, k)` power of the images, ring by ring."""
+    power_gain: NDArray[np.float64]
+    """`(b, 2, k)` how much signal and noise that power holds."""
+
+
+class Sums:
+    """Running sums of one average; halves first."""
+
+    def __init__(self, channels: int, m: int, with_ctf: bool) -> None:
+        half = (2, m, m // 2 + 1)
+        self.images = np.zeros((2, channels, m, m), dtype=np.float32)
+        self.gain = np.zeros(half, dtype=np.float32) if with_ctf else None
+        self.noise_gain = np.zeros(half, dtype=np.float32) if with_ctf else None
+        self.weight = np.zeros((2, 3))
+        """Σ w, Σ w² and Σ w² · covered of each half."""
+        self.power = np.zeros(m // 2 + 1)
+        self.power_gain = np.zeros((2, m // 2 + 1))
+
+    def add(self, half: int, weight: float, part: _Part, i: int) -> None:
+        if weight == 1.0:
+            self.images[half] += part.images[i]
+        else:
+            self.images[half] += np.float32(weight) * part.images[i]
+        if self.gain is not None and self.noise_gain is not None:
+            assert part.gain is not None
+            self.gain[half] += np.float32(weight) * part.gain[i]
+            self.noise_gain[half] += np.float32(weight**2 * part.covered[i]) * part.gain[i]
+        self.weight[half] += weight, weight**2, weight**2 * part.covered[i]
+        self.power += part.power[i]
+        self.power_gain += part.power_gain[i]
+
+    def spectra(self) -> NDArray[np.complex128]:
+        """`(2, c, m, m // 2 + 1)`"""
+        return np.asarray(scipy.fft.rfft2(self.images.astype(np.float64)))
+
+
+class ShearSums(Sums):
+    """Running sums of one average of sheared images of n px.
+
+    Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; else their transforms.
+    """
+
+    def __init__(self, turner: Turner, channels: int, m: int, mode: str) -> None:
+        n = turner.n
+        self.n, self.m = n, m
+        self.turner = turner
+        self.turned = turner.sums(2, 4, channels) if mode == "none" else np.zeros(0, dtype=np.float32)
+        half = (2, m, m // 2 + 1)
+        self.transforms = np.zeros((2, channels, *half[1:]) if mode != "none" else 0, dtype=np.complex64)
+        self.gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
+        self.noise_gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
+        self.weight = np.zeros((2, 3))
+        self.power = np.zeros((2, m // 2 + 1))
+        self.power_gain = np.zeros((2, 2, m // 2 + 1))
+
+    def merge_halves(self) -> None:
+        """The powers of both halves, which were added up by two threads, in one."""
+        self.power, self.power_gain = self.power.sum(0), self.power_gain.sum(0)
+
+    def spectra(self) -> NDArray[np.complex128]:
+        from particle_explorer.shears import quarter_turned, transfer
+
+        if self.turned.size:
+            upright = self.turner.pictures(self.turned).astype(np.float64)
+            pictures = sum(quarter_turned(upright[:, q], q) for q in range(4))
+            found = cropped(scipy.fft.rfft2(pictures), self.n, self.m)
+        else:
+            found = self.transforms.astype(np.complex128)
+        ky, kx = np.meshgrid(np.fft.fftfreq(self.m, 1 / self.m), np.arange(self.m // 2 + 1), indexing="ij")
+        radius = np.hypot(ky, kx)
+        left = np.interp(radius / self.n, np.linspace(0, math.sqrt(0.5), self.n + 1), transfer(self.n))
+        return np.asarray(found * ((radius < self.m / 2) / left))
+
+
+def spline_sums(work: Work, progress: Progress | None) -> list[Sums]:
+    """Every image moved back exactly, in two threads; sums taken in order, whatever the timing."""
+
+    def part(block: NDArray[np.int64], images: Float) -> _Part:
+        return _part(images, block, work)
+
+    order = np.argsort(work.members.row, kind="stable")
+    starts = np.searchsorted(work.members.row[order], np.arange(len(work.rows) + 1))
+    sums: list[Sums] | None = None
+    done = 0
+    # rows in rising order: one pass over the disk, whatever the classes are
+    for block, found in _in_two_threads(part, work):
+        if sums is None:
+            channels = found.images.shape[1]
+            sums = [Sums(channels, work.m, work.mode == "wiener") for _ in work.sizes]
+        for i, at in enumerate(block):
+            for member in order[starts[at] : starts[at + 1]]:
+                one = sums[work.members.average[member]]
+                one.add(int(work.half[member]), float(work.members.weight[member]), found, i)
+        done += len(block)
+        if progress is not None:
+            progress(done / len(work.rows))
+    assert sums is not None
+    return sums
+
+
+def shear_sums(work: Work, progress: Progress | None) -> list[Sums]:
+    """Images moved back by three shears: one thread for either half, which it alone adds to.
+
+    Averages are taken in groups whose sums fit into `SUMS_BYTES`, each in one pass over its images.
+    """
+    from particle_explorer.shears import Turner
+
+    n, m = int(work.boxes[0]), work.m
+    channels = int(work.stack.read(work.rows[:1]).shape[1])
+    each = 2 * channels * (18 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
+    per_group = max(1, SUMS_BYTES // each)
+    turner = Turner(n)
+    done, total = 0, len(work.members.row)
+    sums: list[Sums] = []
+    for first in range(0, len(work.sizes), per_group):
+        last = min(first + per_group, len(work.sizes))
+        group = [ShearSums(turner, channels, m, work.mode) for _ in range(first, last)]
+        for added in _add_group(work, group, first):
+            done += added
+            if progress is not None:
+                progress(done / total)
+        sums += group
+    return sums
+
+
+def _add_group(work: Work, sums: list[ShearSums], first: int) -> Iterator[int]:
+    from particle_explorer import shears
+
+    n, size = int(work.boxes[0]), max(1, SHEAR_BLOCK_BYTES // int(4 * work.boxes[0] ** 2))
+    average = work.members.average
+    own = np.flatnonzero((average >= first) & (average < first + len(sums)))
+    own = own[np.argsort(work.rows[work.members.row[own]], kind="stable")]
+    at = work.members.row[own]
+    wanted, where = np.unique(at, return_inverse=True)  # in the order of the rows: `rows` rises
+    wanted = wanted[np.argsort(work.rows[wanted], kind="stable")]
+    where = np.searchsorted(work.rows[wanted], work.rows[at])
+    halves = [_HalfAdder(work, sums, first, half, n) for half in range(2)]
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(wanted), size):
+            if work.stop is not None and work.stop.is_set():
+                raise Stopped("stopped before all images were averaged; nothing was kept")
+            stop = min(start + size, len(wanted))
+            images = np.ascontiguousarray(work.stack.read(work.rows[wanted[start:stop]]), dtype=np.float32)
+            background = shears.backgrounds(images)
+            if not np.isfinite(background).all():
+                raise UserError(
+                    "an image holds numbers that are not finite; leave it out or repair the stack"
+                )
+            low, high = np.searchsorted(where, [start, stop])
+            for future in pending:
+                future.result()
+            pending = [
+                pool.submit(half.add, images, background, own[low:high], where[low:high] - start)
+                for half in halves
+            ]
+            yield int(high - low)
+        for future in pending:
+            future.result()
+    for one in sums:
+        one.merge_halves()
+
+
+class _HalfAdder:
+    """Adds the members of one half; no other thread touches its part of the sums."""
+
+    def __init__(self, work: Work, sums: list[ShearSums], first: int, half: int, n: int) -> None:
+        from particle_explorer import shears
+
+        self.work, self.sums, self.first, self.half, self.n = work, sums, first, half, n
+        self.turner = shears.Turner(n)
+        self.stride = np.maximum(1, work.sizes // POWER_MEMBERS)
+        self.transform = _fast_transform(0.0 if work.mode == "none" else len(work.rows) * float(n) ** 2)
+
+    def add(self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        """The members `chosen` `(k,)`, which show the images `at` `(k,)` of this block."""
+        from particle_explorer.shears import covered, split_angle
+
+        work = self.work
+        mine = work.half[chosen] == self.half
+        chosen, at = chosen[mine], at[mine]
+        if not len(chosen):
+            return
+        row, average = work.members.row[chosen], work.members.average[chosen]
+        weight = work.members.weight[chosen]
+        quarter, angle = split_angle(work.angle_deg[row])
+        shift = np.ascontiguousarray(work.shift_yx_px[row])
+        share = covered(self.n, angle, shift)  # a quarter turn of a square is the square
+        counts = np.stack([weight, weight**2, weight**2 * share], 1)
+        for i in np.unique(average):
+            self.sums[i - self.first].weight[self.half] += counts[average == i].sum(0)
+        if work.mode == "none":
+            signed = (weight * work.signs[row]).astype(np.float32)
+            for i in np.unique(average):
+                own = np.flatnonzero(average == i)
+                out = self.sums[i - self.first].turned[self.half]
+                self.turner.add(
+                    images, background, at[own], angle[own], shift[own], signed[own], quarter[own], out
+                )
+        else:
+            for start in range(0, len(chosen), TRANSFORMS):
+                some = slice(start, start + TRANSFORMS)
+                self._add_transforms(
+                    images, background, chosen[some], at[some], angle[some], quarter[some], share[some]
+                )
+        self._add_powers(images, background, chosen, at)
+
+    def _add_transforms(
+        self,
+        images: Float,
+        background: Float,
+        chosen: NDArray[np.int64],
+        at: NDArray[np.int64],
+        angle: NDArray[np.float64],
+        quarter: NDArray[np.int64],
+        share: NDArray[np.float64],
+    ) -> None:
+        from particle_explorer.ctf_sums import add_through_ctf, upright
+
+        work, half = self.work, self.half
+        row, n, m = work.members.row[chosen], self.n, work.m
+        sums = self.turner.sums(len(chosen), images.shape[1])
+        signed = work.signs[row].astype(np.float32)
+        shift = np.ascontiguousarray(work.shift_yx_px[row])
+        self.turner.add(images, background, at, angle, shift, signed, np.arange(len(chosen)), sums)
+        turned = np.empty((len(chosen), images.shape[1], n, n), dtype=np.float32)
+        for i, q in enumerate(quarter):
+            for channel in range(images.shape[1]):
+                upright(sums[i, channel], int(q), turned[i, channel])
+        spectra = np.ascontiguousarray(cropped(self.transform(turned), n, m)).view(np.float32)
+        assert work.ctf is not None
+        # the frame turns by R(-angle) with the image, and so does its astigmatism
+        factors, added = work.ctf.phase(row, work.pixel_size_A[row], -work.angle_deg[row])
+        pictures = phase_pictures(m).reshape(4, m, m // 2 + 1)
+        weight, line = work.members.weight[chosen], np.empty(m // 2 + 1, dtype=np.float32)
+        nothing = np.zeros((0, 0), dtype=np.float32)
+        for i, average in enumerate(work.members.average[chosen]):
+            one = self.sums[average - self.first]
+            add_through_ctf(
+                spectra[i],
+                pictures,
+                factors[i],
+                added[i],
+                bool(work.ctf.flipped[row[i]]),
+                bool(work.ctf.premultiplied[row[i]]),
+                work.mode == "phase-flip",
+                np.float32(weight[i]),
+                np.float32(weight[i] ** 2 * share[i]),
+                line,
+                one.transforms[half].view(np.float32),
+                nothing if one.gain is None else one.gain[half],
+                nothing if one.noise_gain is None else one.noise_gain[half],
+            )
+
+    def _add_powers(
+        self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> None:
+        """Power of some of the members, evenly spread: their mean is known well from a few hundred."""
+        work = self.work
+        some = np.flatnonzero(work.rank[chosen] // 2 % self.stride[work.members.average[chosen]] == 0)
+        for start in range(0, len(some), TRANSFORMS):
+            part = some[start : start + TRANSFORMS]
+            row, which = work.members.row[chosen[part]], at[part]
+            plain = images[which] - background[which][..., None, None]
+            spectra = cropped(self.transform(plain), self.n, work.m)
+            powers, gains = _powers(spectra, row, work, None)
+            for average, power, gain in zip(work.members.average[chosen[part]], powers, gains, strict=True):
+                self.sums[average - self.first].power[self.half] += power
+                self.sums[average - self.first].power_gain[self.half] += gain
+
+
+def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
+    """`rfft2` of many images; torch's is three times as fast, and worth its import for large stacks."""
+    if pixels < TORCH_PIXELS:
+        return lambda images: np.asarray(scipy.fft.rfft2(images))
+    import torch
+
+    return lambda images: np.asarray(torch.fft.rfft2(torch.from_numpy(images)).numpy())
+
+
+def _powers(
+    spectra: NDArray[np.complex64], rows: NDArray[np.int64], work: Work, squared: Float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(b, k)` power of images ring by ring, and `(b, 2, k)` how much signal and noise it holds.
+
+    `squared` `(b, m, m // 2 + 1)` are their CTFs squared, where they were computed already.
+    """
+    flat = (len(rows), spectra.shape[-2] * spectra.shape[-1])
+    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64).reshape(flat) * disc(work.m).ravel()
+    power_rings = np.asarray((work.rings @ power.T).T)
+    if work.mode != "wiener" or work.ctf is None:
+        counts = np.asarray(work.rings.sum(1)).ravel() * spectra.shape[1]
+        return power_rings, np.broadcast_to(counts, (len(rows), 2, len(counts)))
+    if squared is None:
+        squared = work.ctf.at(rows, work.pixel_size_A[rows], work.m, 0.0) ** 2
+    untouched = work.ctf.premultiplied[rows, None, None]
+    held = [np.where(untouched, squared**2, squared), np.where(untouched, squared, np.float32(1))]
+    gain = np.stack([np.asarray((work.rings @ x.reshape(flat).T).T) for x in held], 1)
+    return power_rings, gain * spectra.shape[1]
+
+
+def _in_two_threads(
+    part: Callable[[NDArray[np.int64], Float], _Part], work: Work
+) -> Iterator[tuple[NDArray[np.int64], _Part]]:
+    """Read blocks here, work on them in two threads, hand them out in order, whatever the timing."""
+    waiting: deque[tuple[NDArray[np.int64], Future[_Part]]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for block in _blocks(work.rows, work.boxes):
+                if work.stop is not None and work.stop.is_set():
+                    raise Stopped("stopped before all images were averaged; nothing was kept")
+                images = np.asarray(work.stack.read(work.rows[block]), dtype=np.float32)
+                waiting.append((block, pool.submit(part, block, images)))
+                if len(waiting) == 3:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _blocks(rows: NDArray[np.int64], boxes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    order = np.argsort(rows, kind="stable")
+    for box in np.unique(boxes):
+        same = order[boxes[order] == box]
+        size = max(1, BLOCK_BYTES // int(4 * box**2))
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def _part(images: Float, block: NDArray[np.int64], work: Work) -> _Part:
+    m, ctf, angle, shift = work.m, work.ctf, work.angle_deg[block], work.shift_yx_px[block]
+    grid = Grid(images.shape[-1], m)
+    background = images[..., outside_circle(images.shape[-1])].mean(-1)[..., None, None]
+    if not np.isfinite(images.sum((1, 2, 3), dtype=np.float64)).all():
+        raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
+    spectra = grid.transform((images - background) * work.signs[block, None, None, None])
+    transfer = gain = None
+    if ctf is not None:
+        pixel = work.pixel_size_A[block]
+        in_image = ctf.at(block, pixel, m, 0.0)
+        untouched = ctf.premultiplied[block, None, None]
+        if work.mode == "phase-flip":
+            transfer = np.where(untouched, np.float32(1), np.sign(in_image))
+        else:
+            # the frame turns by R(-angle) with the image, and so does its astigmatism
+            gain = ctf.at(block, pixel, m, -angle) ** 2
+            transfer = np.where(untouched, np.float32(1), in_image)
+    power, power_gain = _powers(spectra, block, work, gain)
+    aligned = grid.sample(spectra, angle, shift, transfer)
+    return _Part(aligned, gain, grid.covered(angle, shift), power, power_gain)
