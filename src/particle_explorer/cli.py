@@ -32,6 +32,7 @@ from particle_explorer.commands.exploring import Cluster, Embed, HoldStill, Regr
 from particle_explorer.commands.exporting import Export, ExportClasses, Merge, Transfer
 from particle_explorer.commands.fitting import Encode, PoseMap, Train
 from particle_explorer.commands.importing import Import, ImportLatents, Inspect
+from particle_explorer.commands.judging import Amend, CompareClasses, Examine, Reproduce
 from particle_explorer.commands.measuring import (
     Bench,
     BenchAccuracy,
@@ -60,6 +61,10 @@ COMMANDS: dict[str, type[Command]] = {
     "average": Average,
     "refine": Refine,
     "average-independent": Independent,
+    "examine": Examine,
+    "amend": Amend,
+    "compare-classes": CompareClasses,
+    "reproduce": Reproduce,
     "export": Export,
     "export-classes": ExportClasses,
     "merge": Merge,

@@ -514,7 +514,6 @@ class Session:
 
         The averages of images with several channels lie in the .mrcs channel by channel.
         """
-        folder = self.path / "classes"
         images = np.stack([average.image for average in averages]).astype(np.float32)
         shift = np.concatenate([average.shift_yx_px for average in averages])
         members = pd.DataFrame(
@@ -529,13 +528,52 @@ class Session:
                 np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"
             ),
         )
-        pixel_size_A = float(averages[0].pixel_size_A)
+        records = [_class_record(*each) for each in zip(averages, labels, strict=True)]
+        return self._put_classes(name, images, float(averages[0].pixel_size_A), members, records, how)
+
+    def save_changed_classes(
+        self,
+        stored: StoredClasses,
+        members: pd.DataFrame,
+        labels: Sequence[str],
+        averages: Mapping[int, ClassAverage],
+        copies: Mapping[int, int],
+        how: Mapping[str, Any],
+    ) -> str:
+        """Keep a changed set beside the one it was made of; returns the name used.
+
+        `members` are those of the new set, `averages` its classes that were made anew, `copies` those that
+        are as they were, with their place in `stored`.
+        """
+        images, records = [], []
+        for i, label in enumerate(labels):
+            if i in copies:
+                images.append(stored.images[copies[i]])
+                records.append({**stored.classes[copies[i]], "label": label})
+            else:
+                images.append(averages[i].image)
+                records.append(_class_record(averages[i], label))
+        order = np.argsort(members["average"].to_numpy(), kind="stable")
+        base = re.sub(r"-\d+$", "", stored.name)
+        table = members.iloc[order]
+        return self._put_classes(base, np.stack(images), stored.pixel_size_A, table, records, how)
+
+    def _put_classes(
+        self,
+        name: str,
+        images: NDArray[np.float32],
+        pixel_size_A: float,
+        members: pd.DataFrame,
+        records: list[dict[str, Any]],
+        how: Mapping[str, Any],
+    ) -> str:
+        folder = self.path / "classes"
         record = {
             "how": dict(how),
             "made": _now(),
             "pixel_size_A": _json_number(pixel_size_A),
             "n_channels": 1 if images.ndim == 3 else images.shape[1],
-            "classes": [_class_record(*each) for each in zip(averages, labels, strict=True)],
+            "classes": records,
         }
         with self._writing():
             used = _unused(folder, _checked(name))
@@ -543,6 +581,37 @@ class Session:
             write_parquet(members, folder / f"{used}.parquet")
             write_json(folder / f"{used}.json", record)  # last: it announces the rest
         return used
+
+    def save_examined(
+        self,
+        name: str,
+        columns: pd.DataFrame,
+        classes: Sequence[Mapping[str, Any]],
+        pictures: Mapping[str, NDArray[np.float32]],
+        pixel_size_A: float,
+    ) -> None:
+        """Keep what was found of a class set: `columns` beside its members, row by row, more words for each
+        of its `classes`, and stacks of `pictures` as NAME-KEY.mrcs."""
+        folder = self.path / "classes"
+        with self._writing():
+            members = read_parquet(folder / f"{_checked(name)}.parquet")
+            if not np.array_equal(members.index, columns.index):
+                raise ValueError(f"{len(columns)} rows do not fit the {len(members)} members of {name}")
+            record = read_json(folder / f"{name}.json")
+            for one, more in zip(record["classes"], classes, strict=True):
+                one.update(more)
+            for key, images in pictures.items():
+                mrc.write_stack(folder / f"{name}-{key}.mrcs", images, pixel_size_A, overwrite=True)
+            write_parquet(members.assign(**columns), folder / f"{name}.parquet")
+            write_json(folder / f"{name}.json", record)
+
+    def class_pictures(self, name: str, key: str) -> NDArray[np.float32] | None:
+        """`(k, m, m)` pictures that `save_examined` has kept, or None."""
+        path = self.path / "classes" / f"{_checked(name)}-{key}.mrcs"
+        if not path.is_file():
+            return None
+        file = mrc.MrcFile(path)
+        return file.read(np.arange(file.n_images))[:, 0]
 
     def classes(self, name: str) -> StoredClasses:
         """A saved set of averages."""

@@ -51,6 +51,7 @@ class Traverse(TraverseConfig, JobCommand):
 
         from particle_explorer.files import write_text
         from particle_explorer.io.writing import export_averages
+        from particle_explorer.spectra import frc
         from particle_explorer.training import Drawer
         from particle_explorer.traversals import members
 
@@ -78,6 +79,10 @@ class Traverse(TraverseConfig, JobCommand):
             angle, shift = run_poses(run, self.held)
             if counts.any():
                 stacks.append(_averages_of_cached(session, label, len(positions), angle, shift, job))
+            agreement = []
+            for drawn, real in zip(stacks[0], stacks[-1], strict=True):
+                known = len(stacks) > 1 and np.isfinite(real).all()
+                agreement.append(frc(drawn, real).round(4).tolist() if known else None)
             pixel_size_A = session.plan.cached_pixel_size_A
             written = []
             for kind in sorted(formats):
@@ -97,6 +102,7 @@ class Traverse(TraverseConfig, JobCommand):
                 "held": self.held,
                 "positions": np.round(positions, 6).tolist(),
                 "n_particles": counts.tolist(),
+                "frc": agreement,
             }
             path = out.parent / f"{out.name}.json"
             if path.exists() and not self.overwrite:

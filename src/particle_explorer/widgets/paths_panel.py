@@ -26,6 +26,7 @@ from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import Folded
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class Walk:
     """`(k, m, m)`"""
     averaged: NDArray[np.float32] | None
     n_particles: NDArray[np.int64]
+    frc: list[list[float] | None]
+    """Of each picture with the average beside it, ring by ring"""
+    pixel_size_A: float
 
 
 class PathsPanel(QWidget):
@@ -109,6 +113,12 @@ class PathsPanel(QWidget):
         self.make_button.clicked.connect(self.make)
         self.words = QLabel()
         self.words.setWordWrap(True)
+        self.agreement = CurveView(x_label="Å", height=110)
+        self.agreement.setToolTip(
+            "<p>How far the picture that the model draws agrees with the average of the real particles near"
+            " it. The model has seen these particles: this is no resolution.</p>"
+        )
+        self.agreement.setVisible(False)
         self.format = QComboBox()
         for words, ending in (("GIF", "gif"), ("contact sheet (PNG)", "png"), ("MRC stack", "mrcs")):
             self.format.addItem(words, ending)
@@ -136,6 +146,7 @@ class PathsPanel(QWidget):
         layout.addWidget(self.record_button)
         layout.addWidget(self.make_button)
         layout.addWidget(self.words)
+        layout.addWidget(self.agreement)
         layout.addWidget(self.export_part)
         follow(self, self.state.run_changed, self._on_run)
         follow(self, self.state.handle_changed, self._on_handle)
@@ -253,6 +264,21 @@ class PathsPanel(QWidget):
         caption(self.viewer, "path", f"path: {KINDS[walk.along]}{', a part held still' if walk.held else ''}")
         self.export_part.setVisible(True)
         self._suggest_path()
+        self._show_agreement(-1 if flat else 0)
+
+    def _show_agreement(self, i: int) -> None:
+        """The curve of picture `i`, or nothing where no particles are near it."""
+        walk = self.walk
+        curve = walk.frc[i] if walk is not None and 0 <= i < len(walk.frc) else None
+        self.agreement.setVisible(curve is not None)
+        if walk is None or curve is None:
+            return
+        known = np.isfinite(walk.pixel_size_A)
+        x = np.arange(len(curve)) / (walk.drawn.shape[-1] * (walk.pixel_size_A if known else 1.0))
+        self.agreement.x_label = "Å" if known else "pixels"
+        self.agreement.title = f"Drawn and averaged (FRC), picture {i + 1}"
+        one = Curve(f"N {number(int(walk.n_particles[i]))}", x, np.asarray(curve))
+        self.agreement.set_curves([one], y_range=(-0.1, 1.0), levels=(0.0, 0.5), x_as_period=True)
 
     def _show_layer(self, name: str, data: NDArray[np.float32], stack: NDArray[np.float32]) -> None:
         low, high = np.nanpercentile(stack, [1, 99.8])
@@ -313,6 +339,7 @@ class PathsPanel(QWidget):
             return
         self._fit_particle_axis()
         i = int(self.viewer.dims.current_step[self.viewer.dims.ndim - 4])
+        self._show_agreement(i)
         if i < len(walk.positions) and walk.positions.shape[1] == self.state.handle_z.size:
             self.state.set_handle(walk.positions[i])
 
@@ -325,6 +352,7 @@ class PathsPanel(QWidget):
         caption(self.viewer, "path", "")
         self.words.clear()
         self.export_part.setVisible(False)
+        self.agreement.setVisible(False)
         self._show_choice()
 
     # --- exporting ----------------------------------------------------------------------------------
@@ -378,6 +406,8 @@ def read_walk(path: Path) -> Walk:
         stack(path),
         stack(beside) if beside.exists() else None,
         np.asarray(record["n_particles"], np.int64),
+        record.get("frc") or [None] * len(record["positions"]),
+        MrcFile(path).pixel_size_A,
     )
 
 

@@ -1,0 +1,296 @@
+"""Commands that judge class averages, change them, compare them and report on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from particle_explorer.commands.command import Job, JobCommand
+from particle_explorer.commands.runs import labels_of, latents_of, open_run
+from particle_explorer.files import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from particle_explorer.amending import Change
+    from particle_explorer.session import Session, StoredClasses
+
+
+class Examine(JobCommand):
+    """Compare the members of class averages with their averages: how well each fits, where they differ from
+    each other, what the model does not draw, mirror partners and symmetries."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    averages: str = ""
+    """Name of the averages; by default the newest"""
+
+    def execute(self) -> None:
+        """Examine, and print the path of the members' table."""
+        import numpy as np
+        import pandas as pd
+
+        from particle_explorer.examining import examine
+        from particle_explorer.session import Session
+
+        with self.job("examining the averages") as job:
+            session = Session.open(self.session)
+            stored = session.classes(self.averages or session.newest_classes())
+            z, drawn = _middle_pictures(session, stored, job)
+            found = examine(
+                session,
+                stored.members,
+                len(stored.classes),
+                z,
+                drawn,
+                progress=job.tell_share("examining the averages"),
+                stop=job.stop,
+            )
+            labels = [str(one["label"]) for one in stored.classes]
+            words: list[dict[str, Any]] = [
+                {
+                    "mirror": {"of": labels[partner], "correlation": round(mirrored, 4)},
+                    "symmetry": {"fold": fold, "correlation": round(turned, 4)},
+                    "residual_of": "model" if drawn is not None else "halves",
+                }
+                for (partner, mirrored), (fold, turned) in zip(found.mirror, found.symmetry, strict=True)
+            ]
+            box = int(session.table["box_px"].iloc[0])
+            size = float(np.median(session.table["pixel_size_A"])) * box / found.variance.shape[-1]
+            columns = pd.DataFrame(found.members, index=stored.members.index)
+            pictures = {"variance": found.variance, "residual": found.residual}
+            session.save_examined(stored.name, columns, words, pictures, size)
+            for label, one in zip(labels, words, strict=True):
+                job.note(
+                    f"{label}: its mirror image resembles {one['mirror']['of']} most "
+                    f"(r {one['mirror']['correlation']:.3f}); "
+                    + (f"C{one['symmetry']['fold']}" if one["symmetry"]["fold"] > 1 else "no symmetry")
+                )
+            job.result(session.path / "classes" / f"{stored.name}.parquet")
+
+
+def _middle_pictures(
+    session: Session, stored: StoredClasses, job: Job
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float32] | None]:
+    """Positions of all rows, and what the model draws at the mean position of each class; None where the run
+    has none, or where the classes are not in its frame."""
+    import numpy as np
+
+    from particle_explorer.latents import latent_columns
+
+    how = stored.how
+    if str(how.get("run", "")) not in [run.name for run in session.runs()]:
+        return None, None
+    run = session.run(str(how["run"]))
+    if not run.is_encoded:
+        return None, None
+    table = latents_of(run).table.reindex(session.table.index)
+    z = table[latent_columns(table)].to_numpy(np.float64)
+    if not run.has_weights or how.get("poses", "run") not in ("run", "held"):
+        return z, None
+    from particle_explorer.training import Drawer
+
+    job.tell("drawing")
+    rows = session.table.index.get_indexer(stored.members.index)
+    average = stored.members["average"].to_numpy(np.int64)
+    middles = np.stack([np.nanmean(z[rows[average == i]], axis=0) for i in range(len(stored.classes))])
+    drawn = Drawer(run).draw(middles.astype(np.float32), None, None, how.get("poses") == "held")
+    return z, drawn.mean(1)
+
+
+class Amend(JobCommand):
+    """Change class averages: leave members out, join, divide, rename and remove classes. Makes a new set."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    averages: str = ""
+    """Name of the averages; by default the newest"""
+    leave_out: str = ""
+    """A text file with a uid on each line: particles to leave out"""
+    join: str = ""
+    """Classes that become one, by their captions: 2,5 or, for more than one, 2,5;7,8"""
+    divide: str = ""
+    """Class and number of parts, by where its members lie on the map: 3=2,4=3"""
+    rename: str = ""
+    """Class and its new caption: 3=open,4=closed"""
+    remove: str = ""
+    """Classes to leave out, by their captions: 4,7"""
+
+    def execute(self) -> None:
+        """Average what changed anew, and print the path of the new averages."""
+        from particle_explorer.amending import amend
+        from particle_explorer.session import Session
+
+        with self.job("changing the averages") as job:
+            session = Session.open(self.session)
+            name = self.averages or session.newest_classes()
+            change = self._change([str(one["label"]) for one in session.classes(name).classes])
+            used = amend(session, name, change, progress=job.tell_share("averaging"), stop=job.stop)
+            job.result(session.path / "classes" / f"{used}.mrcs")
+
+    def _change(self, labels: list[str]) -> Change:
+        import numpy as np
+
+        from particle_explorer.amending import Change
+
+        def place(label: str, option: str) -> int:
+            if label.strip() not in labels:
+                known = ", ".join(labels)
+                raise UserError(f"{option}: there is no class {label.strip()!r}; there are {known}")
+            return labels.index(label.strip())
+
+        def pair(text: str, option: str) -> tuple[int, str]:
+            label, equals, value = text.rpartition("=")
+            if not equals or not value.strip():
+                raise UserError(f"{option} {text}: write CLASS=VALUE")
+            return place(label, option), value.strip()
+
+        divide = {}
+        for text in _parts(self.divide):
+            i, parts = pair(text, "--divide")
+            if not parts.isdecimal() or not 2 <= int(parts) <= 100:
+                raise UserError(f"--divide {text}: parts are a whole number from 2 to 100")
+            divide[i] = int(parts)
+        uids = np.zeros(0, np.uint64)
+        if self.leave_out:
+            words = Path(self.leave_out).read_text(encoding="utf-8").split()
+            wrong = next((word for word in words if not word.isdecimal()), None)
+            if wrong is not None:
+                raise UserError(f"{self.leave_out} holds {wrong!r}; uids of particles are whole numbers")
+            uids = np.array([int(word) for word in words], np.uint64)
+        return Change(
+            leave_out=uids,
+            join=tuple(
+                tuple(place(label, "--join") for label in _parts(group)) for group in _parts(self.join, ";")
+            ),
+            divide=divide,
+            rename=dict(pair(text, "--rename") for text in _parts(self.rename)),
+            remove=tuple(place(label, "--remove") for label in _parts(self.remove)),
+        )
+
+
+def _parts(text: str, between: str = ",") -> list[str]:
+    return [part.strip() for part in text.split(between) if part.strip()]
+
+
+class CompareClasses(JobCommand):
+    """Compare two sets of class averages: which class became which, and which particles stayed together."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    a: str
+    """Name of the first averages"""
+    b: str
+    """Name of the second averages"""
+
+    def execute(self) -> None:
+        """Print a table, a line per class of the first set."""
+        from particle_explorer.membership import matched, together
+        from particle_explorer.session import Session
+
+        with self.job("comparing the averages") as job:
+            session = Session.open(self.session)
+            sets = [session.classes(name) for name in (self.a, self.b)]
+            labels = [label_of_rows(session, one) for one in sets]
+            captions = [[str(one["label"]) for one in stored.classes] for stored in sets]
+            both = together(labels[0], labels[1])
+            lines = [f"{self.a:24} {self.b:24} in both, of the first"]
+            for one, other, count in matched(labels[0], labels[1]):
+                share = count / max(1, int((labels[0] == one).sum()))
+                lines.append(f"{captions[0][one]:24} {captions[1][other]:24} {count} ({share:.0%})")
+            lines.append(
+                f"of two particles that share a class of {self.a}, {both['both']:.0%} share one of {self.b}; "
+                f"adjusted Rand index {both['rand']:.3f}, over {both['n']:.0f} particles"
+            )
+            job.result("\n".join(lines))
+
+
+def label_of_rows(session: Session, stored: StoredClasses) -> NDArray[np.int64]:
+    """`(N,)` class of every row, -1 for none; of several that in which it counts most."""
+    import numpy as np
+
+    members = stored.members
+    order = np.argsort(members["weight"].to_numpy(float), kind="stable")  # the largest is written last
+    rows = session.table.index.get_indexer(members.index[order])
+    label = np.full(session.n_particles, -1, np.int64)
+    label[rows[rows >= 0]] = members["average"].to_numpy(np.int64)[order][rows >= 0]
+    return label
+
+
+class Reproduce(JobCommand):
+    """Train a run again from other seeds, group again, and say how often two particles stay together."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, or of a session for its newest finished run"""
+    by: str = ""
+    """The grouping to be reproduced; by default the newest clustering"""
+    seeds: int = Field(2, ge=1, le=20)
+    """How many more trainings, with the seeds after that of the run"""
+
+    def execute(self) -> None:
+        """Train, group, write the column `reproduced`, and print its path."""
+        import numpy as np
+        import pandas as pd
+
+        from particle_explorer import latents
+        from particle_explorer.configs import ClusterConfig
+        from particle_explorer.files import Stopped
+        from particle_explorer.membership import together
+        from particle_explorer.training import fit, stand_back
+
+        with self.job("training from other seeds") as job:
+            run = open_run(self.run, needs="weights")
+            session = run.session
+            if self.status:
+                stand_back()
+            label, _, name = labels_of(run, self.by, "")
+            kept = label >= 0
+            k = len(np.unique(label[kept]))
+            total, counts, found = np.zeros(len(label)), np.zeros(len(label)), []
+            for number in range(1, self.seeds + 1):
+                train = run.config.train.model_copy(update={"seed": run.config.train.seed + number})
+                again = session.new_run(run.config.model_copy(update={"train": train, "parent": run.name}))
+                for progress in fit(again, job.stop):
+                    job.tell(f"training from seed {train.seed}", progress.fraction)
+                if job.stop.is_set():
+                    raise Stopped("stopped; nothing was written")
+                table = latents_of(again).table.reindex(session.table.index)
+                z = table[latents.latent_columns(table)].to_numpy(np.float32)
+                good = kept & np.isfinite(z).all(1)
+                other = np.full(len(label), -1)
+                other[good] = latents.cluster(z[good], ClusterConfig(n_clusters=k))
+                pairs = together(np.where(good, label, -1), other)
+                found.append({"run": again.name, "seed": train.seed, **pairs})
+                job.note(
+                    f"{again.name}: of two particles in one class, {pairs['both']:.0%} share one again; "
+                    f"adjusted Rand index {pairs['rand']:.3f}"
+                )
+                share = staying(label, other)
+                total[good] += share[good]
+                counts[good] += 1
+            column = np.divide(total, counts, out=np.full(len(label), np.nan), where=counts > 0)
+            table = pd.DataFrame({"stays-together": column.astype(np.float32)}, index=session.table.index)
+            record = {"by": name, "n_clusters": k, "found": found}
+            job.result(run.write_column("stays-together", table, record, replace=True))
+
+
+def staying(label: NDArray[np.integer], other: NDArray[np.integer]) -> NDArray[np.float64]:
+    """`(N,)` of the particles in the class of a particle, the share that is with it in `other` too."""
+    import numpy as np
+
+    used = (label >= 0) & (other >= 0)
+    share = np.full(len(label), np.nan)
+    _, a = np.unique(label[used], return_inverse=True)
+    _, b = np.unique(other[used], return_inverse=True)
+    a, b = a.reshape(-1), b.reshape(-1)
+    if not len(a):
+        return share
+    table = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(table, (a, b), 1)
+    size = table.sum(1)[a] - 1
+    share[used] = np.divide(table[a, b] - 1, size, out=np.full(len(a), np.nan), where=size > 0)
+    return share
