@@ -27,7 +27,7 @@ RANKS: dict[str, int] = {
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["cache", "estimates"],
             ["session", "gauge", "team", "traversals", "membership", "refining", "examining"],
-            ["training", "exporting", "coordinates", "amending"],
+            ["training", "exporting", "coordinates", "amending", "aligned", "class_report"],
             ["jobs", "state", "controls", "halves"],
             ["demo", "commands", "plugin"],
             ["cli"],

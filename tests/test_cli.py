@@ -16,6 +16,7 @@ from particle_explorer.cli import BENCH, COMMANDS, main, parse
 from particle_explorer.configs import ClassMapConfig, Config, SpatialVAEConfig
 from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.reading import read
+from particle_explorer.io.star import StarFile
 from particle_explorer.session import Run, Session
 
 TINY = "--model.kind spatial-vae --model.hidden 8 --model.layers 1 --train.n-epochs 1 --device cpu".split()
@@ -99,6 +100,9 @@ def test_ways_through_the_map_are_drawn_and_averaged(trained, tmp_path, say, ref
     assert MrcFile(drawn).n_images == MrcFile(beside).n_images == 5
     record = json.loads(drawn.with_suffix(".json").read_text())
     assert np.shape(record["positions"]) == (5, 2) and max(record["n_particles"]) <= 4
+    for curve, n in zip(record["frc"], record["n_particles"], strict=True):
+        assert (curve is None) == (n == 0)
+        assert curve is None or (len(curve) == m // 2 + 1 and np.abs(curve).max() <= 1)
     again = Path(say("traverse", trained.path, "--n-frames", 5, "--n-each", 0)[0])
     assert again.stem == f"{drawn.stem}-2"
     uid = trained.latents().uid
@@ -168,6 +172,58 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     assert "there are: good" in refuse(
         "export", session.path, "--out", tmp_path / "a.star", "--selection", "bad"
     )
+
+
+def test_independent_halves_have_a_model_each_and_alone_may_speak_of_a_resolution(
+    trained, tmp_path, say, refuse
+):
+    session = trained.session
+    say("average-independent", trained.path, "--classes", 2)
+    stored = session.classes("independent")
+    assert all(one["halves_independent"] for one in stored.classes)
+    runs = [session.run(name) for name in stored.how["runs"]]
+    first, second = (session.selection(run.config.selection) for run in runs)
+    assert (first ^ second).all() and runs[0].config.model == trained.config.model
+    members = stored.members
+    row = session.table.index.get_indexer(members.index)
+    poses = [run.latents().table for run in runs]
+    np.testing.assert_allclose(  # the first half stays where its own model put it
+        members["angle_deg"].to_numpy()[first[row]],
+        poses[0].loc[members.index[first[row]], "angle_deg"],
+        atol=1e-4,
+    )
+    count = len(session.runs())
+    say("average-independent", trained.path, "--classes", 2)
+    assert len(session.runs()) == count, "models that are there are not fitted again"
+    say("cluster", trained.path, "--n-clusters", 3)
+    say("average", trained.path)
+    for name, known in (("independent", True), ("cluster-kmeans", False)):
+        say("export-classes", session.path, "--averages", name, "--out", tmp_path / name)
+        star = StarFile(tmp_path / name / "run_it000_model.star")
+        written = star.table(star.block("model_classes"))["rlnEstimatedResolution"].astype(float)
+        found = [one["resolution_A"] for one in session.classes(name).classes]
+        expected = [999.0 if value is None else value for value in found]
+        np.testing.assert_allclose(written, expected, atol=0.01)
+        assert known or found == [None] * 3
+    lines = say("compare-classes", session.path, "--averages", "cluster-kmeans", "--beside", "cluster-kmeans")
+    assert len(lines) == 5 and "100% share one" in lines[-1] and "index 1.000" in lines[-1]
+    assert "there are: " in refuse(
+        "compare-classes", session.path, "--averages", "independent", "--beside", "no"
+    )
+
+
+def test_what_another_seed_keeps_together_is_a_column(trained, say):
+    say("cluster", trained.path, "--n-clusters", 3)
+    assert say("reproduce", trained.path, "--seeds", 1) == ["stays-together"]
+    share = trained.column("stays-together")["stays-together"]
+    assert share.between(0, 1).all()
+    record = trained.column_record("stays-together")["config"]
+    again = trained.session.run(record["found"][0]["run"])
+    assert again.config.train.seed == trained.config.train.seed + 1 and again.config.parent == trained.name
+    from particle_explorer.commands.judging import staying
+
+    label, other = np.array([0, 0, 0, 1, 1, -1]), np.array([5, 5, 6, 7, -1, 5])
+    np.testing.assert_array_equal(staying(label, other), [0.5, 0.5, 0, np.nan, np.nan, np.nan])
 
 
 def test_all_files_of_a_run_have_the_same_permissions(trained):

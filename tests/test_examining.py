@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,51 @@ def test_what_was_found_is_kept_with_the_set(set_of: tuple[Session, str]) -> Non
     assert main([*command, "--rename", "2=closed"]) == 0
     assert [one["label"] for one in session.classes(session.newest_classes()).classes] == ["0+1", "closed"]
     assert main(["amend", str(session.path), "--averages", name, "--remove", "9"]) == 2
+
+
+def test_a_report_shows_all_and_says_what_it_may(set_of: tuple[Session, str], tmp_path: Path) -> None:
+    from particle_explorer.cli import main
+
+    session, name = set_of
+    session.mark_classes(name, ["good", "", "bad"])
+    out = tmp_path / "report.html"
+    command = ["report-classes", str(session.path), "--averages", name, "--out", str(out)]
+    assert main(["examine", str(session.path), "--averages", name]) == 0
+    assert main(command) == 0
+    text = out.read_text(encoding="utf-8")
+    assert text.count("<figure>") == 9 and text.count("<svg") == 3  # averages, variances, residuals; curves
+    assert "upper bound" in text and "may be called" not in text and "not known" in text
+    run = session.classes(name).how["run"]
+    for word in (run, "latent_dim", "thirds", "classes/thirds.parquet", "good", "&quot;ctf&quot;"):
+        assert word in text, word
+    assert main(command) == 2, "an existing page stays"
+
+
+def test_an_aligned_stack_needs_no_poses_and_turns_its_ctf(
+    set_of: tuple[Session, str], tmp_path: Path
+) -> None:
+    """Averaged without any pose it gives the averages; the angle of the defocus is turned by psi."""
+    from particle_explorer.cli import main
+    from particle_explorer.configs import PreprocessConfig
+    from particle_explorer.io.reading import read
+
+    session, name = set_of
+    out = tmp_path / "turned.star"
+    command = ["export-aligned", str(session.path), "--averages", name, "--out", str(out)]
+    assert main(command) == 0
+    assert main(command) == 2, "existing files stay"
+    written = read(out)
+    stored = session.classes(name)
+    table, label = written.table, written.table["class_id"].to_numpy(int) - 1
+    assert len(table) == len(stored.members) and (table[["angle_deg", "shift_y_px"]] == 0).all(axis=None)
+    before = session.table.sort_values("source_row")
+    members = stored.members.loc[before.index]
+    np.testing.assert_array_equal(label, members["average"])
+    turned = before["defocus_angle_deg"].to_numpy() - members["angle_deg"].to_numpy()
+    apart = (table["defocus_angle_deg"].to_numpy() - turned + 90) % 180 - 90
+    np.testing.assert_allclose(apart, 0, atol=1e-3)
+    for column in ("defocus_u_A", "defocus_v_A", "voltage_kV"):
+        np.testing.assert_allclose(table[column], before[column], rtol=1e-4)
+    again = Session.create(tmp_path / "again", written, PreprocessConfig())
+    for one, image in zip(average_classes(again, label), stored.images, strict=True):
+        assert np.corrcoef(one.image.ravel(), image.ravel())[0, 1] > 0.99

@@ -32,7 +32,14 @@ from particle_explorer.commands.exploring import Cluster, Embed, HoldStill, Regr
 from particle_explorer.commands.exporting import Export, ExportClasses, Merge, Transfer
 from particle_explorer.commands.fitting import Encode, PoseMap, Train
 from particle_explorer.commands.importing import Import, ImportLatents, Inspect
-from particle_explorer.commands.judging import Amend, CompareClasses, Examine, Reproduce
+from particle_explorer.commands.judging import (
+    Amend,
+    CompareClasses,
+    Examine,
+    ExportAligned,
+    ReportClasses,
+    Reproduce,
+)
 from particle_explorer.commands.measuring import (
     Bench,
     BenchAccuracy,
@@ -65,6 +72,8 @@ COMMANDS: dict[str, type[Command]] = {
     "amend": Amend,
     "compare-classes": CompareClasses,
     "reproduce": Reproduce,
+    "report-classes": ReportClasses,
+    "export-aligned": ExportAligned,
     "export": Export,
     "export-classes": ExportClasses,
     "merge": Merge,

@@ -102,7 +102,7 @@ def examine(
             if progress is not None:
                 progress(done / len(members))
         weight = members["weight"].to_numpy(float)[own] if "weight" in members else np.ones(len(own))
-        correlation, error, spread, mean, halves = _compared(images, weight)
+        correlation, error, spread, mean, halves = compared(images, weight)
         found.iloc[own, 0], found.iloc[own, 1] = correlation, error
         if z is not None:
             found.iloc[own, 2] = _distances(z[rows[own]])
@@ -143,7 +143,7 @@ class _Reader:
         return moved[:, 0]
 
 
-def _compared(images: NDArray[np.float16], weight: Floats) -> tuple[Floats, Floats, Float, Float, Float]:
+def compared(images: NDArray[np.float16], weight: Floats) -> tuple[Floats, Floats, Float, Float, Float]:
     """Correlations, errors, variance, mean and difference of the halves of one class `(b, m, m)`."""
     m = images.shape[-1]
     inside = ~outside_circle(m)

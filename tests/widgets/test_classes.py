@@ -233,3 +233,100 @@ def test_every_average_has_its_place_in_the_montage(qapp: QApplication, k: int, 
         tile = made.pixels[row * made.tile[0] :, column * made.tile[1] :][: made.tile[0], : made.tile[1]]
         words = tile[-40:]
         assert words.max() > 0.5, "the caption is there"
+
+
+def _shown(dock: ClassesDock, session: Session, qtbot: QtBot) -> None:
+    _show_run(dock, session)
+    dock.state.classes_changed.emit(_save_averages(session))
+    qtbot.waitUntil(lambda: dock.stored is not None and dock.one.count() == 3, timeout=SLOW)
+
+
+def test_averages_are_sorted_and_the_picture_follows(
+    dock: ClassesDock, tiny_session: Session, qtbot: QtBot
+) -> None:
+    _shown(dock, tiny_session, qtbot)
+    assert dock.stored is not None and dock.montage is not None
+    dock.stored.classes[2]["mark"] = "good"
+    dock.stored.classes[0]["mark"] = "bad"
+    before = dock.montage.pixels.copy()
+    dock.tools.sort.setCurrentIndex(dock.tools.sort.findData("mark"))
+    assert dock.tools.order == [2, 1, 0] and not np.array_equal(dock.montage.pixels, before)
+    assert "good" in dock.tools.list.item(0).text()
+    dock.tools.list.setCurrentRow(0)
+    assert dock.one.currentIndex() == 2, "list and box look at the same average"
+    dock.one.setCurrentIndex(0)
+    assert dock.tools.current == 0
+
+
+def test_classes_are_joined_divided_and_renamed_by_a_worker(
+    dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
+) -> None:
+    _shown(dock, tiny_session, qtbot)
+    tools, path = dock.tools, str(tiny_session.path)
+    assert not tools.join_button.isEnabled() and "Ctrl" in tools.join_button.toolTip()
+    tools.list.item(1).setSelected(True)
+    assert tools.chosen == [0, 1] and tools.join_button.isEnabled()
+    tools.join_button.click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    assert started[0][0] == ["amend", path, "--averages", "cluster-kmeans", "--join", "0,1"]
+    qtbot.waitUntil(lambda: dock.bar.folder is not None, timeout=SLOW)
+    assert not tools.join_button.isEnabled(), "one change at a time"
+    dock.bar.stop()
+    dock.bar.folder = None
+    dock._update_buttons()
+    tools.list.setCurrentRow(2)
+    tools.name.setText("open")
+    tools.rename_button.click()
+    qtbot.waitUntil(lambda: len(started) == 2, timeout=SLOW)
+    assert started[1][0][-2:] == ["--rename", "2=open"]
+
+
+def test_a_click_leaves_a_member_out_and_the_average_follows(
+    dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
+) -> None:
+    _shown(dock, tiny_session, qtbot)
+    panel = dock.members
+    assert panel.loaded is None, "members are read when they are looked at"
+    dock.members_part.button.setChecked(True)
+    qtbot.waitUntil(lambda: panel.loaded is not None, timeout=SLOW)
+    loaded = panel.loaded
+    assert loaded is not None and loaded.n == 40 and panel.members.n_images == 40
+    fit = loaded.values["correlation"][panel.order]
+    assert (np.diff(fit) >= 0).all(), "the worst fit comes first"
+    before = panel.average()
+    weight = np.ones(40)
+    weight[panel.order[9]] = 0
+    panel.members.clicked.emit(1, 1)
+    assert panel.out.sum() == 1 and panel.out[panel.order[9]]
+    expected = np.einsum("b,bij->ij", weight, loaded.images.astype(np.float64)) / 39
+    np.testing.assert_allclose(panel.average(), expected, atol=1e-6)
+    assert not np.allclose(before, expected, atol=1e-4) and "1 left out" in panel.words.text()
+    gone = loaded.uid[panel.out]
+    panel.again_button.click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    line, folder = started[0]
+    assert line[:4] == ["amend", str(tiny_session.path), "--averages", "cluster-kmeans"]
+    assert (folder / "leave-out.txt").read_text() == str(gone[0]) and line[-1] == str(
+        folder / "leave-out.txt"
+    )
+    panel.select_button.click()
+    assert dock.state.selection.count == 39
+    panel.members.clicked.emit(1, 1)
+    assert not panel.out.any() and not panel.again_button.isEnabled()
+
+
+def test_every_average_says_what_made_it(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
+    _shown(dock, tiny_session, qtbot)
+    words = dock.made_words.text()
+    for part in ("run 0001-class-map", "by cluster-kmeans", "poses of the run", "CTF: wiener", "spline"):
+        assert part in words
+    assert "classes/cluster-kmeans.parquet" in words
+
+
+def test_halves_are_called_independent_by_their_models_alone() -> None:
+    from particle_explorer.widgets.classes import quality_words
+
+    one = {"n": 10, "n_effective": 10.0, "halves_independent": False, "ssnr_radius_A": 12.0}
+    assert SHARED in quality_words(one, True) and "resolution" not in quality_words(one, True)
+    own = {**one, "halves_independent": True, "resolution_A": 14.2}
+    assert "14.2 Å" in quality_words(own, True) and "resolution" in quality_words(own, True)

@@ -177,14 +177,81 @@ def _parts(text: str, between: str = ",") -> list[str]:
     return [part.strip() for part in text.split(between) if part.strip()]
 
 
+class ReportClasses(JobCommand):
+    """Write class averages as one HTML page: pictures, curves, counts, and settings to make them again."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    averages: str = ""
+    """Name of the averages; by default the newest"""
+    out: str
+    """The .html file to write"""
+    overwrite: bool = False
+    """Replace the file if it is there"""
+
+    def execute(self) -> None:
+        """Write, and print the path of the page."""
+        from particle_explorer.class_report import report
+        from particle_explorer.files import replacing
+        from particle_explorer.session import Session
+
+        out = Path(self.out).absolute()
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{out} does not end in .html")
+        with self.job("writing the report") as job:
+            session = Session.open(self.session)
+            stored = session.classes(self.averages or session.newest_classes())
+            with replacing(out, overwrite=self.overwrite) as temporary:
+                temporary.write_text(report(session, stored), encoding="utf-8")
+            job.result(out)
+
+
+class ExportAligned(JobCommand):
+    """Write the members of class averages turned and shifted in their pixels, as a star file and a stack.
+
+    Exported poses lose nothing; this interpolates. It is for programs that know no poses."""
+
+    session: CliPositionalArg[Path]
+    """Folder of the session"""
+    averages: str = ""
+    """Name of the averages; by default the newest"""
+    out: str
+    """The .star file to write; the stack goes beside it"""
+    overwrite: bool = False
+    """Replace the files if they are there"""
+
+    def execute(self) -> None:
+        """Write, and print the path of the star file."""
+        from particle_explorer.aligned import export_aligned
+        from particle_explorer.io.class_files import class_numbers
+        from particle_explorer.session import Session
+
+        with self.job("turning the particles") as job:
+            session = Session.open(self.session)
+            stored = session.classes(self.averages or session.newest_classes())
+            numbers = class_numbers([str(one["label"]) for one in stored.classes])
+            notes = export_aligned(
+                Path(self.out),
+                session,
+                stored,
+                numbers,
+                overwrite=self.overwrite,
+                progress=job.tell_share("turning the particles"),
+                stop=job.stop,
+            )
+            for note in notes:
+                job.note(note)
+            job.result(Path(self.out).absolute())
+
+
 class CompareClasses(JobCommand):
     """Compare two sets of class averages: which class became which, and which particles stayed together."""
 
     session: CliPositionalArg[Path]
     """Folder of the session"""
-    a: str
+    averages: str
     """Name of the first averages"""
-    b: str
+    beside: str
     """Name of the second averages"""
 
     def execute(self) -> None:
@@ -194,17 +261,17 @@ class CompareClasses(JobCommand):
 
         with self.job("comparing the averages") as job:
             session = Session.open(self.session)
-            sets = [session.classes(name) for name in (self.a, self.b)]
+            sets = [session.classes(name) for name in (self.averages, self.beside)]
             labels = [label_of_rows(session, one) for one in sets]
             captions = [[str(one["label"]) for one in stored.classes] for stored in sets]
             both = together(labels[0], labels[1])
-            lines = [f"{self.a:24} {self.b:24} in both, of the first"]
+            lines = [f"{self.averages:24} {self.beside:24} in both, of the first"]
             for one, other, count in matched(labels[0], labels[1]):
                 share = count / max(1, int((labels[0] == one).sum()))
                 lines.append(f"{captions[0][one]:24} {captions[1][other]:24} {count} ({share:.0%})")
             lines.append(
-                f"of two particles that share a class of {self.a}, {both['both']:.0%} share one of {self.b}; "
-                f"adjusted Rand index {both['rand']:.3f}, over {both['n']:.0f} particles"
+                f"of two particles that share a class of {self.averages}, {both['both']:.0%} share one of "
+                f"{self.beside}; adjusted Rand index {both['rand']:.3f}, over {both['n']:.0f} particles"
             )
             job.result("\n".join(lines))
 

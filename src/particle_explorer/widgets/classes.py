@@ -33,6 +33,7 @@ from particle_explorer.state import Opened, read
 from particle_explorer.status import Status
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
+from particle_explorer.widgets.class_tools import ClassTools, MembersPanel
 from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
@@ -134,6 +135,13 @@ class ClassesDock(QWidget):
             " curve beside that of the average: what the alignment alone makes of nothing. Takes about as"
             " long again.</p>"
         )
+        self.independent_button = QPushButton("Two independent halves")
+        self.independent_button.setToolTip(
+            "<p>Trains the model of this run anew on either half of the particles, averages each half by its"
+            " own model, and lays the averages onto each other only then. The curves of these halves may be"
+            " called a resolution. Takes about as long as training did.</p>"
+        )
+        self.independent_button.clicked.connect(self.average_halves)
         self.form = ConfigForm(AverageConfig)
         self.average_button = QPushButton("Average")
         self.average_button.clicked.connect(self.average)
@@ -149,6 +157,7 @@ class ClassesDock(QWidget):
         layout.addWidget(self.held_words)
         layout.addWidget(self.control)
         layout.addWidget(Folded("Settings", self.form))
+        layout.addWidget(self.independent_button)
         return page
 
     def _build_results(self) -> QWidget:
@@ -175,8 +184,28 @@ class ClassesDock(QWidget):
         layout.setSpacing(4)
         layout.addLayout(row)
         layout.addLayout(self._build_marks(page))
+        self.tools = ClassTools()
+        self.tools.current_changed.connect(self._on_listed)
+        self.tools.order_changed.connect(self._draw_montage)
+        self.tools.amended.connect(self.amend)
+        self.members = MembersPanel(self.state)
+        self.members.leave_out.connect(self._leave_out)
+        self.members_part = Folded("Members", self.members)
+        self.members_part.button.toggled.connect(self._show_members)
+        self.examine_button = QPushButton("Examine")
+        self.examine_button.setToolTip(
+            "<p>Compares all members with their averages: residuals, mirror partners, symmetries</p>"
+        )
+        self.examine_button.clicked.connect(self.examine)
+        self.made_words = QLabel()
+        self.made_words.setWordWrap(True)
+        self.made_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        layout.addWidget(Folded("List: sort, join, divide, rename", self.tools))
         layout.addWidget(self.quality)
         layout.addWidget(self.quality_words)
+        layout.addWidget(self.made_words)
+        layout.addWidget(self.examine_button)
+        layout.addWidget(self.members_part)
         self.export_part = Folded("Export…", self._build_export())
         layout.addWidget(self.export_part)
         return page
@@ -291,6 +320,9 @@ class ClassesDock(QWidget):
         busy = self.bar.folder is not None
         able = run is not None and not busy and (count > 0 or not selection)
         self.average_button.setEnabled(able)
+        self.tools.set_busy(busy)
+        self.examine_button.setEnabled(not busy)
+        self.independent_button.setEnabled(run is not None and run.has_weights and not busy)
         if selection and not count:
             self.average_button.setToolTip("Select particles on the map first (L: lasso)")
         else:
@@ -344,6 +376,56 @@ class ClassesDock(QWidget):
         self.what.setCurrentIndex(self.what.findData(SELECTION))
         if self.average_button.isEnabled():
             self.average()
+
+    def average_halves(self) -> None:
+        """Let a worker train two models on disjoint halves and average with both."""
+        run = self.state.run
+        if run is None:
+            return
+        groups = self.stored.classes if self.stored is not None else []
+        words = ["average-independent", str(run.path), "--classes", str(min(max(len(groups), 1), 200))]
+        words += command_line("average", self.form.value())
+        self._start(words, "Averaging two independent halves")
+
+    def examine(self) -> None:
+        """Let a worker compare the members of the averages that are shown with them."""
+        session, stored = self.state.session, self.stored
+        if session is not None and stored is not None:
+            self._start(["examine", str(session.path), "--averages", stored.name], "Examining the averages")
+
+    def amend(self, words: list[str], leave_out: NDArray[np.uint64] | None = None) -> None:
+        """Let a worker change the averages that are shown; a new set comes of it."""
+        session, stored = self.state.session, self.stored
+        if session is not None and stored is not None:
+            command = ["amend", str(session.path), "--averages", stored.name, *words]
+            self._start(command, "Changing the averages", leave_out)
+
+    def _leave_out(self, uid: NDArray[np.uint64]) -> None:
+        self.amend([], uid)
+
+    def _start(self, words: list[str], title: str, leave_out: NDArray[np.uint64] | None = None) -> None:
+        from particle_explorer import jobs
+
+        session = self.state.session
+        if session is None or self.bar.folder is not None:
+            return
+        self.complaint.clear()
+
+        def follow_it(folder: Path) -> None:
+            self.bar.follow(folder, title)
+            self._update_buttons()
+            self.state.job_changed.emit(str(folder))
+
+        def work() -> Path:
+            folder, more = session.new_job(words[0]), []
+            if leave_out is not None:
+                listed = folder / "leave-out.txt"
+                listed.write_text("\n".join(map(str, leave_out.tolist())), encoding="utf-8")
+                more = ["--leave-out", str(listed)]
+            return jobs.start([*words, *more], folder)
+
+        self.average_button.setEnabled(False)
+        self.tasks.run("average", work, follow_it, self._on_failed)
 
     # --- a part held still ----------------------------------------------------------------------------
 
@@ -437,11 +519,28 @@ class ClassesDock(QWidget):
         self.one.clear()
         self.one.addItems([f"{each['label']} · {number(each['n'])}" for each in stored.classes])
         self.one.blockSignals(False)
-        self.montage = montage(stored.images, [caption_lines(each) for each in stored.classes])
-        self._show_layer(self.montage)
+        self.members.clear()
+        self.tools.show_classes(stored.classes)
+        self._draw_montage()
         self._show_quality()
         self._update_buttons()
         self._scroll_to_results()
+
+    def _draw_montage(self) -> None:
+        """All averages, in the order of the list."""
+        stored, order = self.stored, self.tools.order
+        if stored is None or not order:
+            return
+        self.montage = montage(stored.images[order], [caption_lines(stored.classes[i]) for i in order])
+        self._show_layer(self.montage)
+
+    def _on_listed(self, index: int) -> None:
+        self.one.setCurrentIndex(index)
+
+    def _show_members(self, *_: object) -> None:
+        session, stored, index = self.state.session, self.stored, self.one.currentIndex()
+        if session is not None and stored is not None and index >= 0 and self.members_part.button.isChecked():
+            self.members.look_at(session, stored, index)
 
     def _scroll_to_results(self) -> None:
         area: QWidget | None = self
@@ -488,8 +587,8 @@ class ClassesDock(QWidget):
         row, column = layer.world_to_data(event.position)[-2:]
         height, width = self.montage.pixels.shape[:2]
         index = self.montage.index_at(row, column)
-        if 0 <= row < height and 0 <= column < width and index < len(self.stored.classes):
-            self.one.setCurrentIndex(index)
+        if 0 <= row < height and 0 <= column < width and index < len(self.tools.order):
+            self.one.setCurrentIndex(self.tools.order[index])
 
     # --- judging ----------------------------------------------------------------------------------
 
@@ -510,7 +609,8 @@ class ClassesDock(QWidget):
         marks[index] = "" if marks[index] == mark else mark
         one = stored.classes[index]
         one["mark"] = marks[index]
-        draw_tile(self.montage, index, stored.images[index], caption_lines(one))
+        draw_tile(self.montage, self.tools.order.index(index), stored.images[index], caption_lines(one))
+        self.tools.redraw(index)
         self.layer.refresh()
         self._update_buttons()
         self.tasks.run(
@@ -551,6 +651,9 @@ class ClassesDock(QWidget):
             curves.append(Curve(words, x, np.asarray(one["control_frc"], float), dashed=True))
         self.quality.set_curves(curves, y_range=(-0.1, 1.0), levels=(0.0, 0.143, 0.5), x_as_period=True)
         self.quality_words.setText(quality_words(one, known))
+        self.made_words.setText(made_words(stored, index))
+        self.tools.set_current(index)
+        self._show_members()
 
     # --- exporting --------------------------------------------------------------------------------
 
@@ -674,7 +777,14 @@ def groupings(features: Any) -> list[str]:
 
 def quality_words(one: dict[str, Any], known: bool) -> str:
     """What the curves of an average may be called, and what they say."""
-    words = "independent halves: the resolution" if one["halves_independent"] else SHARED
+    words = SHARED
+    if one["halves_independent"]:
+        found = one.get("resolution_A")
+        words = "independent halves: " + (
+            f"resolution {found:.3g} Å (FRC 0.143)"
+            if known and found is not None
+            else "no resolution to speak of"
+        )
     counts = f"N {number(one['n'])}"
     if one["n_effective"] < 0.99 * one["n"]:
         counts += f", as good as {number(round(one['n_effective']))} of equal weight"
@@ -689,6 +799,38 @@ def quality_words(one: dict[str, Any], known: bool) -> str:
             else "; nowhere clearly above what noise alone gives"
         )
     return f"{words}. {counts}."
+
+
+POSES = {
+    "run": "poses of the run",
+    "held": "poses that hold a part still",
+    "refined": "refined poses",
+    "file": "poses of the particle file",
+    "independent": "poses of two models, a half of the particles each",
+}
+
+
+def made_words(stored: StoredClasses, index: int) -> str:
+    """Which particles, poses and settings made an average, and where they are written down."""
+    how, one = stored.how, stored.classes[index]
+    settings = one.get("settings") or {}
+    parts = [f"run {how['run']}"] if how.get("run") else []
+    parts += [f"by {how['by']}"] if how.get("by") else []
+    parts += [f"selection {how['selection']}"] if how.get("selection") else []
+    parts += [f"changed from {how['from']}"] if how.get("from") else []
+    poses = how.get("poses") or ("held" if how.get("held") else "run")
+    parts.append(POSES.get(str(poses), str(poses)))
+    if how.get("weights", "hard") != "hard":
+        parts.append(f"weights by {how['weights']}")
+    parts.append(f"CTF: {one['ctf']}")
+    if settings.get("interpolation"):
+        parts.append(f"{settings['interpolation']}, box {settings.get('box_px')} px")
+    symmetry, mirror = one.get("symmetry") or {}, one.get("mirror")
+    if symmetry.get("fold", 1) > 1:
+        parts.append(f"looks C{symmetry['fold']} (r {symmetry['correlation']:.2f})")
+    if mirror:
+        parts.append(f"its mirror image is most like {mirror['of']} (r {mirror['correlation']:.2f})")
+    return f"{'; '.join(parts)}. Members, weights, poses: classes/{stored.name}.parquet"
 
 
 def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
