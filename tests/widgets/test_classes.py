@@ -258,7 +258,7 @@ def test_averages_are_sorted_and_the_picture_follows(
     assert dock.tools.current == 0
 
 
-def test_classes_are_joined_divided_and_renamed_by_a_worker(
+def test_classes_are_joined_by_a_worker(
     dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
 ) -> None:
     _shown(dock, tiny_session, qtbot)
@@ -271,14 +271,28 @@ def test_classes_are_joined_divided_and_renamed_by_a_worker(
     assert started[0][0] == ["amend", path, "--averages", "cluster-kmeans", "--join", "0,1"]
     qtbot.waitUntil(lambda: dock.bar.folder is not None, timeout=SLOW)
     assert not tools.join_button.isEnabled(), "one change at a time"
-    dock.bar.stop()
-    dock.bar.folder = None
-    dock._update_buttons()
-    tools.list.setCurrentRow(2)
-    tools.name.setText("open")
-    tools.rename_button.click()
-    qtbot.waitUntil(lambda: len(started) == 2, timeout=SLOW)
-    assert started[1][0][-2:] == ["--rename", "2=open"]
+
+
+@pytest.mark.parametrize(
+    ("button", "words"),
+    [("rename", ["--rename", "2=open"]), ("divide", ["--divide", "2=2"]), ("remove", ["--remove", "2"])],
+)
+def test_one_class_is_renamed_divided_or_removed_by_a_worker(
+    dock: ClassesDock,
+    tiny_session: Session,
+    started: list[tuple[list[str], Path]],
+    qtbot: QtBot,
+    button: str,
+    words: list[str],
+) -> None:
+    _shown(dock, tiny_session, qtbot)
+    dock.tools.list.setCurrentRow(2)
+    dock.tools.name.setText("a,b")
+    assert not dock.tools.rename_button.isEnabled(), "a comma would be two classes"
+    dock.tools.name.setText("open")
+    getattr(dock.tools, f"{button}_button").click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    assert started[0][0][-2:] == words
 
 
 def test_a_click_leaves_a_member_out_and_the_average_follows(
@@ -313,6 +327,37 @@ def test_a_click_leaves_a_member_out_and_the_average_follows(
     assert dock.state.selection.count == 39
     panel.members.clicked.emit(1, 1)
     assert not panel.out.any() and not panel.again_button.isEnabled()
+
+
+def test_grid_weights_and_poses_reach_the_worker(
+    dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    assert [dock.poses.itemData(i) for i in range(dock.poses.count())] == ["run"]
+    table = tiny_session.table.assign(angle_deg=0.0, shift_y_px=0.0, shift_x_px=0.0)
+    tiny_session.__dict__["table"] = table
+    dock.state.set_features(dock.state.features.assign(**{"pose-refined_moved_deg": 1.0}))
+    assert [dock.poses.itemData(i) for i in range(dock.poses.count())] == ["run", "refined", "file"]
+    dock.poses.setCurrentIndex(1)
+    dock.weights.setCurrentIndex(dock.weights.findData("posterior"))
+    dock.what.setCurrentIndex(dock.what.findData("grid"))
+    dock.average_button.click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    words = started[0][0]
+    assert words[2:4] == ["--by", "grid"] and " ".join(words).endswith("--poses refined --weights posterior")
+
+
+def test_poses_are_refined_against_classes(
+    dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    dock.what.setCurrentIndex(dock.what.findData("grid"))
+    dock.refine_button.click()
+    assert "cluster first" in dock.complaint.sentence.text() and not started
+    dock.what.setCurrentIndex(dock.what.findData("cluster-kmeans"))
+    dock.refine_button.click()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    assert started[0][0][0] == "refine" and started[0][0][2:] == ["--by", "cluster-kmeans"]
 
 
 def test_every_average_says_what_made_it(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 LAYER = "class averages"
 SELECTION = "selection"
+GRID = "grid"
 TILE_PX = 168
 """Least side of one picture in the montage, so that its caption can be read."""
 CAPTION_PX = 64
@@ -83,6 +84,7 @@ class ClassesDock(QWidget):
         self._exported: list[Path] = []
         self._marks: list[str] = []
         self._steps: list[list[str]] = []
+        self._after: Callable[[], None] | None = None
 
         self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
         self.no_run.setWordWrap(True)
@@ -90,7 +92,7 @@ class ClassesDock(QWidget):
         self.make = self._build_make()
         self.bar = JobBar()
         self.bar.finished.connect(self._on_averaged)
-        self.bar.stopped.connect(self._update_buttons)
+        self.bar.stopped.connect(self._on_stopped)
         self.bar.failed.connect(self._on_failed)
         self.held_bar = JobBar()
         self.held_bar.finished.connect(self._on_held_ready)
@@ -156,8 +158,41 @@ class ClassesDock(QWidget):
         layout.addWidget(self.held)
         layout.addWidget(self.held_words)
         layout.addWidget(self.control)
-        layout.addWidget(Folded("Settings", self.form))
+        layout.addWidget(Folded("Settings", self._build_settings()))
         layout.addWidget(self.independent_button)
+        return page
+
+    def _build_settings(self) -> QWidget:
+        page = QWidget()
+        self.poses = QComboBox()
+        self.poses.setToolTip("<p>Whose angles and shifts move the images back</p>")
+        self.weights = QComboBox()
+        for words, weighting in (
+            ("every member counts once", "hard"),
+            ("less the farther from the middle", "distance"),
+            ("shared by the spread of positions", "posterior"),
+        ):
+            self.weights.addItem(words, weighting)
+        self.weights.setToolTip("<p>How much a member counts in its average</p>")
+        self.refine_button = QPushButton("Refine poses")
+        self.refine_button.setToolTip(
+            "<p>Search around the pose of every particle of the classes for a better one, against the average"
+            " of the other half of its class; then average with the refined poses</p>"
+        )
+        self.refine_button.clicked.connect(self.refine)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(4)
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Poses"))
+        row.addWidget(self.poses, 1)
+        row.addWidget(self.refine_button)
+        layout.addLayout(row)
+        row = QHBoxLayout()
+        row.addWidget(QLabel("Weights"))
+        row.addWidget(self.weights, 1)
+        layout.addLayout(row)
+        layout.addWidget(self.form)
         return page
 
     def _build_results(self) -> QWidget:
@@ -303,13 +338,27 @@ class ClassesDock(QWidget):
         self.what.blockSignals(True)
         self.what.clear()
         self.what.addItem("the selected particles", SELECTION)
+        columns = set(map(str, self.state.features.columns))
+        if "z_0" in columns:
+            self.what.addItem("each cell of a grid over the map", GRID)
         for name in groupings(self.state.features):
             self.what.addItem(f"each {title_of(name.partition(' ')[0])}", name)
+        self._list_poses(columns)
         position = self.what.findData(before)
         newest = self.what.count() - 1
         self.what.setCurrentIndex(position if before != SELECTION and position >= 0 else newest)
         self.what.blockSignals(False)
         self._update_buttons()
+
+    def _list_poses(self, columns: set[str]) -> None:
+        before, session = self.poses.currentData(), self.state.session
+        self.poses.clear()
+        self.poses.addItem("of this run", "run")
+        if any(name.startswith("pose-refined") for name in columns):
+            self.poses.addItem("of this run, refined", "refined")
+        if session is not None and {"angle_deg", "shift_y_px", "shift_x_px"} <= set(session.table.columns):
+            self.poses.addItem("of the particle file", "file")
+        self.poses.setCurrentIndex(max(0, self.poses.findData(before)))
 
     def _update_buttons(self, *_: object) -> None:
         run = self.state.run
@@ -356,6 +405,10 @@ class ClassesDock(QWidget):
         by = str(self.what.currentData()).partition(" ")[0]  # a column of a repeated result: its result
         mask = np.array(self.state.selection.mask)
         settings = command_line("average", self.form.value()) + (["--held"] if self.state.held else [])
+        if self.poses.currentData() not in (None, "run") and not self.state.held:
+            settings += ["--poses", str(self.poses.currentData())]
+        if self.weights.currentData() != "hard" and by != SELECTION:
+            settings += ["--weights", str(self.weights.currentData())]
         settings += ["--noise-control"] if self.control.isChecked() and run.has_weights else []
 
         def work() -> Path:
@@ -386,6 +439,29 @@ class ClassesDock(QWidget):
         words = ["average-independent", str(run.path), "--classes", str(min(max(len(groups), 1), 200))]
         words += command_line("average", self.form.value())
         self._start(words, "Averaging two independent halves")
+
+    def refine(self) -> None:
+        """Let a worker refine the poses of the classes that are to be averaged."""
+        run, by = self.state.run, str(self.what.currentData()).partition(" ")[0]
+        if run is None:
+            return
+        if by in (SELECTION, GRID):
+            self.complaint.show_failure(
+                Failure("Poses are refined against the averages of classes: cluster first and choose them")
+            )
+            return
+        self._after = self._on_refined
+        self._start(["refine", str(run.path), "--by", by], "Refining the poses")
+
+    def _on_refined(self) -> None:
+        session, run = self.state.session, self.state.run
+
+        def done(opened: Opened) -> None:
+            if self.state.run is run:
+                self.state.set_features(opened.features)
+                self.poses.setCurrentIndex(max(0, self.poses.findData("refined")))
+
+        self.tasks.run("refined", lambda: read(session, run), done, self._on_failed)
 
     def examine(self) -> None:
         """Let a worker compare the members of the averages that are shown with them."""
@@ -483,9 +559,18 @@ class ClassesDock(QWidget):
 
     def _on_averaged(self, status: Status) -> None:
         self._update_buttons()
-        self.state.classes_changed.emit(Path(status.message).stem)
+        after, self._after = self._after, None
+        if after is not None:
+            after()
+        else:
+            self.state.classes_changed.emit(Path(status.message).stem)
+
+    def _on_stopped(self, *_: object) -> None:
+        self._after = None
+        self._update_buttons()
 
     def _on_failed(self, failure: Failure) -> None:
+        self._after = None
         self._update_buttons()
         self.complaint.show_failure(failure)
 
