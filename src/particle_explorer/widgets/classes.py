@@ -644,6 +644,7 @@ class ClassesDock(QWidget):
                 rgb=made.pixels.ndim == 3,
                 scale=scale,
                 translate=translate,
+                interpolation2d="linear",  # shown small, nearest pixels leave lines out of the letters
             )
             tile(self.layer)
             self.layer.mouse_drag_callbacks.append(self._on_click)

@@ -375,9 +375,9 @@ class Average(QWidget):
         line = QFontMetricsF(self.font()).height()
         side = max(min(self.width() - 6.0, self.height() - 2 * line - 2), 8.0)
         box = QRectF((self.width() - side) / 2, 2, side, side)
-        painter.fillRect(box, QColor(self.look.plot))
         painter.setPen(QColor(self.look.text))
         if self._picture is None or self.preview is None:
+            painter.fillRect(self.rect().adjusted(0, 2, 0, -2), QColor(self.look.plot))
             flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
             words = "Select particles: their average appears here."
             painter.drawText(QRectF(self.rect()).adjusted(6, 2, -6, -2), flags, words)

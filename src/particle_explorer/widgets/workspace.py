@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ COLUMN_PX = 392
 GALLERY_PX = 150
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
-VIEW_MARGIN = 0.13
+VIEW_MARGIN = 0.2
 CAPTION_CHARACTERS = 84
 """What fits into one line at the foot of the canvas of a small screen."""
 
@@ -306,7 +307,7 @@ class Workspace(QWidget):
         self.splitter.setSizes([int(height * top), int(height * (1 - top))])
 
     def _warm_up(self) -> None:
-        self.tasks.run("warm up", _import_slow_modules, lambda _: None)
+        self.tasks.run("warm up", _import_slow_modules, lambda _: _spare_collector())
 
     def showEvent(self, event: QShowEvent | None) -> None:
         super().showEvent(event)
@@ -318,6 +319,7 @@ class Workspace(QWidget):
 
     def _fit_column(self) -> None:
         """As wide as is needed and no wider; the pictures get the rest."""
+        _make_room(self.viewer)
         dock: QWidget | None = self
         while dock is not None and not isinstance(dock, QDockWidget):
             dock = dock.parentWidget()
@@ -343,6 +345,16 @@ def _import_slow_modules() -> None:
     import particle_explorer.io.reading
     import particle_explorer.preprocess
     import particle_explorer.session  # noqa: F401
+
+
+def _spare_collector() -> None:
+    """Take what napari and the libraries hold out of Python's garbage collector, once.
+
+    A full pass over those million objects stops the window for a fifth of a second now and then, even in the
+    middle of a drag. Nothing is collected here: finalizers run when Python chooses, not at a moment of ours.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def _scrolling(widget: QWidget) -> QScrollArea:
@@ -379,7 +391,6 @@ def run(session_path: str | os.PathLike[str] | None = None) -> None:
     import napari
 
     viewer = napari.Viewer(title="Particle Explorer")
-    _make_room(viewer)
     open_workspace(viewer, session_path)
     napari.run()
 
