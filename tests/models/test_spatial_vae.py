@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from particle_explorer import pose
@@ -256,48 +255,3 @@ def test_half_precision_keeps_the_objective_and_the_pose() -> None:
     torch.testing.assert_close(
         view, model.decode(torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2)), atol=0.02, rtol=0
     )
-
-
-def trained_on_turned_phantoms(box_px: int, n_steps: int = 400) -> SpatialVAE:
-    model = model_of(box_px, latent_dim=1, hidden=96, shift_sd_px=1.0, pixel_fraction=0.5)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(n_steps):
-        model.schedule(step / n_steps, int(step > n_steps / 4))  # one molecule: nothing but pose to learn
-        for group in optimiser.param_groups:
-            group["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / n_steps))
-        images = place(3 * phantom(box_px), 2 * math.pi * torch.rand(32), torch.randn(32, 2), mode="bicubic")
-        loss = sum(model(batch_of(images + 0.3 * torch.randn_like(images))).values())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return model
-
-
-@pytest.mark.parametrize("box_px", [24, 25])
-def test_turning_and_moving_the_input_turns_and_moves_the_pose(box_px: int) -> None:
-    model = trained_on_turned_phantoms(box_px)
-    angle, shift = 2 * math.pi * torch.rand(200), torch.randn(200, 2)
-    images = place(3 * phantom(box_px), angle, shift, mode="bicubic")
-    encoding = model.encode(batch_of(images))
-    assert encoding.angle is not None and encoding.shift is not None
-    difference = torch.exp(1j * (encoding.angle - angle))
-    constant = difference.mean()
-    assert constant.abs() > 0.9  # the mirrored sense of rotation would leave nothing
-    assert torch.rad2deg((difference / constant).angle().abs()).median() < 10
-    # the model's own centre, a point of the molecule, is found where the turned and moved molecule has it
-    xy = pose.rotation_matrix(np.rad2deg(angle.numpy())).reshape(-1, 2)
-    found = (encoding.shift - shift).flip(-1).reshape(-1).numpy()
-    centre = np.linalg.lstsq(xy, found, rcond=None)[0]
-    assert np.sqrt(np.mean((found - xy @ centre) ** 2)) < 0.5
-    # as RELION takes the exported pose: x_ref = R(psi) (x_particle + origin)
-    psi, *origin = pose.to_relion(np.rad2deg(encoding.angle.numpy()), encoding.shift.numpy(), 2.0)
-    grid = np.indices((box_px, box_px))[::-1].reshape(2, -1) - box_px // 2
-    average, mirrored = np.zeros(box_px**2), np.zeros(box_px**2)
-    for image, turn, x, y in zip(images[:, 0].numpy(), psi, *origin, strict=True):
-        for total, sign in ((average, 1), (mirrored, -1)):
-            at = pose.rotation_matrix(-sign * turn) @ grid - sign * np.array([[x / 2.0], [y / 2.0]])
-            total += map_coordinates(image, at[::-1] + box_px // 2, order=1) / len(images)
-    assert average.var() > 0.75 * images.var() > 1.5 * mirrored.var()
-    views = model.decode(encoding.z, encoding.angle, encoding.shift).flatten(1)
-    match = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(views, images.flatten(1), strict=True)]
-    assert torch.stack(match).median() > 0.9
