@@ -136,3 +136,31 @@ def test_a_closed_session_leaves_nothing_behind() -> None:
     state = AppState()
     state.show(Opened(None, None, pd.DataFrame()))
     assert state.session is None and state.run is None
+
+
+def test_a_selection_that_was_undone_is_not_lost_by_another() -> None:
+    selection = Selection(8)
+    masks = [np.arange(8) < k for k in (1, 2, 3)]
+    for mask in masks:
+        selection.set(mask)
+    selection.undo()
+    selection.undo()
+    selection.set(np.arange(8) > 5)
+    seen = []
+    while selection.can_undo:
+        selection.undo()
+        seen.append(int(selection.mask.sum()))
+    assert seen == [1, 2, 3, 0], "first what it stood at, then what had been undone, then what was before"
+
+
+def test_the_past_of_a_selection_can_be_kept_and_put_back() -> None:
+    selection, other = Selection(8), Selection(8)
+    for k in (1, 2, 3):
+        selection.set(np.arange(8) < k)
+    other.set(selection.mask)
+    other.recall([*selection.past, b"of another length"])
+    counts = []
+    while other.can_undo:
+        other.undo()
+        counts.append(other.count)
+    assert counts == [2, 1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from particle_explorer import training
+from particle_explorer import status, training
 from particle_explorer.configs import (
     ClassMapConfig,
     Config,
@@ -21,11 +22,13 @@ from particle_explorer.configs import (
     PreprocessConfig,
     RunConfig,
     TrainConfig,
+    VAEConfig,
 )
 from particle_explorer.files import UserError, locked
 from particle_explorer.io.reading import read_array
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.session import Run, Session
+from particle_explorer.status import read_status, request_pause
 from particle_explorer.training import (
     NotFinite,
     Progress,
@@ -34,6 +37,7 @@ from particle_explorer.training import (
     encode_stack,
     fit,
     load_model,
+    weights_to_start_from,
 )
 
 
@@ -359,6 +363,95 @@ def test_a_stop_after_the_last_epoch_only_finishes_on_resuming(tiny_session, wha
     told = list(fit(late, resume=True))
     assert told[0].what == "finishing"
     assert_same_results(whole, late)
+
+
+def go_on(session: Session, parent: Run, model: Config | None = None, **train: Any) -> Run:
+    config = RunConfig(
+        model=model or ClassMapConfig(),
+        train=TrainConfig(checkpoint_minutes=0.0, **train),
+        data=session.data_spec(),
+        parent=parent.name,
+        warm_start=True,
+        device="cpu",
+    )
+    return session.new_run(config)
+
+
+def test_a_run_goes_on_from_the_weights_of_another(tiny_session, monkeypatch):
+    parent = finished(tiny_session)
+    built = use(monkeypatch, TinyModel)
+    warmed: list[TinyModel] = []
+    monkeypatch.setattr(TinyModel, "skip_warm_up", lambda self: warmed.append(self))
+    child = go_on(tiny_session, parent, learning_rate=1e-9, n_epochs=1)
+    told = list(fit(child))
+    assert told[0].what == f"starting from {parent.name}" and "looking" not in {p.what for p in told}
+    weights = safetensors.torch.load_file(parent.path / "model.safetensors")
+    after = safetensors.torch.load_file(child.path / "model.safetensors")
+    for name in ("down.weight", "up.weight", "up.bias", "seen"):
+        torch.testing.assert_close(after[name], weights[name], atol=1e-6, rtol=0)
+    assert warmed and warmed[0] in built and child.config.parent == parent.name
+
+    # stopped and resumed it is the same: it does not start from its parent again
+    parts, whole = (go_on(tiny_session, parent) for _ in range(2))
+    last(fit(whole))
+    stop_after(parts, lambda p: p.what == "training" and p.epoch == 2)
+    last(fit(parts, resume=True))
+    assert_same_results(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": VAEConfig()}, "of the model class-map"),
+        ({"data": {"box_px": 16}}, "box_px 32, these have 16"),
+        ({"size": True}, "keep what gives the networks their size"),
+        ({"weights": False}, "it has none yet"),
+    ],
+)
+def test_what_a_run_cannot_start_from_is_said(tiny_session, monkeypatch, change, words):
+    parent = finished(tiny_session)
+    child = go_on(tiny_session, parent, change.get("model"))
+    config = child.config
+    if "data" in change:
+        config = config.model_copy(update={"data": config.data.model_copy(update=change["data"])})
+    if change.get("size"):
+
+        class Wider(TinyModel):
+            def __init__(self, config: Config, data: DataSpec) -> None:
+                super().__init__(config, data)
+                self.down = nn.Linear(16, 3)
+
+        use(monkeypatch, Wider)
+    if "weights" in change:
+        (parent.path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=words):
+        weights_to_start_from(config, parent)
+
+
+def test_a_fit_stands_still_while_it_is_paused(tiny_session, monkeypatch):
+    monkeypatch.setattr(status, "HEARTBEAT_S", 0.02)
+    whole, run = new_run(tiny_session), new_run(tiny_session)
+    last(fit(whole))
+    seen: list[str] = []
+
+    def watch() -> None:
+        while read_status(run.path).what != "paused":
+            time.sleep(0.01)
+        before = read_status(run.path)
+        time.sleep(0.3)
+        seen.extend({before.what, read_status(run.path).what})
+        assert read_status(run.path).epoch == before.epoch
+        request_pause(run.path, False)
+
+    thread = threading.Thread(target=watch)
+    for i, _ in enumerate(fit(run)):
+        if i == 0:
+            request_pause(run.path)
+            time.sleep(0.1)
+            thread.start()
+    thread.join(10)
+    assert seen == ["paused"] and run.state == "finished"
+    assert_same_results(whole, run)
 
 
 def test_a_batch_beyond_the_memory_is_taken_in_parts_to_the_same_end(tiny_session, monkeypatch):

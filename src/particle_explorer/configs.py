@@ -123,6 +123,16 @@ class PreprocessConfig(Config):
     others are left out: ice edges, contaminations, empty frames. 6 is cautious."""
 
 
+PREPROCESS_PRESETS: dict[str, dict[str, Any]] = {
+    "ice": {name: PreprocessConfig.model_fields[name].default for name in ("contrast", "ctf", "low_pass_A")},
+    "stain": {"contrast": "keep", "ctf": "none", "low_pass_A": 20.0},
+}
+"""What is set for particles in ice and in negative stain. In stain a particle is bright as it is recorded,
+its contrast is no matter of phases, and grains of stain hide details finer than about 20 Å."""
+
+FILAMENT_PRIOR_DEG = 10.0
+"""`psi_prior_deg` for segments of filaments."""
+
 CLASS_MAP_WARM_UP = 0.4
 """Share of a fit in which the class map's posterior is still being sharpened; only afterwards is its
 likelihood that of the model, so that one epoch can be compared with another."""
@@ -152,6 +162,12 @@ class ClassMapConfig(Config):
     )
     """Largest shift searched, in pixels of the cached images. 0 chooses from diameter and box. Beyond an
     eighth of the box the place of each particle is found first, and what lies about it is compared."""
+
+    psi_prior_deg: float = setting(
+        0.0, "Angles near the file's", unit="°", advanced=True, ge=0, le=90, zero="off"
+    )
+    """For filaments: how far angles in the plane may lie from those in the star or cs file (standard
+    deviation), or from these turned by half. 10 suits segments that were picked along filaments."""
 
     junk: bool = setting(True, "Junk class", advanced=True)
     """One more class takes what is no particle, so that it does not bend the map; every particle gets its
@@ -440,7 +456,9 @@ class RunConfig(Config):
     """Of these, only the particles of the named selection; empty takes all."""
     device: str = "auto"
     parent: str = ""
-    """Name of the run that this one continues, if any."""
+    """Name of the run that this one continues, or on whose map its particles were selected, if any."""
+    warm_start: bool = False
+    """Whether the fit starts from the weights of the parent instead of anew."""
     version: str = ""
     """Version of the package that made the run."""
 

@@ -28,6 +28,7 @@ from particle_explorer.status import (
     StatusWriter,
     process_started,
     read_status,
+    request_pause,
     request_stop,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "process_started",
     "read_log",
     "read_status",
+    "request_pause",
     "request_stop",
     "start",
 ]

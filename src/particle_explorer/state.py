@@ -6,6 +6,7 @@ User acts → state changes → views redraw. A view never talks to a view.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +22,7 @@ Mask = NDArray[np.bool_]
 View = Literal["raw", "low-pass", "aligned", "reconstruction", "residual"]
 """How single particles are shown: in the layer, in the gallery and under the mouse."""
 
-UNDO_DEPTH = 50
+UNDO_DEPTH = 100
 
 
 class Selection:
@@ -72,7 +73,8 @@ class Selection:
             raise ValueError(f"mask of {mask.shape} for {self._mask.shape} particles")
         if np.array_equal(mask, self._mask):
             return
-        self._undo.append(np.packbits(self._mask).tobytes())
+        # what had been undone stays within reach: undo comes by it before what lies further back
+        self._undo += [*self._redo, np.packbits(self._mask).tobytes()]
         del self._undo[:-UNDO_DEPTH]
         self._redo.clear()
         self._show(mask)
@@ -101,6 +103,17 @@ class Selection:
     def hint(self, mask: Mask | None) -> None:
         """Tell what the selection would be if the hand let go now; None: it draws no more."""
         self.hinted.emit(mask)
+
+    @property
+    def past(self) -> tuple[bytes, ...]:
+        """The selections before this one, oldest first, as packed bits."""
+        return tuple(self._undo)
+
+    def recall(self, past: Sequence[bytes]) -> None:
+        """Take these, as `past` gave them, for the selections before this one."""
+        n_bytes = -(-self._mask.size // 8)
+        self._undo = [bits for bits in past if len(bits) == n_bytes][-UNDO_DEPTH:]
+        self._redo.clear()
 
     @property
     def can_undo(self) -> bool:
@@ -144,6 +157,12 @@ class AppState:
     """whether the handle stands where there are no particles: what is drawn there is a guess"""
     axes_asked = Signal(str, str)
     """columns that somebody wants to see on the axes of the map"""
+    groups_asked = Signal()
+    """somebody wants to lay out or group the particles"""
+    train_shown = Signal()
+    """somebody wants to see the settings of the next training"""
+    tour_asked = Signal()
+    """somebody wants to be shown around"""
     train_asked = Signal()
     """somebody wants to train again on the selection"""
     colour_asked = Signal(str)
@@ -167,6 +186,10 @@ class AppState:
         self.session: Session | None = None
         self.run: Run | None = None
         self.features: pd.DataFrame = pd.DataFrame()
+        self.drawable = False
+        """whether the run that is shown has a model to draw with"""
+        self.pose_of_run: frozenset[str] = frozenset()
+        """columns of the pose that the run that is shown has found itself"""
         self.selection = Selection()
         self.handle_z: NDArray[np.float64] = np.zeros(0)
         self._off_data: set[str] = set()
@@ -190,6 +213,7 @@ class AppState:
         if opened.run is None or self.run is None or opened.run.path != self.run.path:
             self.set_held(False)
         self.session, self.run, self.features = opened.session, opened.run, opened.features
+        self.drawable, self.pose_of_run = opened.drawable, opened.pose_of_run
         latents = [name for name in map(str, self.features) if re.fullmatch(r"z_\d+", name)]
         self.handle_z = np.zeros(0 if opened.run is None else len(latents))
         if other_session:
@@ -272,6 +296,10 @@ class Opened:
     session: Session | None
     run: Run | None
     features: pd.DataFrame
+    drawable: bool = False
+    """Whether the run has weights to draw with"""
+    pose_of_run: frozenset[str] = frozenset()
+    """Columns of the pose that are the run's own, not the file's"""
 
 
 def read(session: Session | None, run: Run | Literal["newest"] | None = "newest") -> Opened:
@@ -281,11 +309,14 @@ def read(session: Session | None, run: Run | Literal["newest"] | None = "newest"
     if run == "newest":
         run = session.newest_finished_run()
     tables = [session.table]
+    drawable, own = False, frozenset[str]()
     if run is not None:
         tables.append(run.features(session.table.index))
+        drawable = run.has_weights
+        own = frozenset(map(str, tables[-1].columns)) & {"angle_deg", "shift_y_px", "shift_x_px"}
     joined = pd.concat(tables, axis=1)
     # a run's own column wins over one of the same name in the file (angle_deg, class_id)
-    return Opened(session, run, joined.loc[:, ~joined.columns.duplicated(keep="last")])
+    return Opened(session, run, joined.loc[:, ~joined.columns.duplicated(keep="last")], drawable, own)
 
 
 def _read_only(mask: Mask) -> Mask:

@@ -26,6 +26,7 @@ State = Literal["new", "running", "finished", "failed", "stopped", "interrupted"
 
 STATUS = "status.json"
 STOP = "stop"
+PAUSE = "pause"
 HEARTBEAT_S = 1.0
 NICE = 19
 STALE_S = 60.0
@@ -113,6 +114,14 @@ def request_stop(folder: Path) -> None:
     (Path(folder) / STOP).touch()
 
 
+def request_pause(folder: Path, paused: bool = True) -> None:
+    """Ask the training of this folder to stand still, keeping its memory, or to go on."""
+    if paused:
+        (Path(folder) / PAUSE).touch()
+    else:
+        (Path(folder) / PAUSE).unlink(missing_ok=True)
+
+
 class StatusWriter:
     """Writes `status.json` at each change and every second, from entering the block until leaving it.
 
@@ -126,6 +135,7 @@ class StatusWriter:
         self.status = Status()
         self._lock = threading.Lock()
         self._end = threading.Event()
+        self._paused = False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> StatusWriter:
@@ -133,6 +143,7 @@ class StatusWriter:
             folder.mkdir(parents=True, exist_ok=True)
             if read_status(folder).pid != os.getpid():  # not announced: what lies there is of an earlier job
                 (folder / STOP).unlink(missing_ok=True)
+                (folder / PAUSE).unlink(missing_ok=True)
         self.status = Status(
             state="running",
             pid=os.getpid(),
@@ -145,6 +156,11 @@ class StatusWriter:
         if self.folders:
             self._thread.start()
         return self
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was asked to stand still, by the last look into the folders."""
+        return self._paused
 
     @staticmethod
     def announce(folder: Path, pid: int) -> None:
@@ -204,6 +220,7 @@ class StatusWriter:
         while not self._end.wait(HEARTBEAT_S):
             if any((folder / STOP).exists() for folder in self.folders):
                 self.stop.set()
+            self._paused = any((folder / PAUSE).exists() for folder in self.folders)
             # a full disk or a folder that was moved must not end hours of work: the next beat tries again
             with contextlib.suppress(OSError, UserError), self._lock:
                 self._write()

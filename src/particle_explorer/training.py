@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from particle_explorer import preprocess
-from particle_explorer.configs import RunConfig
+from particle_explorer.configs import RotationAEConfig, RunConfig
 from particle_explorer.files import Stopped, UserError, locked, replacing
 from particle_explorer.gauge import Gauge
 from particle_explorer.io.inspecting import guessed_sign
@@ -46,6 +47,7 @@ from particle_explorer.team import Team, joined, led, ready_file
 
 LOG_S = 0.25
 """Least time between two reports"""
+PAUSE_LOOK_S = 0.2
 LIVE_S = 1.0
 LIVE_SHARE = 0.05
 """Share of the time that may go into the live view"""
@@ -119,7 +121,9 @@ class SessionBatches:
         self._ctf: Tensor | None = None
         if first_ctf is not None and first_ctf.nbytes * len(rows) <= MEMORY_SHARE * free_memory_bytes():
             self._ctf = torch.from_numpy(self._read_ctf(rows))
-        self._pose = _carried_pose(session, rows) if with_pose else None
+        self._pose = None
+        if with_pose:
+            self._pose = _carried_pose(session.table.iloc[rows], session.plan.cached_box_px)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,17 +147,16 @@ class SessionBatches:
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
-def _carried_pose(session: Session, rows: NDArray[np.intp]) -> Tensor | None:
-    """`(len(rows), 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles.
+def _carried_pose(table: pd.DataFrame, cached_box_px: int) -> Tensor | None:
+    """`(n, 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles.
 
     Files that were never aligned often carry the columns with nothing but zeros in them.
     """
-    table = session.table.iloc[rows]
     if "angle_deg" not in table or not table["angle_deg"].notna().all() or not table["angle_deg"].any():
         return None
-    original_px = table["box_px"].to_numpy(np.float64) / session.plan.cached_box_px
+    original_px = table["box_px"].to_numpy(np.float64) / cached_box_px
     shift = [
-        table[name].fillna(0).to_numpy(np.float64) / original_px if name in table else np.zeros(len(rows))
+        table[name].fillna(0).to_numpy(np.float64) / original_px if name in table else np.zeros(len(table))
         for name in ("shift_y_px", "shift_x_px")
     ]
     angle = np.deg2rad(table["angle_deg"].to_numpy(np.float64))
@@ -168,7 +171,9 @@ def encode(
     Here, and nowhere else, radians become degrees and shifts of the cached images pixels of the original.
     """
     rows = np.arange(session.n_particles) if rows is None else rows
-    images = SessionBatches(session, rows, _device_of(model), with_ctf=model.uses_ctf)
+    images = SessionBatches(
+        session, rows, _device_of(model), with_ctf=model.uses_ctf, with_pose=model.uses_pose
+    )
     original_px = preprocess.original_pixels(session.table, session.plan)[rows]
     yield from _encode_batches(model, images, session.uid[rows], original_px, precision)
 
@@ -198,7 +203,9 @@ def encode_prepared(
     model: ParticleModel, particles: Particles, plan: preprocess.Plan, *, precision: str = "auto"
 ) -> Iterator[tuple[float, Latents | None]]:
     """The same of any particles, prepared by a plan that is known already."""
-    images = _ParticleBatches(particles, plan, _device_of(model), with_ctf=model.uses_ctf)
+    images = _ParticleBatches(
+        particles, plan, _device_of(model), with_ctf=model.uses_ctf, with_pose=model.uses_pose
+    )
     original_px = preprocess.original_pixels(particles.table, plan)
     uid = particles.table.index.to_numpy(np.uint64)
     yield from _encode_batches(model, images, uid, original_px, precision)
@@ -208,9 +215,16 @@ class _ParticleBatches:
     """Particles that are in no session, prepared as they are asked for."""
 
     def __init__(
-        self, particles: Particles, plan: preprocess.Plan, device: torch.device, *, with_ctf: bool
+        self,
+        particles: Particles,
+        plan: preprocess.Plan,
+        device: torch.device,
+        *,
+        with_ctf: bool,
+        with_pose: bool = False,
     ) -> None:
         self.particles, self.plan, self.device, self.with_ctf = particles, plan, device, with_ctf
+        self._pose = _carried_pose(particles.table, plan.cached_box_px) if with_pose else None
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -229,6 +243,7 @@ class _ParticleBatches:
             torch.from_numpy(images).to(self.device),
             None if ctf is None else torch.from_numpy(ctf).to(self.device),
             index.to(self.device),
+            None if self._pose is None else self._pose[index].to(self.device),
         )
 
 
@@ -306,6 +321,47 @@ def load_model(run: Run, device: torch.device | str = "cpu") -> ParticleModel:
             f" {_misfit(model, weights)}; put back its own file, or train the run again"
         ) from error
     return model.to(device).eval()
+
+
+def weights_to_start_from(config: RunConfig, parent: Run) -> dict[str, Tensor]:
+    """The weights of another run, for a fit of the same model to the same images; else says what differs."""
+    refused, theirs = f"a run cannot start from the weights of {parent.name}", parent.config
+    if theirs.model.kind != config.model.kind:
+        raise UserError(
+            f"{refused}: that is of the model {theirs.model.kind}, the new one would be of"
+            f" {config.model.kind}; choose the same model, or start anew"
+        )
+    for name in ("box_px", "n_channels", "diameter_px"):
+        here, before = getattr(config.data, name), getattr(theirs.data, name)
+        if here != before:
+            raise UserError(f"{refused}: it was fitted to images of {name} {before:g}, these have {here:g}")
+    differ = [
+        f"{field.title or name} is {getattr(theirs.model, name)} there and {getattr(config.model, name)} here"
+        for name, field in type(config.model).model_fields.items()
+        if getattr(theirs.model, name) != getattr(config.model, name)
+    ]
+    ours, there = config.model, theirs.model
+    if (
+        isinstance(ours, RotationAEConfig)
+        and isinstance(there, RotationAEConfig)
+        and ours.poses != there.poses
+    ):
+        raise UserError(f"{refused}: {'; '.join(differ)}; keep the angles to learn from, or start anew")
+    path = parent.path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{refused}: it has none yet")
+    try:
+        weights = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{refused}: {path} is damaged") from error
+    model = build_model(config.model, config.data)
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        why = "; ".join(differ) or _misfit(model, weights)
+        keep = "keep what gives the networks their size, or start anew"
+        raise UserError(f"{refused}: {why}; {keep}") from error
+    return weights
 
 
 def _misfit(model: ParticleModel, weights: dict[str, Tensor]) -> str:
@@ -594,6 +650,8 @@ class _Fit:
             if parameters
         }
         self.status.update(n_epochs=self.n_epochs)
+        if self.config.warm_start:
+            self.model.skip_warm_up()
         if self.resume and self.run_.can_resume:
             self._load_checkpoint()
         self.began = time.monotonic()
@@ -602,7 +660,11 @@ class _Fit:
         if self.started:
             return
         self.model.train()
-        for step in self.model.start(self.batches):
+        if self.config.warm_start:
+            yield self._said(f"starting from {self.config.parent}", 0.0)
+            parent = self.session.run(self.config.parent)
+            self.model.load_state_dict(weights_to_start_from(self.config, parent))
+        for step in () if self.config.warm_start else self.model.start(self.batches):
             if self.team.leads:
                 self.live.write_if_due(starting=True)
             yield self._said(step.what, step.fraction)
@@ -635,6 +697,8 @@ class _Fit:
         self.team.same(order)
         meter = self.meter = _Meter(self.meter)
         for index in order.split(self.batch_size):
+            if self.status.paused and self.team.size == 1:
+                self._wait(meter)
             if self.team.any(self.stop.is_set()):
                 self._go_back()
                 if self.team.leads:
@@ -649,6 +713,17 @@ class _Fit:
             if self.team.leads and (last or meter.seconds >= LOG_S):
                 yield self._report(meter)
                 meter = self.meter = _Meter(meter)
+
+    def _wait(self, meter: _Meter) -> None:
+        """Stand still, with all in memory, until somebody lets it go on or stop."""
+        began = time.monotonic()
+        self.status.update(what="paused", seconds_left=-1.0)
+        while self.status.paused and not self.stop.wait(PAUSE_LOOK_S):
+            pass
+        away = time.monotonic() - began
+        self.began += away
+        meter.began += away
+        self.status.update(what="training")
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One batch; the parts of an adversarial model are stepped one after the other."""

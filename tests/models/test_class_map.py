@@ -10,6 +10,7 @@ from torch import Tensor
 from particle_explorer import metrics
 from particle_explorer.configs import ClassMapConfig, DataSpec
 from particle_explorer.ctf import ctf_2d
+from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.class_map import ClassMap
@@ -31,14 +32,15 @@ def batch_of(images: Tensor, row: Tensor | None = None, ctf: Tensor | None = Non
 class Fitted:
     """Images at hand, as training gives them."""
 
-    def __init__(self, images: Tensor, ctf: Tensor | None = None) -> None:
-        self.images, self.ctf = images, ctf
+    def __init__(self, images: Tensor, ctf: Tensor | None = None, pose: Tensor | None = None) -> None:
+        self.images, self.ctf, self.pose = images, ctf, pose
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, index: Tensor) -> Batch:
-        return batch_of(self.images[index], index, None if self.ctf is None else self.ctf[index])
+        batch = batch_of(self.images[index], index, None if self.ctf is None else self.ctf[index])
+        return batch if self.pose is None else batch._replace(pose=self.pose[index])
 
 
 def ctf_of(n: int, n_images: int, astigmatism_A: float = 800.0) -> Tensor:
@@ -81,9 +83,15 @@ def stack(n: int = 24, n_images: int = 600, noise: float = 0.3) -> tuple[Tensor,
     return images / noise, {"opening": opening, "angle": angle, "shift": shift}
 
 
-def fit(model: ClassMap, images: Tensor, n_epochs: int = 12, ctf: Tensor | None = None) -> None:
+def fit(
+    model: ClassMap,
+    images: Tensor,
+    n_epochs: int = 12,
+    ctf: Tensor | None = None,
+    pose: Tensor | None = None,
+) -> None:
     """What training does."""
-    batches = Fitted(images, ctf)
+    batches = Fitted(images, ctf, pose)
     model.train()
     for _ in model.start(batches):
         pass
@@ -520,3 +528,42 @@ def test_a_constant_added_to_an_image_changes_nothing(
     for a, b in ((plain.z, moved.z), (plain.angle, moved.angle), (plain.shift, moved.shift)):
         assert a is not None and b is not None
         torch.testing.assert_close(a, b, atol=0.02, rtol=0)
+
+
+def away_from(angle: Tensor, other: Tensor) -> Tensor:
+    """Degrees (b,) between directions, either way round."""
+    return torch.rad2deg(torch.remainder(angle - other + math.pi / 2, math.pi) - math.pi / 2).abs()
+
+
+def test_angles_of_filaments_stay_near_those_of_the_file_either_way_round() -> None:
+    torch.manual_seed(0)
+    images, truth = stack(n_images=300, noise=2.5)
+    random = torch.Generator().manual_seed(5)
+    off = torch.deg2rad(5 * torch.randn(300, generator=random))
+    flip = math.pi * torch.randint(0, 2, (300,), generator=random)
+    pose = torch.stack([truth["angle"] + off + flip, *torch.zeros(2, 300)], 1)
+    found = {}
+    for prior in (0.0, 8.0):
+        model = model_of(n_particles=300, nodes_per_dim=4, angle_step_deg=15, psi_prior_deg=prior)
+        assert model.uses_pose == (prior > 0)
+        fit(model, images, n_epochs=3, pose=pose)
+        encoding = model.encode(batch_of(images)._replace(pose=pose))
+        assert encoding.angle is not None
+        found[prior] = away_from(encoding.angle, truth["angle"])
+    assert (found[8.0] < 30).float().mean() > 0.98, "noise alone does not turn a segment across its filament"
+    assert (found[0.0] < 30).float().mean() < 0.8, "without it, it does"
+
+    # both ways round are found: the prior leaves that to the image
+    spread = torch.remainder(encoding.angle - pose[:, 0] + math.pi, 2 * math.pi) - math.pi
+    assert 0.2 < (spread.abs() < math.pi / 2).float().mean() < 0.8
+    with pytest.raises(UserError, match="rlnAnglePsiPrior"):
+        model.encode(batch_of(images[:4]))
+
+
+def test_a_map_that_goes_on_from_another_is_not_softened_again() -> None:
+    model = model_of()
+    model.schedule(0.0, 0)
+    assert model.heat < 0.5
+    model.skip_warm_up()
+    model.schedule(0.0, 0)
+    assert model.heat == 1

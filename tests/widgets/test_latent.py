@@ -22,8 +22,11 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
 from particle_explorer.state import AppState
 from particle_explorer.status import STOP, StatusWriter
+from particle_explorer.widgets.explore import Worker
+from particle_explorer.widgets.groups import GroupsPanel
 from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock
 from particle_explorer.widgets.latent_axes import LiveReader, read_columns
+from particle_explorer.widgets.workspace import state_of
 
 LEFT, NONE = Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
 Floats = NDArray[np.float64]
@@ -60,8 +63,14 @@ Open = Callable[..., LatentDock]
 def open_dock(qtbot: QtBot, tiny_session: Session) -> Iterator[Open]:
     docks: list[LatentDock] = []
 
-    def build(d: int = 2, *, viewer: ViewerModel | None = None, umap: bool = False) -> LatentDock:
-        state = AppState()
+    def build(
+        d: int = 2,
+        *,
+        viewer: ViewerModel | None = None,
+        umap: bool = False,
+        state: AppState | None = None,
+    ) -> LatentDock:
+        state = AppState() if state is None else state
         dock = LatentDock(viewer, state=state)
         qtbot.addWidget(dock)
         dock.resize(392, 384)
@@ -132,7 +141,7 @@ def test_empty_states_say_what_to_do(qtbot: QtBot, tiny_session: Session) -> Non
     assert dock.canvas._message == NO_RUN
     qtbot.waitUntil(lambda: len(dock._columns.features) == tiny_session.n_particles)
     assert dock.canvas.n_points == 0 and not dock.x.isEnabled()
-    for button in (dock.umap_button, dock.save_button):
+    for button in (dock.groups_button, dock.save_button):
         assert not button.isEnabled() and button.toolTip()
     dock.shutdown()
 
@@ -150,7 +159,6 @@ def test_axes_have_names_for_people(open_dock: Open) -> None:
 
 def test_all_of_it_fits_a_narrow_column(open_dock: Open) -> None:
     dock = open_dock(5)
-    dock.job.setVisible(True)
     hint = dock.minimumSizeHint()
     assert hint.width() <= 320 and hint.height() <= 384
     for widget in dock.findChildren(QWidget):
@@ -402,10 +410,35 @@ def test_each_live_file_is_read_once_and_old_ones_never(tiny_session: Session) -
 # ---- jobs and sets --------------------------------------------------------------------
 
 
+Panels = Callable[..., tuple[LatentDock, GroupsPanel]]
+
+
+@pytest.fixture
+def panels(open_dock: Open, qtbot: QtBot) -> Iterator[Panels]:
+    """A map and, of the same state, the part of Explore that lays out and groups."""
+    made: list[GroupsPanel] = []
+
+    def build() -> tuple[LatentDock, GroupsPanel]:
+        model = ViewerModel()
+        dock = open_dock(viewer=model, state=state_of(model))
+        worker = Worker(model)
+        panel = GroupsPanel(model, worker)
+        worker.layout().addWidget(panel)
+        qtbot.addWidget(worker)
+        worker.show()
+        made.append(panel)
+        return dock, panel
+
+    yield build
+    for panel in made:
+        panel.tasks.stop()
+        panel.worker.stop()
+
+
 def test_umap_runs_in_the_background_and_shows_itself(
-    open_dock: Open, qtbot: QtBot, tiny_session: Session, monkeypatch: pytest.MonkeyPatch
+    panels: Panels, qtbot: QtBot, tiny_session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dock = open_dock()
+    dock, groups = panels()
     run = dock.state.run
     assert run is not None
     asked: list[list[str]] = []
@@ -418,24 +451,24 @@ def test_umap_runs_in_the_background_and_shows_itself(
         return folder
 
     monkeypatch.setattr(jobs, "start", start)
-    QTest.mouseClick(dock.umap_button, LEFT)
-    qtbot.waitUntil(lambda: dock.job.isVisibleTo(dock))
-    assert asked == [["embed", str(run.path), "--method", "umap"]]
-    assert not dock.cluster_button.isEnabled() and "Wait" in dock.cluster_button.toolTip()
+    QTest.mouseClick(groups.embed_button, LEFT)
+    bar = groups.worker.bar
+    qtbot.waitUntil(lambda: bar.isVisible())
+    assert asked == [["embed", str(run.path)]]
+    assert not groups.cluster_button.isEnabled() and "Wait" in groups.cluster_button.toolTip()
     z = positions(tiny_session.n_particles, 2)
     run.write_column(
         "umap", pd.DataFrame({"umap_0": z[:, 1], "umap_1": z[:, 0]}, tiny_session.table.index), {}
     )
+    worker.update(message="umap")
     worker.__exit__(None, None, None)
     qtbot.waitUntil(lambda: dock.x.currentData() == "umap_0", timeout=5000)
     assert dock.y.currentData() == "umap_1"
-    assert dock.umap_button.isEnabled() and not dock.job.isVisibleTo(dock)
+    assert groups.embed_button.isEnabled() and not bar.isVisible()
 
 
-def test_a_job_can_be_cancelled(
-    open_dock: Open, qtbot: QtBot, tiny_session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dock = open_dock()
+def test_a_job_can_be_cancelled(panels: Panels, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, groups = panels()
     workers: list[StatusWriter] = []
 
     def start(args: list[str], folder: Path) -> Path:
@@ -443,39 +476,43 @@ def test_a_job_can_be_cancelled(
         return folder
 
     monkeypatch.setattr(jobs, "start", start)
-    QTest.mouseClick(dock.umap_button, LEFT)
-    qtbot.waitUntil(lambda: dock.job.isVisibleTo(dock))
-    QTest.mouseClick(dock.job.cancel, LEFT)
+    QTest.mouseClick(groups.embed_button, LEFT)
+    bar = groups.worker.bar
+    qtbot.waitUntil(lambda: bar.isVisible())
+    QTest.mouseClick(bar.cancel, LEFT)
     folder = workers[0].folders[0]
     assert (folder / STOP).exists()
     workers[0].stop.set()
     workers[0].__exit__(None, None, None)
-    qtbot.waitUntil(lambda: not dock.job.isVisibleTo(dock), timeout=5000)
-    assert dock.umap_button.isEnabled()
-    assert not dock.complaint.isVisibleTo(dock)
+    qtbot.waitUntil(lambda: not bar.isVisible(), timeout=5000)
+    assert groups.embed_button.isEnabled()
+    assert not groups.worker.complaint.isVisible()
 
 
-def test_clusters_are_computed_by_a_worker_and_colour_the_map(
-    open_dock: Open, qtbot: QtBot, tiny_session: Session
-) -> None:
-    dock = open_dock()
+def test_clusters_are_computed_by_a_worker_and_colour_the_map(panels: Panels, qtbot: QtBot) -> None:
+    dock, groups = panels()
+    asked: list[bool] = []
+    dock.state.groups_asked.connect(lambda: asked.append(True))
     QTest.keyClick(dock.canvas, Qt.Key.Key_C)
-    dock.n_clusters.setValue(3)
-    QTest.mouseClick(dock.start_cluster, LEFT)
+    QTest.mouseClick(dock.groups_button, LEFT)
+    assert asked == [True, True], "the map shows the way to the one place where groups are made"
+    groups.clustering.editor("n_clusters").value = 3
+    QTest.mouseClick(groups.cluster_button, LEFT)
+    complaint = groups.worker.complaint
     qtbot.waitUntil(
-        lambda: dock.canvas._colouring.kind == "category" or dock.complaint.isVisibleTo(dock), timeout=90_000
+        lambda: dock.canvas._colouring.kind == "category" or complaint.isVisible(), timeout=90_000
     )
-    assert not dock.complaint.isVisibleTo(dock), dock.complaint.details.toPlainText()
+    assert not complaint.isVisible(), complaint.details.toPlainText()
     assert dock.canvas._colouring.labels == ("1", "2", "3")
     assert dock.colour.currentText() == "k-means cluster"
 
 
 def test_a_failed_job_says_why_in_place(
-    open_dock: Open, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+    panels: Panels, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from particle_explorer.files import UserError
 
-    dock = open_dock()
+    _, groups = panels()
 
     def start(args: list[str], folder: Path) -> Path:
         with StatusWriter(folder):
@@ -488,10 +525,11 @@ def test_a_failed_job_says_why_in_place(
             return folder
 
     monkeypatch.setattr(jobs, "start", swallow)
-    dock.cluster()
-    qtbot.waitUntil(lambda: dock.complaint.isVisibleTo(dock), timeout=5000)
-    assert dock.complaint.sentence.text().startswith("120 particles")
-    assert dock.cluster_button.isEnabled()
+    groups.cluster()
+    complaint = groups.worker.complaint
+    qtbot.waitUntil(lambda: complaint.isVisible(), timeout=5000)
+    assert complaint.sentence.text().startswith("120 particles")
+    assert groups.cluster_button.isEnabled()
 
 
 def test_a_set_is_saved_by_keyboard(open_dock: Open, qtbot: QtBot, tiny_session: Session) -> None:

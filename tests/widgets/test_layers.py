@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,17 @@ from pytestqt.qtbot import QtBot
 from qtpy.QtWidgets import QWidget
 
 from particle_explorer import jobs
+from particle_explorer.configs import ClassMapConfig, SpatialVAEConfig, VAEConfig
 from particle_explorer.session import Session
-from particle_explorer.widgets.pictures import Pictures, to_reference
+from particle_explorer.widgets.pictures import (
+    Decoder,
+    Pictures,
+    best_view,
+    low_passed,
+    through_ctf,
+    to_reference,
+    views_of,
+)
 from particle_explorer.widgets.reconstruction import Reconstruction
 from particle_explorer.widgets.selected import ParticleRows, SelectedParticles
 from particle_explorer.widgets.workspace import state_of
@@ -120,8 +131,6 @@ def _aligned_slowly(session: Session, state: Any, row: int) -> NDArray[np.float3
 def test_every_view_of_a_particle_is_what_it_says(
     qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session, pencil: type[_Pencil]
 ) -> None:
-    from particle_explorer.widgets.pictures import Decoder, Pictures, best_view, low_passed, views_of
-
     state = _with_poses(viewer, tiny_session)
     assert views_of(state) == ["raw", "low-pass", "aligned"]
     assert best_view(state, "residual") == "aligned", "no model yet: the next best"
@@ -140,15 +149,56 @@ def test_every_view_of_a_particle_is_what_it_says(
         rest = pool.submit(shown["residual"].read, rows).result()
     z = state.features["z_0"].to_numpy()[rows]
     np.testing.assert_allclose(drawn[:, 0, 0, 0], z, rtol=1e-6)
-    np.testing.assert_allclose(rest, aligned - drawn, atol=1e-6)
+    poses = shown["residual"].poses
+    assert poses is not None
+    for i, image in enumerate(raw - through_ctf(drawn, tiny_session.ctf(rows))):
+        turn, move = poses.of(rows[i : i + 1], m)
+        np.testing.assert_allclose(rest[i, 0], to_reference(image[0], turn[0], move[0]), atol=1e-5)
     decoder.close()
     assert pencil.made[0].closed and len(pencil.made) == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "is_free"),
+    [
+        (ClassMapConfig(), True),
+        (ClassMapConfig(use_ctf=False), False),
+        (SpatialVAEConfig(apply_ctf=True), True),
+        (SpatialVAEConfig(), False),
+        (VAEConfig(), False),
+    ],
+)
+def test_nothing_remains_of_a_particle_that_is_what_the_model_draws(
+    viewer: ViewerModel, tiny_session: Session, pencil: type[_Pencil], model: Any, is_free: bool
+) -> None:
+    state = _with_poses(viewer, tiny_session)
+    _show_run(state, tiny_session.path / "runs" / "0001", model)
+    state.pose_of_run = frozenset({"angle_deg", "shift_y_px", "shift_x_px"})
+    _Pencil.side = tiny_session.images.shape[-1]
+    rows, decoder = np.array([4, 90]), Decoder()
+    shown = Pictures.of(state, "residual", decoder)
+    assert shown.placed is not None
+
+    class Drawn:
+        """Images that are the model's own, at the particles' poses, as the microscope shows them."""
+
+        shape = tiny_session.images.shape
+
+        def read(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+            angle, shift = shown.placed.of(rows, _Pencil.side)
+            z = state.features[["z_0"]].to_numpy()[rows]
+            drawn = _Pencil(Path()).decode(z, angle, shift)
+            return through_ctf(drawn, tiny_session.ctf(rows)) if is_free else drawn
+
+    with ThreadPoolExecutor(1) as pool:
+        images = pool.submit(Drawn().read, rows).result()
+        rest = pool.submit(replace(shown, images=Drawn()).read, rows).result()
+    assert images.std() > 0.05 and np.abs(rest).max() < 1e-4
+    decoder.close()
+
+
 @pytest.mark.parametrize("period", [5.0, 8.0])
 def test_low_passing_halves_a_wave_of_its_period(period: float) -> None:
-    from particle_explorer.widgets.pictures import low_passed
-
     wave = np.broadcast_to(np.cos(2 * np.pi * np.arange(80) / period), (80, 80)).astype(np.float32)
     inner = low_passed(wave, period)[40, 20:60]
     assert np.abs(inner).max() == pytest.approx(0.5, abs=0.03)
@@ -210,6 +260,8 @@ class _Pencil:
         assert threading.current_thread() is not threading.main_thread()
         z = np.atleast_2d(z)
         image = np.add.outer(z[:, 0], np.linspace(0, 1, self.side**2).reshape(2 * [self.side]))
+        if pose and pose[0] is not None:  # any picture that is another at another pose
+            image = image * np.cos(np.deg2rad(pose[0]))[:, None, None] + np.asarray(pose[1])[:, :1, None]
         return image[:, None].astype(np.float32)
 
     def close(self) -> None:
@@ -226,14 +278,13 @@ def pencil(monkeypatch: pytest.MonkeyPatch) -> type[_Pencil]:
 class _Run:
     """As much of a run as the layer asks for."""
 
-    has_weights = True
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: Any) -> None:
         self.path = path
+        self.config = SimpleNamespace(model=model)
 
 
-def _show_run(state: Any, path: Path) -> None:
-    state.run = _Run(path)
+def _show_run(state: Any, path: Path, model: Any = None) -> None:
+    state.run, state.drawable = _Run(path, model or ClassMapConfig()), True
     state.features = state.features.assign(z_0=np.linspace(-1, 1, len(state.features)))
     state.handle_z = np.zeros(1)
     state.run_changed.emit(state.run)

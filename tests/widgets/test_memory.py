@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ pytest.importorskip("napari")
 from pytestqt.qtbot import QtBot
 from qtpy.QtCore import QPointF, Qt
 from qtpy.QtTest import QTest
+from qtpy.QtWidgets import QApplication, QDockWidget, QMainWindow
 
 from particle_explorer.configs import ClassMapConfig, RunConfig
 from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
-from particle_explorer.widgets.memory import NAME, read_memory
+from particle_explorer.widgets.memory import NAME, _dock_of, _put, read_memory
 from particle_explorer.widgets.screenshots import Hand
 from particle_explorer.widgets.workspace import Workspace, open_workspace
 
@@ -104,11 +106,69 @@ def test_a_session_opens_again_as_it_was_left(
     hand.rest(0.1)
 
 
+def test_docks_float_again_where_they_floated_and_undo_goes_on(
+    make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot
+) -> None:
+    encoded(tiny_session, 1)
+    viewer = make_napari_viewer(show=True)
+    viewer.window.resize(1100, 700)
+    workspace, hand = opened(viewer, tiny_session, qtbot)
+    selection, n = workspace.state.selection, tiny_session.n_particles
+    earlier = [np.arange(n) % k == 0 for k in (2, 3, 5)]
+    for mask in earlier:
+        selection.set(mask)
+    column, strip = _dock_of(workspace), workspace.gallery_dock
+    assert column is not None and strip is not None
+    column.setFloating(True)
+    column.setGeometry(40, 30, 380, 560)
+    column.parentWidget().addDockWidget(Qt.DockWidgetArea.TopDockWidgetArea, strip)
+    hand.rest(0.3)
+    at = column.geometry()
+    workspace.shutdown()
+    viewer.close()
+
+    other = make_napari_viewer(show=True)
+    other.window.resize(1100, 700)
+    again, hand = opened(other, Session.open(tiny_session.path), qtbot)
+    hand.rest(0.3)
+    column, strip = _dock_of(again), again.gallery_dock
+    assert column is not None and column.isFloating() and column.geometry() == at
+    assert strip is not None and not strip.isFloating()
+    main = strip.parentWidget()
+    assert main.dockWidgetArea(strip) == Qt.DockWidgetArea.TopDockWidgetArea
+    selection = again.state.selection
+    for mask in reversed(earlier):
+        np.testing.assert_array_equal(selection.mask, mask)
+        selection.undo()
+    again.shutdown()
+    hand.rest(0.1)
+
+
+def test_a_dock_that_floated_on_a_screen_that_is_gone_comes_to_one_that_is_there(qtbot: QtBot) -> None:
+    main, dock = QMainWindow(), QDockWidget("one")
+    qtbot.addWidget(main)
+    main.addDockWidget(Qt.DockWidgetArea.RightDockWidgetArea, dock)
+    main.show()
+    _put(dock, main, {"area": "gone", "floating": True, "at": [90_000, -9_000, 300, 200]})
+    screen = QApplication.primaryScreen().availableGeometry()
+    assert dock.isFloating() and screen.contains(dock.geometry())
+    _put(dock, main, {"area": "LeftDockWidgetArea", "floating": False, "at": []})
+    assert not dock.isFloating()
+    assert main.dockWidgetArea(dock) == Qt.DockWidgetArea.LeftDockWidgetArea
+
+
 def test_a_damaged_memory_is_no_obstacle(
     make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot
 ) -> None:
     encoded(tiny_session, 1)
-    (tiny_session.path / NAME).write_text('{"format_version": 1, "map": {"x": "gone", "y": 3}, "run": "9"}')
+    damaged = {
+        "format_version": 1,
+        "map": {"x": "gone", "y": 3},
+        "run": "9",
+        "docks": {"column": {"at": "x"}, "gallery": 3},
+        "past": [7],
+    }
+    (tiny_session.path / NAME).write_text(json.dumps(damaged))
     viewer = make_napari_viewer(show=True)
     workspace, hand = opened(viewer, tiny_session, qtbot)
     assert workspace.latent.x.currentData() == "z_0"

@@ -16,13 +16,16 @@ pytest.importorskip("napari")
 
 from napari.components import ViewerModel
 from pytestqt.qtbot import QtBot
+from qtpy.QtCore import Qt
+from qtpy.QtTest import QTest
 
 from particle_explorer import jobs
 from particle_explorer.configs import ClassMapConfig, RunConfig, TrainConfig
 from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
 from particle_explorer.state import read
-from particle_explorer.status import STOP, StatusWriter
+from particle_explorer.status import PAUSE, STOP, StatusWriter
+from particle_explorer.widgets.runs import RunsWindow
 from particle_explorer.widgets.train import TrainDock, drawn, model_classes, read_metrics, round_limits
 
 
@@ -211,6 +214,59 @@ def test_a_run_is_put_into_the_form_again(dock: TrainDock, tiny_session: Session
     dock.state.open_session(tiny_session)
     dock.use_settings(run.name)
     assert dock.forms["class-map"].value() == model and dock.train_form.value().n_epochs == 7
+
+
+def test_training_goes_on_from_a_run_with_other_settings(
+    dock: TrainDock, tiny_session: Session, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], folder: Path) -> Path:
+        started.append(arguments)
+        return folder
+
+    monkeypatch.setattr(jobs, "start", start)
+    run = _with_latents(tiny_session, 0.0)
+    dock.state.open_session(tiny_session)
+    table = RunsWindow(dock.viewer, dock)
+    qtbot.addWidget(table)
+    table.read()
+    qtbot.waitUntil(lambda: table.table.rowCount() == 1)
+    assert not table.go_on_button.isEnabled()
+    table.table.selectRow(0)
+    QTest.mouseClick(table.go_on_button, Qt.MouseButton.LeftButton)
+    assert run.name in dock.going_on_words.text() and dock.train_button.text().startswith("Go on training")
+    dock.train_form.editor("learning_rate").value = 0.0005
+    arguments = dock.arguments()
+    assert arguments[arguments.index("--parent") + 1] == run.name and "--warm-start" in arguments
+    assert arguments[arguments.index("--train.learning-rate") + 1] == "0.0005"
+
+    # another model cannot go on from there, and one may change one's mind
+    dock.model.setCurrentIndex(dock.model.findData("vae"))
+    assert not dock.going_on.isVisibleTo(dock) and "--warm-start" not in dock.arguments()
+    dock.go_on_from(run.name)
+    QTest.mouseClick(dock.anew_button, Qt.MouseButton.LeftButton)
+    assert "--warm-start" not in dock.arguments()
+
+    # duplicating takes the settings alone
+    QTest.mouseClick(table.repeat_button, Qt.MouseButton.LeftButton)
+    assert dock.model.currentData() == "class-map" and "--warm-start" not in dock.arguments()
+    dock.go_on_from(run.name)
+    QTest.mouseClick(dock.train_button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: bool(started))
+    assert "--warm-start" in started[0]
+
+
+def test_a_training_is_paused_and_let_go_on(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
+    run = tiny_session.new_run(RunConfig(model=ClassMapConfig(), data=tiny_session.data_spec()))
+    with StatusWriter(run.path):
+        dock.state.open_session(tiny_session)
+        qtbot.waitUntil(lambda: dock.watch.isVisibleTo(dock), timeout=10_000)
+        QTest.mouseClick(dock.pause_button, Qt.MouseButton.LeftButton)
+        assert (run.path / PAUSE).exists() and dock.pause_button.text() == "Go on"
+        QTest.mouseClick(dock.pause_button, Qt.MouseButton.LeftButton)
+        assert not (run.path / PAUSE).exists() and dock.pause_button.text() == "Pause"
+    dock.stop_following()
 
 
 def test_particles_of_another_file_are_placed_by_a_job(

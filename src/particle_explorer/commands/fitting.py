@@ -12,7 +12,8 @@ from pydantic_settings import CliPositionalArg
 from particle_explorer.commands.command import PROGRAM, Job, JobCommand, interrupts_stop
 from particle_explorer.commands.options import numbers, path_or_none
 from particle_explorer.commands.runs import open_run
-from particle_explorer.configs import ClassMapConfig, ModelConfig, TrainConfig
+from particle_explorer.configs import ClassMapConfig, ModelConfig, RunModel, TrainConfig
+from particle_explorer.files import UserError
 
 if TYPE_CHECKING:
     from particle_explorer.session import Run, Session
@@ -31,7 +32,9 @@ class Train(JobCommand):
     selection: str = ""
     """Fit only the particles of this named selection; all are encoded at the end"""
     parent: str = ""
-    """Name of the run whose map the selection was made on, to be remembered with the new run"""
+    """Name of the run whose map the selection was made on, or that is gone on from, to be remembered"""
+    warm_start: bool = False
+    """Start from the weights of --parent, with other settings; without --model, with its model's"""
     device: str = "auto"
     """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
     resume: str = ""
@@ -64,18 +67,29 @@ class Train(JobCommand):
 
         if self.resume:
             return session.run(Path(self.resume).name)
-        return session.new_run(
-            RunConfig(
-                model=self.model,
-                train=self.train.model_copy(update={"devices": n_devices}),
-                data=session.data_spec(),
-                where=self.where,
-                selection=self.selection,
-                parent=self.parent,
-                device=self.device,
-                version=__version__,
-            )
+        parent = session.run(Path(self.parent).name) if self.parent else None
+        model: RunModel = self.model
+        if self.warm_start:
+            if parent is None:
+                raise UserError("--warm-start goes on from another run: name it by --parent")
+            if "model" not in self.model_fields_set:
+                model = parent.config.model
+        config = RunConfig(
+            model=model,
+            train=self.train.model_copy(update={"devices": n_devices}),
+            data=session.data_spec(),
+            where=self.where,
+            selection=self.selection,
+            parent="" if parent is None else parent.name,
+            warm_start=self.warm_start,
+            device=self.device,
+            version=__version__,
         )
+        if parent is not None and self.warm_start:
+            from particle_explorer.training import weights_to_start_from
+
+            weights_to_start_from(config, parent)  # before there is a run that cannot begin
+        return session.new_run(config)
 
     def _fit(self, session: Session, run: Run, team: Team | None) -> None:
         from particle_explorer.status import StatusWriter

@@ -29,12 +29,14 @@ LARGEST_BOX = 16_384
 class MrcFile:
     """One MRC file as a stack of square images; a single 2-D image is a stack of one.
 
+    Micrographs need not be `square`.
+
     Tolerated, each with a note: a missing MAP stamp, a damaged byte-order stamp, bytes after the data.
     Anything else that does not fit together is a `UserError`. A file in gzip or bzip2 is unpacked once, after
     its header has been understood.
     """
 
-    def __init__(self, path: Path | str, pool: DescriptorPool | None = None) -> None:
+    def __init__(self, path: Path | str, pool: DescriptorPool | None = None, *, square: bool = True) -> None:
         self.path = os.path.abspath(path)
         self._pool = pool or DescriptorPool()
         notes: list[str] = []
@@ -61,9 +63,9 @@ class MrcFile:
                 f"{self.path} holds data of MRC mode {mode}, which is not a mode of real images; modes 0, 1, "
                 "2, 6 and 12 are read"
             )
-        if nx != ny:
+        if square and nx != ny:
             raise UserError(f"{self.path} holds images of {nx} × {ny} px; particle images must be square")
-        if not 2 <= nx <= LARGEST_BOX or nz < 1:
+        if not (2 <= nx <= LARGEST_BOX and 2 <= ny <= LARGEST_BOX) or nz < 1:
             raise UserError(
                 f"{self.path} is damaged or no MRC file: its header says {nz} images of {nx} × {ny} px"
             )
@@ -96,7 +98,7 @@ class MrcFile:
                 f"{self.path} is a cube marked as a volume; if it is a 3-D map, it holds no particle images"
             )
         self.n_images = nz
-        self.shape = (1, nx, nx)
+        self.shape = (1, ny, nx)
         self.pixel_size_A = _pixel_size_A(fields)
         self.notes = tuple(notes)
 

@@ -69,6 +69,12 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
     return found
 
 
+def find_file(name: str, source: Path) -> Path | None:
+    """One file that a star or cs file names, looked for as `resolve_stacks` does; None where it is not."""
+    found = _find(name, Path(os.path.abspath(source)), None)
+    return None if found is None else Path(found)
+
+
 def _bare_name(name: str) -> str:
     """File name without folders, suffix for RELION's type and cryoSPARC's number."""
     return _UID_PREFIX.sub("", os.path.basename(_TYPE_SUFFIX.sub("", name)))

@@ -271,7 +271,9 @@ def _pose(
     """Placement angle and shift where the file gives them; RELION takes Å over pixels."""
     pose: dict[str, NDArray[np.float64]] = {}
     n = len(table)
-    psi = numbers(table, "rlnAnglePsi", star.path) if "rlnAnglePsi" in table else np.zeros(n)
+    # of segments of filaments that were only picked, the way of the filament is all that is known
+    label = next((name for name in ("rlnAnglePsi", "rlnAnglePsiPrior") if name in table), "")
+    psi = numbers(table, label, star.path) if label else np.zeros(n)
     if all(label in table for label in ANGST_ORIGINS):
         x, y = (numbers(table, label, star.path) for label in ANGST_ORIGINS)
         # nothing to rescale where the origins are 0, so the missing pixel size does no harm
@@ -283,7 +285,7 @@ def _pose(
         x = y = np.zeros(n)
         unit = np.full(n, np.nan)
     angle, shift = from_relion(psi, x, y, unit)
-    if "rlnAnglePsi" in table:
+    if label:
         pose["angle_deg"] = angle
     if np.isfinite(unit).all():
         pose["shift_y_px"], pose["shift_x_px"] = shift[:, 0], shift[:, 1]

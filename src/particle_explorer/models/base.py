@@ -172,6 +172,9 @@ class ParticleModel(nn.Module, ABC):
         """Prepare from data before the first step; yields often, so that a stop is obeyed."""
         yield from ()
 
+    def skip_warm_up(self) -> None:
+        """Told before the first step of a fit that starts from the weights of another one."""
+
     def schedule(self, fraction: float, epoch: int) -> None:
         """Told before each step how much of the training is done (0 to 1)."""
 

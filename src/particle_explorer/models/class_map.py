@@ -87,6 +87,8 @@ class _Seen(NamedTuple):
     """`(b, n, n // 2 + 1)` CTF"""
     centre: Tensor
     """`(b, 2)` whole pixels of the batch (y, x) from the centre of the box to that of what is compared"""
+    turns: Tensor | None = None
+    """`(b, r)` log prior of each angle of the search; None where all are alike"""
 
 
 class _Expectation(NamedTuple):
@@ -192,7 +194,10 @@ class ClassMap(ParticleModel):
         self.px_per_px = self.window_px / n
         """Pixels of the batch per pixel of the model: large boxes are cropped in Fourier space."""
         self.classes = config.varies == "classes"
+        self.psi_prior = math.radians(config.psi_prior_deg)
+        self.uses_pose = self.psi_prior > 0
         self.warm_up = config.warm_up
+        """Share of the fit in which the posterior is sharpened; 0 for one that starts from a map."""
         n_steps = _N_STEPS_OF_CLASSES if self.classes else _N_STEPS
         self.n_epochs = max(2, min(30, math.ceil(n_steps * self.batch_size / data.n_particles)))
         side = config.nodes_per_dim or (24 if d == 1 else 12)
@@ -308,7 +313,23 @@ class ClassMap(ParticleModel):
             images = torch.where(good[:, None, None, None], images, 0.0)
         if centre is None:
             centre = self._find_places(images, batch.ctf)
-        return _Seen(self._window(images, centre), self._transfer(batch), centre)
+        return _Seen(self._window(images, centre), self._transfer(batch), centre, self._log_turns(batch))
+
+    def _log_turns(self, batch: Batch) -> Tensor | None:
+        """`(b, r)` log prior of the angles: about those that the particles carry, either way round.
+
+        A filament looks alike from both ends when it is picked; RELION's psi prior is bimodal likewise.
+        """
+        if not self.psi_prior:
+            return None
+        if batch.pose is None:
+            raise UserError(
+                "--model.psi-prior-deg: not all particles carry an in-plane angle to stay near to"
+                " (rlnAnglePsi, rlnAnglePsiPrior, or the pose of a cryoSPARC 2D alignment); leave it at 0"
+            )
+        away = self.angles - batch.pose[:, :1]
+        away = torch.remainder(away + math.pi / 2, math.pi) - math.pi / 2
+        return (-(away**2) / (2 * self.psi_prior**2)).log_softmax(1)
 
     def _window(self, images: Tensor, centre: Tensor) -> Tensor:
         """What lies about each particle's place, in the box of the model."""
@@ -489,6 +510,7 @@ class ClassMap(ParticleModel):
         n_best: int,
         *,
         per_angle: bool = False,
+        turns: Tensor | None = None,
     ) -> Tensor:
         """The most promising poses of each image: `(b, p)` indices shift · r + angle.
 
@@ -509,12 +531,15 @@ class ClassMap(ParticleModel):
             minus_norm = flat.new_zeros(len(flat))
             flat = torch.cat([flat, -0.5 * self._powers(flat, self.coarse_band)], -1)
             weights = self._weights_of(transfer, self.coarse_band).split(step)
-        for part, weight in zip(parts, weights, strict=True):
+        prior_of = (None,) * len(parts) if turns is None else turns.split(step)
+        for part, weight, turn in zip(parts, weights, prior_of, strict=True):
             rows = real_rows(part[:, None] * back)
             if weight is not None:
                 rows = torch.cat([rows, weight[:, None].expand(-1, len(prior), -1)], -1)
             scores = torch.addmm(minus_norm, rows.flatten(0, 1), flat.T)
             best = scores.view(len(part), len(prior), r, k).amax(-1) + prior[:, None]
+            if turn is not None:
+                best += turn[:, None]
             if per_angle:
                 top, shift = best.max(1)
                 angle = top.topk(min(n_best, r), dim=1).indices
@@ -524,7 +549,12 @@ class ClassMap(ParticleModel):
         return torch.cat(found)
 
     def _expect(
-        self, images: Tensor, transfer: Tensor | None, pose: Tensor, templates: Tensor
+        self,
+        images: Tensor,
+        transfer: Tensor | None,
+        pose: Tensor,
+        templates: Tensor,
+        turns: Tensor | None = None,
     ) -> _Expectation:
         """Score all nodes at proposed poses `(b, p)` in the full band, `templates` being `(r, k, px)`."""
         r, k, px = templates.shape
@@ -533,7 +563,8 @@ class ClassMap(ParticleModel):
         if transfer is not None:
             of_image = self._weights_of(transfer, self.band)
             powers = self._powers(templates, self.band)
-        prior = self._log_prior_shifts() - math.log(r * k)
+        # a prior of angles has the 1 / r in it
+        prior = self._log_prior_shifts() - math.log(k if turns is not None else r * k)
         back = self.band.phases(-self.shifts)[:, None]
         junk = self._log_junk(images) if self._with_junk() else None
         gradient = torch.zeros_like(templates)
@@ -559,6 +590,8 @@ class ClassMap(ParticleModel):
                     torch.mm(row, templates[a].T, out=score)
                     score.addmm_(norm_rows[a], powers[a].T, alpha=-0.5)
             scores += prior[shift, None]
+            if turns is not None:
+                scores += turns[some][order // p, angle[order], None]
             by_image = torch.empty_like(scores)
             by_image[order] = scores
             logits = by_image.view(len(part), p * k).mul_(self.heat)
@@ -610,8 +643,11 @@ class ClassMap(ParticleModel):
 
     # ---- fitting
 
+    def skip_warm_up(self) -> None:
+        self.warm_up = 0.0  # softened, a map that is there would be forgotten
+
     def schedule(self, fraction: float, epoch: int) -> None:
-        sharpened = min(1.0, fraction / self.warm_up)
+        sharpened = min(1.0, fraction / self.warm_up) if self.warm_up else 1.0
         if self.classes:
             self.heat = _HEAT_OF_CLASSES ** (1 - sharpened)
         else:
@@ -634,7 +670,7 @@ class ClassMap(ParticleModel):
             seen = self._seen(batch, None if due else self._places_of(batch.row))
             images, transfer = seen.images, seen.transfer
             pose = self._propose(seen, batch.row, nodes, due)
-            evidence, gradient, node = self._expect(images, transfer, pose, templates)
+            evidence, gradient, node = self._expect(images, transfer, pose, templates, seen.turns)
         (pulled,) = torch.autograd.grad(graph, fixed, gradient)
         pulled = pulled / len(images)
         self._remember(images, transfer, batch.row, node, nodes.detach())
@@ -667,7 +703,12 @@ class ClassMap(ParticleModel):
             return self._proposals[row].long()
         templates = self._templates(nodes[self.coarse], self.coarse_band)
         pose = self._search(
-            seen.images, seen.transfer, templates, self._proposals.shape[1], per_angle=self.classes
+            seen.images,
+            seen.transfer,
+            templates,
+            self._proposals.shape[1],
+            per_angle=self.classes,
+            turns=seen.turns,
         )
         rows = self.gathered(row)
         self._proposals[rows] = self.gathered(pose).to(self._proposals.dtype)
@@ -786,7 +827,7 @@ class ClassMap(ParticleModel):
         n_steps, size = 60, min(n_fit, 300)
         template = torch.zeros(1, c, n, n, device=device)
         batch = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)])
-        sample, transfer, _ = self._seen(batch)
+        sample, transfer, _, turns = self._seen(batch)
         template[0] = sample.mean(0) * self.mask
         for step in range(n_steps):
             heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
@@ -794,7 +835,8 @@ class ClassMap(ParticleModel):
             chosen = torch.randint(len(sample), (size,))
             with fast_products(self.precision):
                 some = None if transfer is None else transfer[chosen]
-                new = self._one_template_step(sample[chosen], some, template, heat, band)
+                turn = None if turns is None else turns[chosen]
+                new = self._one_template_step(sample[chosen], some, template, heat, band, turn)
             keep = 0.0 if step < 5 else 0.7
             template = keep * template + (1 - keep) * new * self.mask
             if step % 5 == 4:
@@ -802,7 +844,13 @@ class ClassMap(ParticleModel):
         return template
 
     def _one_template_step(
-        self, images: Tensor, transfer: Tensor | None, template: Tensor, heat: float, band: FourierBand
+        self,
+        images: Tensor,
+        transfer: Tensor | None,
+        template: Tensor,
+        heat: float,
+        band: FourierBand,
+        turns: Tensor | None = None,
     ) -> Tensor:
         """The average `(1, c, n, n)` of images brought back by the posterior over poses of one template."""
         templates = self._templates(template, band)[:, 0]
@@ -814,10 +862,14 @@ class ClassMap(ParticleModel):
         total = torch.zeros_like(templates)
         step = _block(len(prior) * templates.shape[1], images.device)
         parts = self._rows(images, band, transfer).split(step)
-        for part, norm in zip(parts, minus_norm.split(step), strict=True):
+        prior_of = (None,) * len(parts) if turns is None else turns.split(step)
+        for part, norm, turn in zip(parts, minus_norm.split(step), prior_of, strict=True):
             rows = real_rows(part[:, None] * phases).flatten(0, 1)
             scores = (rows @ templates.T).view(len(part), len(prior), -1) + norm[:, None]
-            gamma = ((scores + prior[:, None]) * heat).flatten(1).softmax(1)
+            logits = (scores + prior[:, None]) * heat
+            if turn is not None:
+                logits += turn[:, None]  # what is known of the angles is known from the first step on
+            gamma = logits.flatten(1).softmax(1)
             total.addmm_(gamma.view(len(rows), -1).T, rows)
         coefficients = torch.view_as_complex(total.view(len(total), self.data.n_channels, -1, 2))
         unwhitener = self._unwhitener()
@@ -846,9 +898,9 @@ class ClassMap(ParticleModel):
         for i, part in enumerate(chosen.split(1024)):
             batch = batches.take(part)
             rows.append(batch.row)
-            images, transfer, _ = self._seen(batch)
+            images, transfer, _, turns = self._seen(batch)
             with fast_products(self.precision):
-                pose = self._search(images, transfer, templates, 1)[:, 0]
+                pose = self._search(images, transfer, templates, 1, turns=turns)[:, 0]
             r = len(self.angles)
             angle, move = self.angles[pose % r], self.shifts[pose // r].float()
             factor = with_mean
@@ -953,7 +1005,7 @@ class ClassMap(ParticleModel):
         a shift, and the share of junk, which is left out of the others."""
         encoding = self.encode(batch)
         assert encoding.angle is not None and encoding.shift is not None
-        images, transfer, centre = self._seen(batch)
+        images, transfer, centre, _ = self._seen(batch)
         drawn = self._window(self.decode(encoding.z, encoding.angle, encoding.shift), centre)
         if transfer is not None:
             drawn = self._filter(drawn, transfer[:, None])
@@ -985,10 +1037,11 @@ class ClassMap(ParticleModel):
         return Encoding(whole.pop("z"), whole.pop("z_std"), whole.pop("angle"), whole.pop("shift"), whole)
 
     def _encode_part(self, seen: _Seen, nodes: Tensor) -> dict[str, Tensor]:
-        images, transfer, centre = seen
+        images, transfer, centre, prior_of_turns = seen
         b, r, k = len(images), len(self.angles), len(nodes)
         p = min(int(self.n_encode_proposals), r * len(self.shifts))
-        pose = self._search(images, transfer, self._templates(nodes[self.coarse], self.coarse_band), p)
+        coarse = self._templates(nodes[self.coarse], self.coarse_band)
+        pose = self._search(images, transfer, coarse, p, turns=prior_of_turns)
 
         # each proposed cell is divided: 3 angles × 2 × 2 shifts
         quarter = self.shift_step / 4
@@ -1010,7 +1063,8 @@ class ClassMap(ParticleModel):
         cell_score = images.new_empty(b * p, n_fine)
         best_score = images.new_empty(b * p)
         best_at = order.new_empty(b * p)
-        normaliser = self._log_prior(self.shifts).logsumexp(0) + math.log(r * k * n_fine)
+        n_alike = k * n_fine * (1 if prior_of_turns is not None else r)
+        normaliser = self._log_prior(self.shifts).logsumexp(0) + math.log(n_alike)
         done = 0
         for a, size in enumerate(count):
             if not size:
@@ -1027,6 +1081,8 @@ class ClassMap(ParticleModel):
                 score = (row @ templates.T).view(size, 3, 4, k).sub_(norm.view(size, 3, 1, k))
                 score = score.view(size, n_fine, k)
             score += (self._log_prior(self.shifts[shift, None] + moves) - normaliser)[..., None]
+            if prior_of_turns is not None:
+                score += prior_of_turns[image[done : done + size], a, None, None]
             top, where = score.flatten(1).max(1)
             weight = score.sub_(top[:, None, None]).exp_()
             node_score[at] = weight.sum(1).log() + top[:, None]

@@ -160,6 +160,7 @@ class CODAE(ParticleModel):
         self.register_buffer("blur", blur / blur.sum(), persistent=False)
         self.register_buffer("power", torch.tensor(float(n)))
         self.moment_weight = 0.0
+        self.is_warm = False
         self.schedule(0.0, 0)
 
     def start(self, batches: Batches) -> Iterator[Step]:
@@ -169,9 +170,12 @@ class CODAE(ParticleModel):
         smooth = self._low_pass(batches.take(spread).images)
         self.power.copy_(smooth.square().sum((1, 2, 3)).mean().clamp_min(_EPS))
 
+    def skip_warm_up(self) -> None:
+        self.is_warm = True  # pose is found already: the moments would only pull at it
+
     def schedule(self, fraction: float, epoch: int) -> None:
         """Reduce the weight of the moments."""
-        share = self.settings.moment_share
+        share = 0.0 if self.is_warm else self.settings.moment_share
         left = max(0.0, 1 - fraction / share) if share else 0.0
         self.moment_weight = self.settings.moment_weight * left
 

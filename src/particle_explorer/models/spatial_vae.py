@@ -154,6 +154,7 @@ class SpatialVAE(ParticleModel):
         self.content_frozen = self.shift_frozen = False
         self.chosen = False
         """Whether pose was learned from several starts already, the shift with it"""
+        self.is_warm = False
         self.schedule(0.0, 0)
 
     def _networks(self) -> tuple[nn.Sequential, CoordinateDecoder]:
@@ -211,12 +212,15 @@ class SpatialVAE(ParticleModel):
     def load_training_state(self, state: dict[str, Any]) -> None:
         self.chosen = bool(state.get("chosen", False))
 
+    def skip_warm_up(self) -> None:
+        self.is_warm = self.chosen = True
+
     def schedule(self, fraction: float, epoch: int) -> None:
         """Hold the content at zero in the first epochs, so that pose is learned first, angle before shift.
 
         Learned at once, angle and shift end with the molecule drawn over its own half-turned copy.
         """
-        n_frozen = self.settings.content_freeze_epochs
+        n_frozen = 0 if self.is_warm else self.settings.content_freeze_epochs
         share = FREEZE_SHARE if n_frozen else 0.0
         self.content_frozen = epoch < n_frozen or fraction < share
         self.shift_frozen = not self.chosen and (2 * epoch < n_frozen or 2 * fraction < share)

@@ -27,16 +27,18 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from particle_explorer.configs import PreprocessConfig
+from particle_explorer.configs import PREPROCESS_PRESETS, PreprocessConfig
 from particle_explorer.io.paths import StacksMissing
 from particle_explorer.widgets.ask import ask_path, ask_paths
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.micrograph import MicrographPanel
 from particle_explorer.widgets.number_box import Number
 from particle_explorer.widgets.painted import ImageRows
 from particle_explorer.widgets.sets import SetsList
+from particle_explorer.widgets.tour import was_seen
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -171,6 +173,11 @@ class ParticlesDock(QWidget):
         row.addWidget(self.sample_button)
         layout.addLayout(row)
         layout.addWidget(self.layer_button)
+        self.tour_button = QPushButton("New here? A tour in five steps")
+        self.tour_button.setToolTip("Opens the trained sample and shows around; later it is under ?")
+        self.tour_button.clicked.connect(self.state.tour_asked.emit)
+        self.tour_button.setVisible(not was_seen())
+        layout.addWidget(self.tour_button)
         layout.addSpacing(10)
         layout.addWidget(steps)
         return page
@@ -187,6 +194,19 @@ class ParticlesDock(QWidget):
         self.form = ConfigForm(PreprocessConfig)
         self.form.valueChanged.connect(self._on_pixel_size)
         self.form.valueChanged.connect(self._preview_timer_start)
+
+        self.preset = QComboBox()
+        self.preset.addItem("particles in ice", "ice")
+        self.preset.addItem("negative stain", "stain")
+        self.preset.setToolTip(
+            "<p>Sets contrast, CTF and low-pass under Advanced. In negative stain particles are bright as"
+            " they are recorded, the CTF is left out, and details finer than 20 Å, which are grains of stain,"
+            " are taken away.</p>"
+        )
+        self.preset.activated.connect(self._on_preset)
+        preset_row = QHBoxLayout()
+        preset_row.addWidget(QLabel("Sample"))
+        preset_row.addWidget(self.preset, 1)
 
         self.subset = QCheckBox("Only particles where")
         self.subset.setToolTip(
@@ -268,6 +288,7 @@ class ParticlesDock(QWidget):
         layout.addWidget(self.check_button)
         layout.addWidget(self.check_bar)
         layout.addWidget(self.existing_button)
+        layout.addLayout(preset_row)
         layout.addWidget(self.form)
         layout.addWidget(self.subset)
         layout.addWidget(self.subset_row)
@@ -297,6 +318,8 @@ class ParticlesDock(QWidget):
         layout.addWidget(self.session_words)
         layout.addWidget(self.sets_words)
         layout.addWidget(self.sets)
+        self.micrograph = MicrographPanel(self.viewer)
+        layout.addWidget(self.micrograph)
         layout.addWidget(self.another_button)
         return page
 
@@ -461,6 +484,7 @@ class ParticlesDock(QWidget):
         self.form.editor("diameter_A").native.setSuffix(f" {found.unit}")
         self.form.show_row("pixel_size_A", not found.pixel_size_known, zero="the file does not say it")
         self.form.setValue(PreprocessConfig(diameter_A=found.diameter))
+        self.preset.setCurrentIndex(0)
         has_ctf = "defocus_u_A" in found.columns
         self.form.set_applicable("ctf", has_ctf, "The file has no CTF parameters")
         self.folder.setText(str(found.folder))
@@ -491,6 +515,13 @@ class ParticlesDock(QWidget):
         diameter = value.diameter_A * (value.pixel_size_A or 1.0) / (before or 1.0)
         diameter = min(float(f"{diameter:.3g}"), editor.max)
         self.form.setValue(value.model_copy(update={"diameter_A": diameter}))
+
+    def _on_preset(self, *_: object) -> None:
+        found = self.found
+        wanted = dict(PREPROCESS_PRESETS[self.preset.currentData()])
+        if found is not None and found.unit == "px" and not self.form.value().pixel_size_A:
+            wanted["low_pass_A"] = 0.0  # without a pixel size there is no ångström
+        self.form.setValue(self.form.value().model_copy(update=wanted))
 
     def _open_existing(self) -> None:
         if self.found is not None and self.found.existing is not None:
@@ -617,6 +648,7 @@ class ParticlesDock(QWidget):
             self.prepare_button,
             self.back_button,
             self.form,
+            self.preset,
             self.subset,
             self.subset_row,
             self.folder,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from particle_explorer.session import Run
     from particle_explorer.widgets.reconstruction import Reconstruction
 
+GROUPS = "Layouts and groups"
+
 Finished = Callable[[Status], None]
 
 
@@ -140,7 +142,7 @@ class ExploreDock(QWidget):
                 ("Position", self.handle),
                 ("Hold a part still", self.hold_still),
                 ("Paths", self.paths),
-                ("Layouts and groups", self.groups),
+                (GROUPS, self.groups),
             )
         ]
         for part in self.parts:
@@ -157,6 +159,11 @@ class ExploreDock(QWidget):
         follow(self, self.state.run_changed, self._on_run)
         follow(self, self.state.session_changed, self._on_run)
         self._on_run()
+
+    def show_groups(self) -> None:
+        """Unfold layouts and groups, with the keyboard in them."""
+        self.show_part(GROUPS)
+        self.groups.setFocus()
 
     def show_part(self, name: str) -> None:
         """Unfold one part by its title."""

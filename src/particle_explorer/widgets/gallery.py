@@ -473,7 +473,7 @@ class Gallery(QWidget):
             button = QToolButton()
             button.setText(words)
             button.setCheckable(True)
-            button.setToolTip(TIPS[view])
+            button.setToolTip(f"<p>{TIPS[view]}. In the layer, here and under the mouse; V is the next.</p>")
             button.clicked.connect(lambda _=False, view=view: self.state.set_view(view))
             self.views.addButton(button)
             self.view_buttons[view] = button

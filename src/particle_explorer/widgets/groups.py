@@ -97,6 +97,7 @@ class GroupsPanel(QWidget):
         worker.when_changed(self._show_buttons)
         self._fit_forms()
         self._on_features()
+        self.setFocusProxy(self.clustering.editor("method").native)
 
     # --- computing ----------------------------------------------------------------------------------
 

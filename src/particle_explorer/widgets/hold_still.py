@@ -201,7 +201,7 @@ class HoldStillPanel(QWidget):
         )
         busy = self.worker.busy
         for button in (self.draw_button, self.auto_button):
-            button.setEnabled(not busy and run is not None and run.has_weights)
+            button.setEnabled(not busy and self.state.drawable)
         self.held.blockSignals(True)
         self.held.setChecked(self.state.held)
         self.held.blockSignals(False)

@@ -32,12 +32,11 @@ from qtpy.QtWidgets import (
     QWidgetAction,
 )
 
-from particle_explorer.configs import ClusterConfig
-from particle_explorer.state import AppState, Mask, Opened, Preview, read
+from particle_explorer.state import AppState, Mask, Preview
 from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
 from particle_explorer.widgets.colours import Colouring, plain, title_of, with_limits
 from particle_explorer.widgets.histogram import Counts, HistogramPanel, count, recount, within
-from particle_explorer.widgets.job_bar import Complaint, JobBar, number
+from particle_explorer.widgets.job_bar import Complaint, number
 from particle_explorer.widgets.latent_axes import (
     ONE_COLOUR,
     Choice,
@@ -106,7 +105,6 @@ class LatentDock(QWidget):
             None  # where the hand put the handle, and its z
         )
         self._live_run: Path | None = None
-        self._new_from: set[str] | None = None  # columns there were before a job that makes some
         self._hint_shown = False
         self._asked_axes: tuple[str, str] | None = None
         self._asked_colour: str | None = None
@@ -135,9 +133,7 @@ class LatentDock(QWidget):
         layout.addWidget(self.histogram)
         layout.addWidget(self._build_sliders_area())
         layout.addWidget(self._build_actions())
-        self.job = JobBar()
         self.complaint = Complaint()
-        layout.addWidget(self.job)
         layout.addWidget(self.complaint)
         self.setFocusProxy(self.canvas)
         self.setMinimumWidth(300)
@@ -155,10 +151,7 @@ class LatentDock(QWidget):
         self.canvas.tool_changed.connect(self._on_tool)
         self.canvas.density_changed.connect(self._on_density)
         self.canvas.save_asked.connect(self._ask_name)
-        self.canvas.cluster_asked.connect(self._ask_clusters)
-        self.job.finished.connect(self._on_job_finished)
-        self.job.stopped.connect(self._on_job_over)
-        self.job.failed.connect(self._on_job_failed)
+        self.canvas.cluster_asked.connect(self._ask_groups)
         follow(self, state.session_changed, self._on_session)
         follow(self, state.run_changed, self._on_run)
         follow(self, state.features_changed, self._on_features)
@@ -189,7 +182,6 @@ class LatentDock(QWidget):
         """Stop all background work; for tests and for whoever takes the dock away."""
         self._live.stop()
         self._thumbnails.stop()
-        self.job.hide()
         self.tasks.stop()
 
     def sizeHint(self) -> QSize:
@@ -315,8 +307,7 @@ class LatentDock(QWidget):
     def _build_actions(self) -> QStackedWidget:
         self.actions_stack = QStackedWidget()
         self.actions_stack.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-        self.umap_button = QPushButton("Compute UMAP")
-        self.cluster_button = QPushButton("Cluster…")
+        self.groups_button = QPushButton("Layouts, groups…")
         self.save_button = QPushButton("Save set…")
         self.select_button = QPushButton("Select")
         self.select_button.setToolTip("Select all, others, neighbours, a micrograph; undo; the shortcuts")
@@ -324,22 +315,9 @@ class LatentDock(QWidget):
         self.select_menu.aboutToShow.connect(lambda: self._fill_menu(self.select_menu, None))
         self.select_button.setMenu(self.select_menu)
         self.n_nearest = 100
-        self.umap_button.clicked.connect(self.compute_umap)
-        self.cluster_button.clicked.connect(self._ask_clusters)
+        self.groups_button.clicked.connect(self._ask_groups)
         self.save_button.clicked.connect(self._ask_name)
-        self.actions_stack.addWidget(
-            _row(self.umap_button, self.cluster_button, self.save_button, self.select_button)
-        )
-        self.n_clusters = QSpinBox()
-        self.n_clusters.setRange(2, 1000)
-        self.n_clusters.setValue(int(ClusterConfig.model_fields["n_clusters"].get_default()))
-        self.n_clusters.setToolTip("How many groups (k-means on the latent coordinates)")
-        self.start_cluster = QPushButton("Cluster")
-        self.start_cluster.clicked.connect(self.cluster)
-        self.n_clusters.lineEdit().returnPressed.connect(self.cluster)
-        self.actions_stack.addWidget(
-            _row(QLabel("k-means groups"), self.n_clusters, self.start_cluster, self._back_button())
-        )
+        self.actions_stack.addWidget(_row(self.groups_button, self.save_button, self.select_button))
         self.set_name = QLineEdit()
         self.set_name.setPlaceholderText("Name of the set")
         self.set_name.returnPressed.connect(self.save_set)
@@ -374,7 +352,7 @@ class LatentDock(QWidget):
 
     def _on_session(self, session: Session | None) -> None:
         self.complaint.clear()
-        self._live_run, self._held, self._new_from = None, None, None
+        self._live_run, self._held = None, None
         self._live.follow(None if session is None else session.path)
         self.canvas.set_density("auto")
         self.density.setCurrentIndex(0)
@@ -422,7 +400,6 @@ class LatentDock(QWidget):
             return  # of a session that has been closed meanwhile
         self._columns = columns
         self._axes = None  # of other columns; the new ones come with the points
-        self._follow_new_columns(columns)
         first = columns.first_axes()
         self._offer_columns(columns)
         self._choose_asked()
@@ -514,21 +491,6 @@ class LatentDock(QWidget):
             colours = (*colours[:1], Choice(SETS, "set"), *colours[1:])
         for combo, choices in ((self.x, axes), (self.y, axes), (self.colour, colours)):
             _offer(combo, choices)
-
-    def _follow_new_columns(self, columns: Columns) -> None:
-        """Show what a job has just written: an embedding on the axes, clusters as colours."""
-        if self._new_from is None:
-            return
-        new = [choice for choice in (*columns.axes, *columns.colours) if choice.key not in self._new_from]
-        self._new_from = None
-        keys = list(dict.fromkeys(choice.key for choice in new))
-        pair = [key for key in keys if key.startswith("umap")]
-        self._offer_columns(columns)
-        if len(pair) >= 2:
-            _choose(self.x, pair[0])
-            _choose(self.y, pair[1])
-        elif keys:
-            _choose(self.colour, keys[0])
 
     def _show_points(self, *, keep_view: bool = False) -> None:
         columns, x, y = self._columns, self.x.currentData(), self.y.currentData()
@@ -720,7 +682,7 @@ class LatentDock(QWidget):
             able and group is not None,
             "All particles of the groups of these particles; or click a group in the legend"
             if group
-            else "There are no groups yet: Cluster…",
+            else "There are no groups yet: make some in the tab Explore (C)",
         )
         menu.addSeparator()
         offer("All", lambda: selection.set(np.ones(selection.mask.size, bool)), n < selection.mask.size, "")
@@ -777,7 +739,7 @@ class LatentDock(QWidget):
         self.tasks.run("pick", work, done, self._complain)
 
     def _show_look(self) -> None:
-        self.actions_stack.setCurrentIndex(3)
+        self.actions_stack.setCurrentIndex(2)
 
     def _show_help(self) -> None:
         from particle_explorer.widgets.shortcuts import show_shortcuts
@@ -806,17 +768,13 @@ class LatentDock(QWidget):
         ):
             widget.setEnabled(mapped)
         self.sliders.setVisible(state.handle_z.size > 0)
-        busy = self.job.folder is not None
         encoded = state.run is not None and state.handle_z.size > 0
-        why = (
-            "Wait until the job below has ended" if busy else "" if encoded else "There is no trained map yet"
+        self.groups_button.setEnabled(encoded)
+        self.groups_button.setToolTip(
+            "UMAP, t-SNE, k-means and others, in the tab Explore (C)"
+            if encoded
+            else "There is no trained map yet"
         )
-        for button, tip in (
-            (self.umap_button, "Lay the particles out so that neighbours stay together, in the background"),
-            (self.cluster_button, "Sort the particles into groups (C)"),
-        ):
-            button.setEnabled(not why)
-            button.setToolTip(why or tip)
         self._show_counts()
 
     def _show_counts(self, *_: object) -> None:
@@ -834,7 +792,7 @@ class LatentDock(QWidget):
         for button, tip in ((self.save_button, "Keep the selected particles under a name (S)"),):
             button.setEnabled(n > 0)
             button.setToolTip(tip if n else "Nothing is selected; draw a lasso around particles first")
-        if n == 0 and self.actions_stack.currentIndex() == 2:
+        if n == 0 and self.actions_stack.currentIndex() == 1:
             self.actions_stack.setCurrentIndex(0)
 
     def _show_hint(self) -> None:
@@ -864,9 +822,11 @@ class LatentDock(QWidget):
 
     def _on_hovered(self, row: int) -> None:
         session = self.state.session
-        if row < 0 or session is None or not session.has_images:
+        if row < 0 or session is None:
             return
         if self._pictures is None:
+            if not session.has_images:
+                return
             self._pictures = Pictures.of(self.state, self.state.view, self.decoder)
         self._thumbnails.submit(self._pictures, row)
 
@@ -955,77 +915,19 @@ class LatentDock(QWidget):
         self.shift_y.set_value(float(shift_yx_px[0]))
         self.shift_x.set_value(float(shift_yx_px[1]))
 
-    # ---- jobs ----------------------------------------------------------------------
-
-    def compute_umap(self) -> None:
-        """Start an embedding in the background."""
-        self._start("embed", ["--method", "umap"], "UMAP …")
-
-    def cluster(self) -> None:
-        """Start k-means with the number of groups that is shown."""
-        self.actions_stack.setCurrentIndex(0)
-        self._start("cluster", ["--n-clusters", str(self.n_clusters.value())], "Clustering …")
-
-    def _start(self, kind: str, options: list[str], words: str) -> None:
-        from particle_explorer import jobs
-
-        run = self.state.run
-        if run is None or self.job.folder is not None:
-            return
-        self.complaint.clear()
-        session = run.session
-
-        def work() -> Path:
-            return jobs.start([kind, str(run.path), *options], session.new_job(kind))
-
-        def started(folder: Path) -> None:
-            self._new_from = {choice.key for choice in (*self._columns.axes, *self._columns.colours)}
-            self.job.follow(folder, words)
-            self._show_state()
-            self.state.job_changed.emit(str(folder))
-
-        self.tasks.run("start job", work, started, self._complain)
-
-    def _on_job_finished(self, status: Any) -> None:
-        session, run = self.state.session, self.state.run
-        if session is None or run is None:
-            self._on_job_over(status)
-            return
-
-        def done(opened: Opened) -> None:
-            if (
-                opened.run is not None
-                and self.state.run is not None
-                and opened.run.path == self.state.run.path
-            ):
-                self.state.set_features(opened.features)
-
-        self.tasks.run("features", lambda: read(session, run), done, self._complain)
-        self._show_state()
-
-    def _on_job_over(self, _: Any) -> None:
-        self._new_from = None
-        self._show_state()
-
-    def _on_job_failed(self, failure: Failure) -> None:
-        self._on_job_over(None)
-        self._complain(failure)
-
     def _complain(self, failure: Failure) -> None:
         self.complaint.show_failure(failure)
 
     # ---- sets ------------------------------------------------------------------------
 
-    def _ask_clusters(self) -> None:
-        if self.cluster_button.isEnabled():
-            self.actions_stack.setCurrentIndex(1)
-            self.n_clusters.setFocus()
-            self.n_clusters.selectAll()
+    def _ask_groups(self) -> None:
+        if self.groups_button.isEnabled():
+            self.state.groups_asked.emit()
 
     def _ask_name(self) -> None:
         if not self.state.selection.count or self.state.session is None:
             return
-        self.actions_stack.setCurrentIndex(2)
+        self.actions_stack.setCurrentIndex(1)
         taken = set(self.state.session.selections())
         free = next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken)
         self.set_name.setText(free)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qtpy.QtCore import Qt, QTimer
+from qtpy.QtCore import QRect, Qt, QTimer
 from qtpy.QtWidgets import QApplication, QDockWidget, QMainWindow
 
 from particle_explorer.files import UserError, replacing
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 NAME = "window.json"
 VERSION = 1
+MOST_PAST = 500_000
+"""Characters that selections of before may take, the newest of them."""
 EVERY_MS = 2000
 """How often the window is compared with what was kept last."""
 
@@ -41,6 +44,7 @@ class Memory:
         self._session: Session | None = None
         self._kept = ""
         self._packed: tuple[Mask, str] | None = None
+        self._packed_past: dict[bytes, str] = {}
         self._ready = False
         self._timer = QTimer(workspace)
         self._timer.setInterval(EVERY_MS)
@@ -94,6 +98,7 @@ class Memory:
             "format_version": VERSION,
             "run": None if state.run is None else state.run.name,
             "selection": self._selection(),
+            "past": self._past(),
             "active": state.selection.active,
             "handle": [float(value) for value in state.handle_z],
             "pose": [state.angle_deg, *(float(value) for value in state.shift_yx_px)],
@@ -110,6 +115,11 @@ class Memory:
             "tab": workspace.tabs.tabText(workspace.tabs.currentIndex()),
             "splitter": workspace.splitter.sizes(),
             "column": 0 if column is None else column.width(),
+            "docks": {
+                name: _place_of(dock)
+                for name, dock in (("column", column), ("gallery", strip))
+                if dock is not None
+            },
         }
 
     def _selection(self) -> str:
@@ -120,6 +130,19 @@ class Memory:
                 base64.b64encode(np.packbits(mask).tobytes()).decode() if mask.any() else "",
             )
         return self._packed[1]
+
+    def _past(self) -> list[str]:
+        """The newest of the selections that undo goes back to, oldest first."""
+        known, kept, room = self._packed_past, list[bytes](), MOST_PAST
+        for bits in reversed(self.state.selection.past):
+            if bits not in known:
+                known[bits] = base64.b64encode(zlib.compress(bits, 1)).decode()
+            room -= len(known[bits])
+            if room < 0:
+                break
+            kept.append(bits)
+        self._packed_past = {bits: known[bits] for bits in kept}
+        return [known[bits] for bits in reversed(kept)]
 
     # ---- putting back ---------------------------------------------------------------------------
 
@@ -140,7 +163,7 @@ class Memory:
             self.state.show(opened)
         try:
             self._restore(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError, LookupError, zlib.error):
             pass  # a file written by hand; what came before the mistake is put back
         self._go_on()
 
@@ -163,6 +186,8 @@ class Memory:
         n = state.selection.mask.size
         if bits.size == -(-n // 8) and not state.selection.mask.any():
             state.selection.set(np.unpackbits(bits, count=n).astype(bool))
+            past = [base64.b64decode(each) for each in found.get("past") or []]
+            state.selection.recall([zlib.decompress(each) for each in past])
         if found.get("held") and "pose-held angle_deg" in state.features:
             state.set_held(True)
         active = found.get("active")
@@ -185,6 +210,10 @@ class Memory:
         main = None if column is None else column.parentWidget()
         if not isinstance(main, QMainWindow) or column is None:
             return
+        docks = found.get("docks") or {}
+        for dock, name in ((column, "column"), (strip, "gallery")):
+            if dock is not None and isinstance(docks.get(name), dict):
+                _put(dock, main, docks[name])
         width, height = int(found.get("column") or 0), int(gallery.get("height") or 0)
         if 0 < width <= 600:
             main.resizeDocks([column], [width], Qt.Orientation.Horizontal)
@@ -227,6 +256,37 @@ def _write(folder: Path, content: str) -> None:
             temporary.write_text(content, encoding="utf-8")
     except (OSError, UserError):
         pass  # a session that is read-only, or gone, is looked at all the same
+
+
+def _place_of(dock: QDockWidget) -> dict[str, Any]:
+    """Where a dock is: at which side of the window, or floating, and where on the screen."""
+    main, at = dock.parentWidget(), dock.geometry()
+    area = main.dockWidgetArea(dock).name if isinstance(main, QMainWindow) else ""
+    return {
+        "area": area,
+        "floating": dock.isFloating(),
+        "at": [at.x(), at.y(), at.width(), at.height()] if dock.isFloating() else [],
+    }
+
+
+def _put(dock: QDockWidget, main: QMainWindow, found: dict[str, Any]) -> None:
+    """Put a dock where it was; one that floated over a screen that is gone comes to one that is there."""
+    area = getattr(Qt.DockWidgetArea, str(found.get("area")), None)
+    none = Qt.DockWidgetArea.NoDockWidgetArea
+    if area is not None and area not in (none, main.dockWidgetArea(dock)) and dock.isAreaAllowed(area):
+        main.addDockWidget(area, dock)
+    floating = bool(found.get("floating"))
+    if dock.isFloating() != floating:
+        dock.setFloating(floating)
+    if floating and len(found.get("at") or []) == 4:
+        x, y, width, height = (int(value) for value in found["at"])
+        wanted = QRect(x, y, max(width, 120), max(height, 80))
+        free = [screen.availableGeometry() for screen in QApplication.screens()]
+        seen = next((each for each in free if each.contains(wanted.center())), free[0])
+        wanted.setSize(wanted.size().boundedTo(seen.size()))
+        wanted.moveLeft(min(max(wanted.left(), seen.left()), seen.right() + 1 - wanted.width()))
+        wanted.moveTop(min(max(wanted.top(), seen.top()), seen.bottom() + 1 - wanted.height()))
+        dock.setGeometry(wanted)
 
 
 def _dock_of(workspace: Workspace) -> QDockWidget | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from particle_explorer.configs import ClassMapConfig, Config, SpatialVAEConfig
 from particle_explorer.latents import latent_columns
 from particle_explorer.pose import rotation_matrix
 from particle_explorer.state import AppState, View
@@ -18,6 +19,7 @@ from particle_explorer.state import AppState, View
 if TYPE_CHECKING:
     from particle_explorer.cache import CachedImages
     from particle_explorer.jobs import DecodeClient
+    from particle_explorer.session import Session
 
 Images = NDArray[np.float32]
 
@@ -39,7 +41,7 @@ TIPS: dict[View, str] = {
     "low-pass": "Turned and moved back by their poses where these are known, fine noise blurred away",
     "aligned": "Turned and moved back by their poses",
     "reconstruction": "What the model draws at the position of each particle on the map",
-    "residual": "The aligned image minus its reconstruction: what the model does not explain",
+    "residual": "The image minus what the model draws of it, aligned: what the model does not explain",
 }
 
 
@@ -54,8 +56,14 @@ class Decoder:
         self._client: DecodeClient | None = None
         self._idle: threading.Timer | None = None
 
-    def decode(self, run_path: Path, z: NDArray[np.floating], held: bool) -> Images:
-        """`(b, d)` → `(b, c, m, m)`, the canonical view."""
+    def decode(
+        self,
+        run_path: Path,
+        z: NDArray[np.floating],
+        held: bool = False,
+        pose: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
+    ) -> Images:
+        """`(b, d)` → `(b, c, m, m)`: the canonical view, or at angles (°) and shifts `(b, 2)` (cached px)."""
         from particle_explorer import jobs
 
         with self._lock:
@@ -64,7 +72,7 @@ class Decoder:
             if self._client is None or self._client.run_path != run_path:
                 self._close()
                 self._client = jobs.DecodeClient(run_path)
-            images = self._client.decode(z, held=held)
+            images = self._client.decode(z, *(pose or (None, None)), held=held)
             self._idle = threading.Timer(IDLE_S, self.close)
             self._idle.daemon = True
             self._idle.start()
@@ -92,6 +100,12 @@ class Poses(NamedTuple):
     box_px: NDArray[np.generic]
     """`(n,)` side of the originals, in whose pixels shifts are counted"""
 
+    def of(self, rows: NDArray[np.intp], m: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Angles `(k,)` and shifts `(k, 2)` (y, x) of some particles, in pixels of images of `m` px."""
+        shift = np.stack([self.shift_y_px[rows], self.shift_x_px[rows]], axis=1).astype(float)
+        shift *= m / self.box_px[rows].astype(float)[:, None]
+        return np.asarray(self.angle_deg[rows], float), shift
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -106,6 +120,11 @@ class Pictures:
     held: bool = False
     decoder: Decoder | None = None
     low_pass_px: float = LOW_PASS_PX
+    placed: Poses | None = None
+    """placement that the model itself found, which it draws particles at; None where it draws them as they
+    lie"""
+    free_of_ctf: Session | None = None
+    """whose CTF the model's pictures are free of; None where they are drawn as the images are"""
 
     @classmethod
     def of(cls, state: AppState, view: View, decoder: Decoder) -> Pictures:
@@ -116,7 +135,8 @@ class Pictures:
         low_pass_px = max(LOW_PASS_PX, LOW_PASS_A / size if math.isfinite(size) and size > 0 else 0.0)
         run = state.run
         shown = best_view(state, view)
-        drawn = run is not None and run.has_weights
+        drawn = run is not None and state.drawable
+        free = drawn and run is not None and draws_free_of_ctf(run.config.model)
         return cls(
             session.images,
             shown,
@@ -126,6 +146,8 @@ class Pictures:
             state.held,
             decoder,
             low_pass_px,
+            _placed(state) if drawn else None,
+            session if free else None,
         )
 
     @property
@@ -145,32 +167,47 @@ class Pictures:
         images = self.images.read(rows)
         if self.view == "raw":
             return images
+        if self.view == "residual":
+            images -= self._drawn_as_seen(rows)
         self._align(images, rows)
         if self.view == "low-pass":
             for image in images:
                 for channel in image:
                     channel[:] = low_passed(channel, self.low_pass_px)
-        elif self.view == "residual":
-            images -= self._drawn(rows)
         return images
 
     def _align(self, images: Images, rows: NDArray[np.intp]) -> None:
-        poses = self.poses
-        if poses is None:
+        if self.poses is None:
             return
-        angle = np.asarray(poses.angle_deg[rows], float)
-        shift = np.stack([poses.shift_y_px[rows], poses.shift_x_px[rows]], axis=1).astype(float)
-        shift *= images.shape[-1] / poses.box_px[rows].astype(float)[:, None]
+        angle, shift = self.poses.of(rows, images.shape[-1])
         for image, turn, move in zip(images, angle, shift, strict=True):
             for channel in image:
                 channel[:] = to_reference(channel, turn, move)
 
     def _drawn(self, rows: NDArray[np.intp]) -> Images:
+        z, known = self._positions(rows)
         assert self.run_path is not None and self.decoder is not None
+        return np.where(known, self.decoder.decode(self.run_path, z, self.held), np.float32(0))
+
+    def _drawn_as_seen(self, rows: NDArray[np.intp]) -> Images:
+        """The same at the pose of each particle, through its CTF where the model draws without."""
+        z, known = self._positions(rows)
+        assert self.run_path is not None and self.decoder is not None
+        pose = None
+        if self.placed is not None:
+            angle, shift = self.placed.of(rows, self.images.shape[-1])
+            pose = np.nan_to_num(angle), np.nan_to_num(shift)
+        drawn = self.decoder.decode(self.run_path, z, pose=pose)
+        ctf = None if self.free_of_ctf is None else self.free_of_ctf.ctf(rows)
+        if ctf is not None:
+            drawn = through_ctf(drawn, ctf)
+        return np.where(known, drawn, np.float32(0))
+
+    def _positions(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Latent positions `(k, d)`, 0 where they are not known, and `(k, 1, 1, 1)` whether they are."""
         z = np.stack([column[rows] for column in self.z], axis=1).astype(np.float32)
         known = np.asarray(np.isfinite(z).all(axis=1), bool)
-        drawn = self.decoder.decode(self.run_path, np.where(known[:, None], z, 0), self.held)
-        return np.where(known[:, None, None, None], drawn, np.float32(0))
+        return np.where(known[:, None], z, np.float32(0)), known[:, None, None, None]
 
 
 def views_of(state: AppState) -> list[View]:
@@ -178,8 +215,8 @@ def views_of(state: AppState) -> list[View]:
     views: list[View] = ["raw", "low-pass"]
     if has_poses(state):
         views += ["aligned"]
-    if state.run is not None and state.run.has_weights and state.handle_z.size:
-        views += ["reconstruction", "residual"] if "aligned" in views else ["reconstruction"]
+    if state.drawable and state.handle_z.size:
+        views += ["reconstruction", "residual"]
     return views
 
 
@@ -202,6 +239,29 @@ def poses_of(state: AppState) -> Poses | None:
     held = "pose-held " if state.held and "pose-held angle_deg" in features else ""
     angle, y, x = (features[f"{held}{name}"].to_numpy() for name in POSE)
     return Poses(angle, y, x, session.table["box_px"].to_numpy())
+
+
+def _placed(state: AppState) -> Poses | None:
+    """Where the model of the run that is shown found the particles; None where it knows no pose."""
+    features, session, own = state.features, state.session, state.pose_of_run
+    if session is None or "angle_deg" not in own:
+        return None
+    none = np.zeros(len(features))
+    angle, y, x = (features[name].to_numpy() if name in own else none for name in POSE)
+    return Poses(angle, y, x, session.table["box_px"].to_numpy())
+
+
+def draws_free_of_ctf(model: Config) -> bool:
+    """Whether a model compares its pictures with images through their CTF, where these have one."""
+    return (isinstance(model, ClassMapConfig) and model.use_ctf) or (
+        isinstance(model, SpatialVAEConfig) and model.apply_ctf
+    )
+
+
+def through_ctf(pictures: Images, ctf: NDArray[np.float32]) -> Images:
+    """`(k, c, m, m)` as a microscope with these CTFs `(k, m, m // 2 + 1)` shows them."""
+    m = pictures.shape[-1]
+    return np.asarray(np.fft.irfft2(np.fft.rfft2(pictures) * ctf[:, None], s=(m, m)), np.float32)
 
 
 def low_passed(image: Images, period_px: float) -> Images:

@@ -94,7 +94,7 @@ class Reconstruction:
 
     def _on_run(self, run: Run | None) -> None:
         self.image = None
-        drawable = run is not None and run.has_weights and self.state.handle_z.size > 0
+        drawable = self.state.drawable and self.state.handle_z.size > 0
         if self.layer is not None:
             self.layer.visible = drawable
         if drawable:
@@ -108,7 +108,7 @@ class Reconstruction:
 
     def _ask(self, *_: object) -> None:
         run = self.state.run
-        if run is None or self._paused or not self.state.handle_z.size or not run.has_weights:
+        if run is None or self._paused or not self.state.handle_z.size or not self.state.drawable:
             return
         spread = self._positions() if self._limits_of != run.path else None
         state = self.state

@@ -89,13 +89,15 @@ class RunsWindow(QDialog):
         self.words = QLabel()
         self.words.setWordWrap(True)
         self.show_button = QPushButton("Show its map")
-        self.repeat_button = QPushButton("Use its settings")
+        self.repeat_button = QPushButton("Duplicate its settings")
+        self.go_on_button = QPushButton("Go on with other settings")
         self.compare_button = QPushButton("Compare the two")
         self.second_button = QPushButton("Second map beside")
         row = QHBoxLayout()
         for button, does in (
             (self.show_button, self.show_run),
             (self.repeat_button, self.repeat),
+            (self.go_on_button, self.go_on),
             (self.compare_button, self.compare),
             (self.second_button, self.show_second),
         ):
@@ -154,6 +156,13 @@ class RunsWindow(QDialog):
                 "Put its settings into the tab Train, to repeat or change",
                 one,
             ),
+            (
+                self.go_on_button,
+                encoded == [True],
+                "Start the next training from the weights of this run, with settings to change in the tab"
+                " Train",
+                one,
+            ),
             (self.compare_button, encoded == [True, True], "How far the two say the same", two),
             (
                 self.second_button,
@@ -174,7 +183,16 @@ class RunsWindow(QDialog):
     def repeat(self) -> None:
         """Put the settings of the run that is marked into the form."""
         self.train.use_settings(self.chosen()[0])
+        self.train.go_on_from("")
+        self.state.train_shown.emit()
         self.words.setText(f"The tab Train has the settings of {self.chosen()[0]} now.")
+
+    def go_on(self) -> None:
+        """Let the next training start from the run that is marked."""
+        name = self.chosen()[0]
+        self.train.go_on_from(name)
+        self.state.train_shown.emit()
+        self.words.setText(f"In the tab Train: change what you like, and train on from {name}.")
 
     def compare(self) -> None:
         """Say how far the two runs that are marked agree."""
@@ -207,6 +225,8 @@ class RunsWindow(QDialog):
             twin.selection = self.state.selection  # the one link: a row is the same particle in every run
             twin.session = session
             dock = LatentDock(self.viewer, state=twin)
+            dock.groups_button.hide()  # the tab Explore is about the run that is shown in the column
+            twin.train_asked.connect(self.state.train_asked.emit)
             twin.show(opened)
             holder = self.viewer.window.add_dock_widget(dock, name=f"Map of {name}", area="right")
             holder.setFloating(True)  # a small screen has no room for two maps in one column
@@ -261,6 +281,8 @@ def _line(run: Run) -> Line:
             value = getattr(part, name)
             if name != "kind" and value != field.get_default():
                 settings.append(f"{(field.title or name).lower()} {value}")
+    if config.parent:
+        settings.append(f"{'goes on from' if config.warm_start else 'of'} {config.parent}")
     if config.where:
         settings.append(f"only {config.where}")
     cells = {

@@ -171,6 +171,12 @@ class Camera:
         self._viewer.window.screenshot(str(path), canvas_only=False, flash=False)
         return path
 
+    def take_window(self, widget: QWidget, name: str) -> Path:
+        """One picture of a window of its own."""
+        path = self._folder / f"{name}.png"
+        widget.grab().save(str(path))
+        return path
+
 
 def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     """The whole job on a stack, pictures taken on the way into `folder`."""
@@ -202,13 +208,37 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     hand.rest(0.8)
     camera.take("lasso")
 
-    latent = workspace.latent
-    hand.click(latent.cluster_button)
-    hand.write(latent.n_clusters, "6")
-    hand.wait(
-        lambda: any(str(name).startswith("cluster") for name in workspace.state.features), "clusters", 120
-    )
+    gallery = workspace.gallery
+    hand.click(gallery.view_buttons["low-pass"])
+    hand.choose(gallery.sort, "log-likelihood")
+    hand.rest(1.0)
+    strip = gallery.strip
+    QTest.mouseClick(strip.viewport(), LEFT, PLAIN, strip.place(2).center())
+    hand.rest(0.8)
+    camera.take("gallery")
+    hand.click(gallery.view_buttons["aligned"])
+    hand.choose(gallery.sort, "file order")
+
+    explore = workspace.explore
+    groups = explore.groups
+    hand.click(workspace.latent.groups_button)
     hand.rest()
+    hand.write(groups.clustering.editor("n_clusters").native, "6")
+    hand.click(groups.cluster_button)
+    hand.wait(lambda: groups.groups.count() == 6 and not explore.worker.busy, "clusters", 120)
+    hand.rest(0.8)
+    workspace.tabs.currentWidget().ensureWidgetVisible(groups.split_button)
+    hand.rest()
+    camera.take("groups")
+    explore.show_part("Paths")
+    hand.rest()
+    hand.click(explore.paths.make_button)
+    hand.wait(lambda: explore.paths.walk is not None, "the path", 180)
+    hand.rest(1.2)
+    camera.take("explore")
+    for layer in explore.paths.layers.values():
+        layer.visible = False
+    hand.lasso((0.3, 0.5), 0.22)
     hand.tab("Classes")
     hand.click(workspace.classes.average_button)
     hand.wait(lambda: workspace.classes.stored is not None, "the averages", 180)
@@ -217,6 +247,36 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     hand.tab("Particles")
     hand.rest()
     camera.take("window")
+
+    workspace.start_tour()
+    hand.rest(0.8)
+    camera.take("tour")
+    assert workspace.tour is not None
+    workspace.tour.end()
+    _compare(workspace, hand, camera)
+
+
+def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
+    """Train a second run with other settings, and compare the two."""
+    train, first = workspace.train, workspace.state.run
+    hand.tab("Train")
+    hand.write(train.forms["class-map"].editor("latent_dim").native, "1")
+    hand.click(train.train_button)
+    state = workspace.state
+    hand.wait(lambda: state.run is not first and not train.bar.isVisible(), "the second map", 900)
+    hand.rest(1.0)
+    hand.click(train.table_button)
+    hand.wait(lambda: train.table is not None and train.table.table.rowCount() == 2, "the table of runs")
+    runs = train.table
+    assert runs is not None
+    for row, key in ((0, PLAIN), (1, Qt.KeyboardModifier.ControlModifier)):
+        place = runs.table.visualItemRect(runs.table.item(row, 0)).center()
+        QTest.mouseClick(runs.table.viewport(), LEFT, key, place)
+    hand.click(runs.compare_button)
+    hand.wait(lambda: "particles:" in runs.words.text(), "the comparison")
+    hand.rest()
+    camera.take_window(runs, "compare")
+    runs.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

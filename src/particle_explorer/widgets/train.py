@@ -26,10 +26,16 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from particle_explorer.configs import CLASS_MAP_WARM_UP, Config, ModelConfig, TrainConfig
+from particle_explorer.configs import (
+    CLASS_MAP_WARM_UP,
+    FILAMENT_PRIOR_DEG,
+    Config,
+    ModelConfig,
+    TrainConfig,
+)
 from particle_explorer.latents import angle_leak
 from particle_explorer.plugin import plugin_setting
-from particle_explorer.status import Status, read_status, request_stop
+from particle_explorer.status import Status, read_status, request_pause, request_stop
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
 from particle_explorer.widgets.form import ConfigForm, command_line
@@ -139,6 +145,9 @@ class TrainDock(QWidget):
         self._runs: list[Listed] = []
         self.table: RunsWindow | None = None
         self._estimates: dict[str, float] = {}
+        self._has_angles = False
+        self._from = ""
+        """run whose weights the next one starts from"""
 
         self.no_session = QLabel("Open and prepare particles first: tab Particles.")
         self.no_session.setWordWrap(True)
@@ -173,6 +182,18 @@ class TrainDock(QWidget):
         row.addWidget(QLabel("Model"))
         row.addWidget(self.model, 1)
         layout.addLayout(row)
+        self.going_on = QWidget()
+        self.going_on_words = QLabel()
+        self.going_on_words.setWordWrap(True)
+        self.anew_button = QPushButton("Start anew")
+        self.anew_button.setToolTip("Train from the beginning instead, with these settings")
+        self.anew_button.clicked.connect(lambda: self.go_on_from(""))
+        row = QHBoxLayout(self.going_on)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.addWidget(self.going_on_words, 1)
+        row.addWidget(self.anew_button)
+        self.going_on.setVisible(False)
+        layout.addWidget(self.going_on)
         self.train_button = QPushButton("Train")
         self.train_button.clicked.connect(self.train)
         layout.addWidget(self.train_button)
@@ -186,6 +207,22 @@ class TrainDock(QWidget):
             layout.addWidget(self.forms[kind])
         self.model.setToolTip("How the particles are laid out on a map")
         self.model.currentIndexChanged.connect(self._choose_model)
+        self.shape_row = QWidget()
+        self.shape = QComboBox()
+        self.shape.addItem("single particles", 0.0)
+        self.shape.addItem("segments of filaments", FILAMENT_PRIOR_DEG)
+        self.shape.setToolTip(
+            "<p>Segments of filaments lie along the way they were picked: their angles are kept within about"
+            f" {FILAMENT_PRIOR_DEG:.0f}° of those in the file, either way round</p>"
+        )
+        self.shape.activated.connect(self._on_shape)
+        row = QHBoxLayout(self.shape_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.addWidget(QLabel("Particles are"))
+        row.addWidget(self.shape, 1)
+        self.shape_row.setVisible(False)
+        layout.insertWidget(layout.indexOf(self.model_words) + 1, self.shape_row)
+        self.forms["class-map"].valueChanged.connect(self._show_shape)
         self.train_form = ConfigForm(TrainConfig, advanced_title="Advanced: the training")
         layout.addWidget(self.train_form)
         self.device = QComboBox()
@@ -219,8 +256,12 @@ class TrainDock(QWidget):
         self._plot: Drawn | None = None
         for box in (self.each_term, self.log_scale):
             box.toggled.connect(lambda _: None if self._plot is None else self._draw(self._plot))
+        self.pause_button = QPushButton("Pause")
+        self.pause_button.setCheckable(True)
+        self.pause_button.clicked.connect(self.pause)
         row = QHBoxLayout()
         row.addWidget(self.bar, 1)
+        row.addWidget(self.pause_button)
         row.addWidget(self.stop_button)
         choices = QHBoxLayout()
         choices.addWidget(self.each_term)
@@ -249,8 +290,11 @@ class TrainDock(QWidget):
         self.load_button = QPushButton("Load a trained run…")
         self.load_button.setToolTip("Choose the folder of a run, of this session or of another one")
         self.load_button.clicked.connect(self._ask_for_run)
-        self.table_button = QPushButton("Compare…")
-        self.table_button.setToolTip("All runs with their settings and figures; two of them side by side")
+        self.table_button = QPushButton("All runs, compare…")
+        self.table_button.setToolTip(
+            "<p>All runs with their settings and figures: compare two, duplicate the settings of one, or go"
+            " on from one with other settings</p>"
+        )
         self.table_button.clicked.connect(self.show_table)
         self.encode_button = QPushButton("Encode others…")
         self.encode_button.setToolTip(
@@ -291,18 +335,20 @@ class TrainDock(QWidget):
 
     def _choose_model(self, *_: object) -> None:
         kind = self.model.currentData()
+        if self._from and kind != self._from_kind:
+            self.go_on_from("")  # weights of one model are none of another
         for name, form in self.forms.items():
             form.setVisible(name == kind)
         self.model_words.setText(_summary(self.forms[kind].value()))
+        self.shape_row.setVisible(kind == "class-map" and self._has_angles)
         self._say_time()
 
     def _say_time(self) -> None:
         seconds = self._estimates.get(self.model.currentData(), -1.0)
         about = f" (about {duration(seconds)})" if seconds > 0 else ""
         name = self.model.currentText()
-        self.train_button.setText(
-            f"Train the {name[0].lower() + name[1:] if name == 'Class map' else name}{about}"
-        )
+        what = f"the {name[0].lower() + name[1:] if name == 'Class map' else name}"
+        self.train_button.setText(f"{'Go on training' if self._from else 'Train'} {what}{about}")
         self.train_button.setToolTip("Starts a process of its own, which goes on when napari is closed")
 
     # --- a session --------------------------------------------------------------------------------
@@ -310,13 +356,33 @@ class TrainDock(QWidget):
     def _on_session(self, session: Session | None) -> None:
         self.complaint.clear()
         self._follow(None)
+        self.go_on_from("")
         self._estimates.clear()
         for part in (self.setup, self.runs_page):
             part.setVisible(session is not None)
         self.no_session.setVisible(session is None)
         if session is not None:
+            self._offer_shape(session)
             self.tasks.run("devices", devices, self._on_devices, lambda _: None)
             self._list_runs()
+
+    def _on_shape(self, *_: object) -> None:
+        form = self.forms["class-map"]
+        form.setValue(form.value().model_copy(update={"psi_prior_deg": self.shape.currentData()}))
+
+    def _show_shape(self) -> None:
+        self.shape.setCurrentIndex(int(self.forms["class-map"].value().psi_prior_deg > 0))
+
+    def _offer_shape(self, session: Session) -> None:
+        """Filaments where the file says how they lie."""
+        table = session.table
+        angles = table["angle_deg"] if "angle_deg" in table else None
+        self._has_angles = angles is not None and bool(angles.notna().all() and angles.any())
+        form = self.forms["class-map"]
+        if not self._has_angles:
+            form.setValue(form.value().model_copy(update={"psi_prior_deg": 0.0}))
+        form.set_applicable("psi_prior_deg", self._has_angles, "The file gives no angles in the plane")
+        self._choose_model()
 
     def _on_devices(self, found: list[tuple[str, str]]) -> None:
         for name, words in found:
@@ -379,10 +445,30 @@ class TrainDock(QWidget):
         if session is None:
             return
         config = session.run(name).config
+        if config.model.kind not in self.forms:
+            self.complaint.show_failure(Failure(f"Run {name} came from a file: it has no settings."))
+            return
         self.model.setCurrentIndex(self.model.findData(config.model.kind))
         self.forms[config.model.kind].setValue(config.model)
         self.train_form.setValue(config.train)
         self.complaint.clear()
+
+    _from_kind = ""
+
+    def go_on_from(self, name: str) -> None:
+        """Let the next training start from the weights of a run, with settings to change; "" starts anew."""
+        session = self.state.session
+        self._from, self._from_kind = "", ""
+        if name and session is not None:
+            self.use_settings(name)
+            self._from, self._from_kind = name, session.run(name).config.model.kind
+            self.going_on_words.setText(f"Starts from the weights of {name}, with the settings below.")
+            self.going_on_words.setToolTip(
+                "<p>Learning rate, epochs, weights of the loss, particles: change what you like, but what"
+                " gives the networks their size must stay as it was</p>"
+            )
+        self.going_on.setVisible(bool(self._from))
+        self._say_time()
 
     def show_table(self) -> None:
         """Open the table of runs."""
@@ -465,6 +551,8 @@ class TrainDock(QWidget):
         model = self.forms[self.model.currentData()].value()
         arguments = ["train", str(self.state.session.path)]
         arguments += command_line("model", model) + command_line("train", self.train_form.value())
+        if self._from:
+            arguments += ["--parent", self._from, "--warm-start"]
         return [*arguments, "--device", self.device.currentData()]
 
     def train_on_selection(self) -> None:
@@ -476,7 +564,7 @@ class TrainDock(QWidget):
         while (name := f"trained on {number}") in session.selections():
             number += 1
         arguments = [*self.arguments(), "--selection", name]
-        arguments += [] if parent is None else ["--parent", parent.name]
+        arguments += [] if parent is None or self._from else ["--parent", parent.name]
         how = "to train on" if parent is None else f"to train on, selected on the map of run {parent.name}"
 
         def saved(_: object) -> None:
@@ -525,7 +613,23 @@ class TrainDock(QWidget):
         if self._run_path is not None:
             request_stop(self._run_path)
             self.stop_button.setEnabled(False)
+            self.pause_button.setEnabled(False)
             self.words.setText("Stopping; the model is saved first …")
+
+    def pause(self) -> None:
+        """Let the training stand still, or go on."""
+        if self._run_path is not None:
+            request_pause(self._run_path, self.pause_button.isChecked())
+            self._show_pause()
+
+    def _show_pause(self) -> None:
+        paused = self.pause_button.isChecked()
+        self.pause_button.setText("Go on" if paused else "Pause")
+        self.pause_button.setToolTip(
+            "Let the training go on where it stands"
+            if paused
+            else "Let the training stand still, with all it has in memory; Stop ends it and keeps the model"
+        )
 
     def stop_following(self) -> None:
         """Look away; a training goes on."""
@@ -539,6 +643,9 @@ class TrainDock(QWidget):
         self.watch.setVisible(running)
         self.setup.setVisible(not running and self.state.session is not None)
         self.stop_button.setEnabled(running)
+        self.pause_button.setEnabled(running)
+        self.pause_button.setChecked(False)
+        self._show_pause()
 
     def _follow(self, folder: Path | None) -> None:
         self._run_path = folder
@@ -549,6 +656,7 @@ class TrainDock(QWidget):
     def _on_seen(self, seen: Seen) -> None:
         status = seen.status
         if seen.run_path is not None:
+            self.go_on_from("")  # it has begun
             self._run_path = seen.run_path
             self._follower.follow(seen.run_path)
             self._list_runs()

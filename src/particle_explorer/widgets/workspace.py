@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from qtpy.QtCore import QEvent, QObject, QSignalBlocker, Qt, QTimer
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
 from qtpy.QtGui import QHideEvent, QKeyEvent, QShowEvent
 from qtpy.QtWidgets import (
     QApplication,
-    QComboBox,
     QDockWidget,
     QFrame,
     QMainWindow,
+    QMenu,
     QScrollArea,
     QSplitter,
     QTabWidget,
+    QToolButton,
     QVBoxLayout,
     QWidget,
 )
@@ -32,8 +33,12 @@ from particle_explorer.widgets.latent_plot import follow
 if TYPE_CHECKING:
     import napari
 
+    from particle_explorer.widgets.tour import Tour
+
 DOCK_NAME = "Particle Explorer"
 GALLERY_NAME = "Gallery"
+TOUR_AFTER_MS = 800
+"""The window has found its shape by then."""
 COLUMN_PX = 392
 GALLERY_PX = 150
 LEAST_WINDOW = (1366, 740)
@@ -133,6 +138,7 @@ class Workspace(QWidget):
         from particle_explorer.widgets.reconstruction import Reconstruction
         from particle_explorer.widgets.selected import SelectedParticles
         from particle_explorer.widgets.sets import Marks, bind_marks
+        from particle_explorer.widgets.shortcuts import show_shortcuts
         from particle_explorer.widgets.train import TrainDock
 
         super().__init__()
@@ -151,6 +157,12 @@ class Workspace(QWidget):
         self.preview = PreviewAverage(self.state, self, self.decoder)
         self.gallery = Gallery(self.viewer, self.state, self.decoder)
         self.gallery_dock: QDockWidget | None = None
+        self.tour: Tour | None = None
+        self._tour_waits = False
+        self._tour_timer = QTimer(self)
+        self._tour_timer.setSingleShot(True)
+        self._tour_timer.setInterval(TOUR_AFTER_MS)
+        self._tour_timer.timeout.connect(self._offer_tour)
         self.marks = Marks(self.state, self, lambda words: caption(self.viewer, "marks", words))
         self.gallery.strip.marked.connect(self.marks.mark)
         self.selected.made.connect(lambda layer: bind_marks(layer, self.marks))
@@ -166,17 +178,18 @@ class Workspace(QWidget):
             self.tabs.addTab(_scrolling(dock), name)
             self.tabs.setTabToolTip(self.tabs.count() - 1, hint)
 
-        self.particle_view = QComboBox()
-        self.particle_view.setToolTip("How single particles are shown: layer, gallery and under the mouse")
-        self.particle_view.activated.connect(
-            lambda _: self.state.set_view(self.particle_view.currentData() or "aligned")
-        )
-        # four tabs and this must fit beside each other
-        self.particle_view.setSizeAdjustPolicy(
-            QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon
-        )
-        self.particle_view.setMinimumContentsLength(7)
-        self.tabs.setCornerWidget(self.particle_view, Qt.Corner.TopRightCorner)
+        self.help_button = QToolButton()
+        self.help_button.setText("?")
+        self.help_button.setAutoRaise(True)
+        self.help_button.setMinimumWidth(28)
+        self.help_button.setStyleSheet("QToolButton::menu-indicator { image: none; }")
+        self.help_button.setPopupMode(QToolButton.ToolButtonPopupMode.InstantPopup)
+        self.help_button.setToolTip("The tour, and the list of shortcuts")
+        menu = QMenu(self.help_button)
+        menu.addAction("Tour in five steps", self.start_tour)
+        menu.addAction("Shortcuts\tF1", lambda: show_shortcuts(self))
+        self.help_button.setMenu(menu)
+        self.tabs.setCornerWidget(self.help_button, Qt.Corner.TopRightCorner)
 
         self.splitter = QSplitter(Qt.Orientation.Vertical)
         self.splitter.addWidget(self.latent)
@@ -195,14 +208,15 @@ class Workspace(QWidget):
         self.particles.prepared.connect(self.show_train)
         self.train.trained.connect(self._trained)
         follow(self, self.state.train_asked, self.show_train)
+        follow(self, self.state.train_shown, self.show_train)
         follow(self, self.state.session_changed, self._on_session)
-        follow(self, self.state.features_changed, self._show_view_choice)
-        follow(self, self.state.view_changed, self._show_view_choice)
+        follow(self, self.state.groups_asked, self.show_groups)
+        follow(self, self.state.tour_asked, self.start_tour)
         follow(self, self.state.run_changed, self._on_run)
-        self._show_view_choice()
         self.latent.setVisible(self.state.session is not None)  # before, there is nothing to see in it
         self.setMinimumWidth(320)
-        self.latent.canvas.installEventFilter(self)
+        for part in (self.latent.canvas, self.gallery.strip):
+            part.installEventFilter(self)
         # floating a dock hides it for a moment too: only what stays hidden lets its worker go
         self._away = QTimer(self)
         self._away.setSingleShot(True)
@@ -214,6 +228,10 @@ class Workspace(QWidget):
 
     def shutdown(self) -> None:
         """End all threads and workers of this column; jobs that train or average go on."""
+        self._tour_timer.stop()
+        if self.tour is not None:
+            self.tour.close()
+            self.tour = None
         self.marks.flush()
         self.memory.stop()
         self.latent.shutdown()
@@ -223,7 +241,7 @@ class Workspace(QWidget):
         self.preview.stop()
         self.gallery.shutdown()
         self.decoder.close()
-        for part in (self, self.particles, self.train, self.classes):
+        for part in (self, self.particles, self.particles.micrograph, self.train, self.classes):
             part.tasks.stop()
         for bar in self.findChildren(JobBar):
             bar.stop()
@@ -236,19 +254,62 @@ class Workspace(QWidget):
     def show_train(self) -> None:
         self.tabs.setCurrentIndex(1)
 
+    def show_groups(self) -> None:
+        """Where particles are laid out and grouped."""
+        self.tabs.setCurrentIndex(2)
+        self.explore.show_groups()
+
+    def start_tour(self) -> None:
+        """Show around on the map that is open; where there is none, on that of the sample."""
+        if self.state.drawable:
+            self._begin_tour()
+        else:
+            self._tour_waits = True
+            self.particles.open_sample_session()
+
+    def _begin_tour(self) -> None:
+        from particle_explorer.widgets.tour import Tour
+
+        self._tour_waits = False
+        main = None if self.gallery_dock is None else self.gallery_dock.parentWidget()
+        if isinstance(main, QMainWindow):
+            self.tour = self.tour or Tour(self, main)
+            self.tour.start()
+
+    def _offer_tour(self) -> None:
+        """The first time that the sample is looked at."""
+        from particle_explorer.plugin import cache_folder
+        from particle_explorer.widgets.tour import was_seen
+
+        session = self.state.session
+        if session is not None and self.state.drawable and cache_folder() in session.path.parents:
+            if self._tour_waits or not was_seen():
+                self._begin_tour()
+
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:
-        """A averages what is selected on the map, E exports: keys that the map does not know."""
+        """V shows particles in the next way, M on their micrograph; on the map A averages, E exports."""
         plain = Qt.KeyboardModifier.NoModifier
         if (
             isinstance(event, QKeyEvent)
             and event.type() == QEvent.Type.KeyPress
             and event.modifiers() == plain
         ):
-            does = {Qt.Key.Key_A: self._average, Qt.Key.Key_E: self._export}.get(Qt.Key(event.key()))
+            keys = {Qt.Key.Key_V: self._next_view, Qt.Key.Key_M: self.particles.micrograph.toggle}
+            if watched is self.latent.canvas:
+                keys |= {Qt.Key.Key_A: self._average, Qt.Key.Key_E: self._export}
+            does = keys.get(Qt.Key(event.key()))
             if does is not None:
                 does()
                 return True
         return False
+
+    def _next_view(self) -> None:
+        from particle_explorer.widgets.pictures import best_view, views_of
+
+        if self.state.session is not None:
+            there = views_of(self.state)
+            at = there.index(best_view(self.state, self.state.view))
+            self.state.set_view(there[(at + 1) % len(there)])
 
     def _average(self) -> None:
         self.tabs.setCurrentIndex(3)
@@ -261,19 +322,6 @@ class Workspace(QWidget):
     def _trained(self) -> None:
         # the first look at a map is the moment to say what one does with it
         self.latent.setFocus()
-
-    def _show_view_choice(self, *_: object) -> None:
-        from particle_explorer.widgets.pictures import SHORT, TIPS, best_view, views_of
-
-        self.particle_view.setVisible(self.state.session is not None)
-        there = views_of(self.state)
-        with QSignalBlocker(self.particle_view):
-            self.particle_view.clear()
-            for view in there:
-                self.particle_view.addItem(SHORT[view], view)
-                tip = Qt.ItemDataRole.ToolTipRole
-                self.particle_view.setItemData(self.particle_view.count() - 1, TIPS[view], tip)
-            self.particle_view.setCurrentIndex(there.index(best_view(self.state, self.state.view)))
 
     def _on_session(self, session: object) -> None:
         self._fit_splitter()
@@ -299,6 +347,8 @@ class Workspace(QWidget):
         if run is not None and not self._had_run:
             self._had_run = True
             self._fit_splitter()
+        if run is not None:
+            self._tour_timer.start()
 
     def _fit_splitter(self) -> None:
         """More room for the map once there is one."""
