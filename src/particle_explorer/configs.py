@@ -611,6 +611,8 @@ class AveragesConfig(Config):
     """Where `5hdb_sim` lies; empty takes the environment variable PARTICLE_EXPLORER_DATA."""
     quick: bool = setting(False, "Quick")
     """1000 particles and few iterations: whether everything runs, not how well."""
+    baselines: bool = setting(True, "Baselines")
+    """Also discrete classes and k-means, which take most of the time."""
 
 
 class SpeedConfig(Config):

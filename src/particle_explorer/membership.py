@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
@@ -135,6 +136,18 @@ def _shared(
         parts.append((some[particle], which, share[particle, which]))
     row, which, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Members(row, which, weight)
+
+
+def labels_of_members(uid: pd.Index, members: pd.DataFrame) -> NDArray[np.int64]:
+    """`(N,)` class of every particle of `uid`, -1 for none; of several that in which it counts most.
+
+    `members` as of stored averages: indexed by uid, with `average` and `weight`.
+    """
+    order = np.argsort(members["weight"].to_numpy(float), kind="stable")  # the largest is written last
+    rows = uid.get_indexer(members.index[order])
+    label = np.full(len(uid), -1, np.int64)
+    label[rows[rows >= 0]] = members["average"].to_numpy(np.int64)[order][rows >= 0]
+    return label
 
 
 def together(first: ArrayLike, second: ArrayLike) -> dict[str, float]:

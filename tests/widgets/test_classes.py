@@ -368,6 +368,15 @@ def test_every_average_says_what_made_it(dock: ClassesDock, tiny_session: Sessio
     assert "classes/cluster-kmeans.parquet" in words
 
 
+def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
+    _shown(dock, tiny_session, qtbot)
+    dock.beside.setCurrentText("cluster-kmeans")
+    dock._compare()
+    qtbot.waitUntil(lambda: bool(dock.comparison.text()), timeout=SLOW)
+    assert "100% share one there" in dock.comparison.text() and "2 → 2: 40 (100%)" in dock.comparison.text()
+    assert dock.layer.metadata["averages"] == "cluster-kmeans" and dock.layer.metadata["how"]["run"]
+
+
 def test_halves_are_called_independent_by_their_models_alone() -> None:
     from particle_explorer.widgets.classes import quality_words
 

@@ -164,6 +164,8 @@ def _measured(scene: Scene, config: AveragesConfig) -> list[dict[str, Any]]:
         members, _ = membership.by_class(label)
         averaged(f"class map: {k} along the map", members, k, poses, seconds)
         averaged(f"the same {k}, true poses", members, k, (angle, shift), seconds)
+    if not config.baselines:
+        return results
     images = session.images.read(np.arange(len(truth)))[:, 0]
     start = time.monotonic()
     pictures, label = ml2d(images, 20, config.seed, iterations=6 if config.quick else 16)

@@ -256,13 +256,13 @@ class CompareClasses(JobCommand):
 
     def execute(self) -> None:
         """Print a table, a line per class of the first set."""
-        from particle_explorer.membership import matched, together
+        from particle_explorer.membership import labels_of_members, matched, together
         from particle_explorer.session import Session
 
         with self.job("comparing the averages") as job:
             session = Session.open(self.session)
             sets = [session.classes(name) for name in (self.averages, self.beside)]
-            labels = [label_of_rows(session, one) for one in sets]
+            labels = [labels_of_members(session.table.index, one.members) for one in sets]
             captions = [[str(one["label"]) for one in stored.classes] for stored in sets]
             both = together(labels[0], labels[1])
             lines = [f"{self.averages:24} {self.beside:24} in both, of the first"]
@@ -274,18 +274,6 @@ class CompareClasses(JobCommand):
                 f"{self.beside}; adjusted Rand index {both['rand']:.3f}, over {both['n']:.0f} particles"
             )
             job.result("\n".join(lines))
-
-
-def label_of_rows(session: Session, stored: StoredClasses) -> NDArray[np.int64]:
-    """`(N,)` class of every row, -1 for none; of several that in which it counts most."""
-    import numpy as np
-
-    members = stored.members
-    order = np.argsort(members["weight"].to_numpy(float), kind="stable")  # the largest is written last
-    rows = session.table.index.get_indexer(members.index[order])
-    label = np.full(session.n_particles, -1, np.int64)
-    label[rows[rows >= 0]] = members["average"].to_numpy(np.int64)[order][rows >= 0]
-    return label
 
 
 class Reproduce(JobCommand):

@@ -241,9 +241,37 @@ class ClassesDock(QWidget):
         layout.addWidget(self.made_words)
         layout.addWidget(self.examine_button)
         layout.addWidget(self.members_part)
+        layout.addWidget(Folded("Compare with another set", self._build_comparison()))
         self.export_part = Folded("Export…", self._build_export())
         layout.addWidget(self.export_part)
         return page
+
+    def _build_comparison(self) -> QWidget:
+        page = QWidget()
+        self.beside = QComboBox()
+        self.beside.setToolTip("Other averages of this session")
+        self.beside.activated.connect(self._compare)
+        self.comparison = QLabel()
+        self.comparison.setWordWrap(True)
+        self.comparison.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        layout = QVBoxLayout(page)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(3)
+        layout.addWidget(self.beside)
+        layout.addWidget(self.comparison)
+        return page
+
+    def _compare(self, *_: object) -> None:
+        """Which class became which in the other set, and who stayed together."""
+        session, stored, name = self.state.session, self.stored, self.beside.currentText()
+        if session is None or stored is None or not name:
+            return
+        self.tasks.run(
+            "compare",
+            lambda: comparison_words(session, stored, session.classes(name)),
+            self.comparison.setText,
+            self._on_failed,
+        )
 
     def _build_marks(self, page: QWidget) -> QHBoxLayout:
         self.good_button, self.bad_button = QPushButton("Good"), QPushButton("Bad")
@@ -584,6 +612,8 @@ class ClassesDock(QWidget):
     def _on_sets(self, names: list[str], wanted: str) -> None:
         self.sets.clear()
         self.sets.addItems(names)
+        self.beside.clear()
+        self.beside.addItems(names)
         if wanted in names:
             self.sets.setCurrentText(wanted)
             self._show_chosen_set()
@@ -605,6 +635,7 @@ class ClassesDock(QWidget):
         self.one.addItems([f"{each['label']} · {number(each['n'])}" for each in stored.classes])
         self.one.blockSignals(False)
         self.members.clear()
+        self.comparison.clear()
         self.tools.show_classes(stored.classes)
         self._draw_montage()
         self._show_quality()
@@ -618,6 +649,13 @@ class ClassesDock(QWidget):
             return
         self.montage = montage(stored.images[order], [caption_lines(stored.classes[i]) for i in order])
         self._show_layer(self.montage)
+        session = self.state.session
+        self.layer.metadata = {
+            "session": str(session.path) if session is not None else "",
+            "averages": stored.name,
+            "order": [str(stored.classes[i]["label"]) for i in order],
+            "how": stored.how,
+        }
 
     def _on_listed(self, index: int) -> None:
         self.one.setCurrentIndex(index)
@@ -885,6 +923,25 @@ def quality_words(one: dict[str, Any], known: bool) -> str:
             else "; nowhere clearly above what noise alone gives"
         )
     return f"{words}. {counts}."
+
+
+def comparison_words(session: Session, first: StoredClasses, second: StoredClasses) -> str:
+    """Two sets of averages of the same particles. A thread's work."""
+    from particle_explorer.membership import labels_of_members, matched, together
+
+    labels = [labels_of_members(session.table.index, one.members) for one in (first, second)]
+    both = together(labels[0], labels[1])
+    if not both["n"]:
+        return "The two sets have no particles in common."
+    lines = [
+        f"Of two particles that share a class here, {both['both']:.0%} share one there; adjusted Rand index"
+        f" {both['rand']:.2f}, over {number(int(both['n']))} particles."
+    ]
+    for one, other, count in matched(labels[0], labels[1]):
+        share = count / max(1, int((labels[0] == one).sum()))
+        names = first.classes[one]["label"], second.classes[other]["label"]
+        lines.append(f"{names[0]} → {names[1]}: {number(count)} ({share:.0%})")
+    return "\n".join(lines)
 
 
 POSES = {

@@ -308,6 +308,8 @@ class PathsPanel(QWidget):
             layer.contrast_limits = limits
             layer.scale = (*layer.scale[:-2], size, size)
             layer.visible = True
+        if self.walk is not None:  # positions, run and settings lie there
+            layer.metadata = {"written": str(self.walk.stem.with_name(f"{self.walk.stem.name}.json"))}
 
     def _fit_particle_axis(self, *_: object) -> None:
         """A path is to be seen whatever particle the other slider stands at: it repeats along that axis."""
