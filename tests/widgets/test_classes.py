@@ -368,6 +368,24 @@ def test_every_average_says_what_made_it(dock: ClassesDock, tiny_session: Sessio
     assert "classes/cluster-kmeans.parquet" in words
 
 
+def test_report_and_aligned_images_are_written_on_demand(
+    dock: ClassesDock,
+    tiny_session: Session,
+    started: list[tuple[list[str], Path]],
+    qtbot: QtBot,
+    tmp_path: Path,
+) -> None:
+    _shown(dock, tiny_session, qtbot)
+    dock.export_path.setText(str(tmp_path / "out.star"))
+    for box in dock._export_boxes():
+        box.setChecked(box in (dock.export_report, dock.export_aligned))
+    dock.export()
+    qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
+    session = [str(tiny_session.path), "--averages", "cluster-kmeans", "--out"]
+    assert started[0][0] == ["report-classes", *session, str(tmp_path / "out.html")]
+    assert dock._steps == [["export-aligned", *session, str(tmp_path / "out_aligned.star")]]
+
+
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
     dock.beside.setCurrentText("cluster-kmeans")

@@ -299,9 +299,18 @@ class ClassesDock(QWidget):
             " cryoSPARC and a montage, in a new folder beside the particle file. Chosen are classes marked"
             " good; where none is, those that are not marked bad.</p>"
         )
+        self.export_report = QCheckBox("Report (.html)")
+        self.export_report.setToolTip("<p>Averages, curves, counts and all settings on one page</p>")
+        self.export_aligned = QCheckBox("Aligned images (interpolated)")
+        self.export_aligned.setToolTip(
+            "<p>The particles turned and shifted in their pixels, as NAME_aligned.star with a stack; the"
+            " angle"
+            " of the CTF turns with them. Only for programs that know no poses: poses lose nothing, this"
+            " does.</p>"
+        )
         self.export_stars.setChecked(True)
         self.export_averages.setChecked(True)
-        for box in (self.export_stars, self.export_averages, self.export_set):
+        for box in self._export_boxes():
             box.toggled.connect(self._update_buttons)
         self.export_path = QLineEdit()
         self.export_path.setToolTip(
@@ -343,6 +352,8 @@ class ClassesDock(QWidget):
         layout.addWidget(self.export_stars)
         layout.addWidget(self.export_averages)
         layout.addWidget(self.export_set)
+        layout.addWidget(self.export_report)
+        layout.addWidget(self.export_aligned)
         layout.addLayout(where)
         layout.addWidget(self.export_button)
         for part in (self.question, self.export_bar, self.export_words):
@@ -409,7 +420,7 @@ class ClassesDock(QWidget):
         self.average_button.setText(
             f"Average {number(count)} selected particles" if selection and count else "Average"
         )
-        wanted = any(box.isChecked() for box in (self.export_stars, self.export_averages, self.export_set))
+        wanted = any(box.isChecked() for box in self._export_boxes())
         good = "good" in self._marks
         self.select_good_button.setEnabled(good)
         self.select_good_button.setToolTip(
@@ -797,10 +808,19 @@ class ClassesDock(QWidget):
             self.export_part.button.setChecked(True)
             self.export_button.setFocus()
 
+    def _export_boxes(self) -> tuple[QCheckBox, ...]:
+        averages = self.export_averages
+        return self.export_stars, averages, self.export_set, self.export_report, self.export_aligned
+
     def export_files(self) -> list[Path]:
         """What would be written."""
         out = Path(self.export_path.text()).expanduser()
-        wanted = ((self.export_stars, out), (self.export_averages, out.with_suffix(".mrcs")))
+        wanted = (
+            (self.export_stars, out),
+            (self.export_averages, out.with_suffix(".mrcs")),
+            (self.export_report, out.with_suffix(".html")),
+            (self.export_aligned, out.with_name(f"{out.stem}_aligned.star")),
+        )
         return [path for box, path in wanted if box.isChecked()]
 
     def export(self) -> None:
@@ -825,11 +845,15 @@ class ClassesDock(QWidget):
         self.complaint.clear()
         self.export_words.clear()
         files = self.export_files()
-        star = next((path for path in files if path.suffix != ".mrcs"), None)
         averages = next((path for path in files if path.suffix == ".mrcs"), None)
         arguments = self.export_arguments(overwrite=overwrite)
         pictures = session.path / "classes" / f"{stored.name}.mrcs"
-        self._steps = [] if star is None else [arguments]
+        self._steps = [arguments] if self.export_stars.isChecked() else []
+        for command, suffix in (("report-classes", ".html"), ("export-aligned", "_aligned.star")):
+            for path in files:
+                if path.name.endswith(suffix):
+                    words = [command, str(session.path), "--averages", stored.name, "--out", str(path)]
+                    self._steps.append([*words, *(["--overwrite"] if overwrite else [])])
         if self.export_set.isChecked():
             folder = unused_folder(Path(self.export_path.text()).expanduser())
             files = [*files, folder]
