@@ -386,6 +386,16 @@ def test_report_and_aligned_images_are_written_on_demand(
     assert dock._steps == [["export-aligned", *session, str(tmp_path / "out_aligned.star")]]
 
 
+def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
+    from particle_explorer.widgets.classes import refined_words
+
+    step = {"median_deg": 1.25, "median_px": 0.4}
+    words = refined_words({"history": [step, {"median_deg": 0.5, "median_px": 0.125}]})
+    assert "last of 2 iterations" in words and "0.50°" in words and "file" not in words
+    apart = {"median_deg": 2.0, "within_10_deg": 0.9, "median_px": 0.3}
+    assert "90% within 10°" in refined_words({"history": [step], "from_the_file": apart})
+
+
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
     dock.beside.setCurrentText("cluster-kmeans")

@@ -80,6 +80,9 @@ def test_a_path_opens_the_hinge_and_so_do_the_particles_along_it(explorer: Any) 
     seen = [hinge_of(picture, size) for picture in walk.averaged[[0, 7]]]
     assert spearmanr(range(4), drawn).statistic > 0.9 and drawn[-1] - drawn[0] > 20, drawn
     assert seen[1] - seen[0] > 15, seen
+    agreement = [np.mean(curve[2:5]) for curve in walk.frc if curve is not None]
+    assert len(agreement) >= 6 and np.median(agreement) > 0.6, "what is drawn is what the particles show"
+    assert not paths.agreement.isHidden() and not paths.average_button.isHidden()
 
     # its slider walks, whatever particle the other one shows, and takes the handle along
     assert viewer.layers["path"].data.shape[:2] == (8, len(viewer.layers["selected particles"].data))

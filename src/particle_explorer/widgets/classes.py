@@ -180,6 +180,9 @@ class ClassesDock(QWidget):
             " of the other half of its class; then average with the refined poses</p>"
         )
         self.refine_button.clicked.connect(self.refine)
+        self.refined_words = QLabel()
+        self.refined_words.setWordWrap(True)
+        self.refined_words.setVisible(False)
         layout = QVBoxLayout(page)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(4)
@@ -192,6 +195,7 @@ class ClassesDock(QWidget):
         row.addWidget(QLabel("Weights"))
         row.addWidget(self.weights, 1)
         layout.addLayout(row)
+        layout.addWidget(self.refined_words)
         layout.addWidget(self.form)
         return page
 
@@ -495,12 +499,20 @@ class ClassesDock(QWidget):
     def _on_refined(self) -> None:
         session, run = self.state.session, self.state.run
 
-        def done(opened: Opened) -> None:
-            if self.state.run is run:
-                self.state.set_features(opened.features)
-                self.poses.setCurrentIndex(max(0, self.poses.findData("refined")))
+        if run is None:
+            return
 
-        self.tasks.run("refined", lambda: read(session, run), done, self._on_failed)
+        def work() -> tuple[Opened, str]:
+            return read(session, run), refined_words(run.column_record("pose-refined")["config"])
+
+        def done(found: tuple[Opened, str]) -> None:
+            if self.state.run is run:
+                self.state.set_features(found[0].features)
+                self.poses.setCurrentIndex(max(0, self.poses.findData("refined")))
+                self.refined_words.setText(found[1])
+                self.refined_words.setVisible(True)
+
+        self.tasks.run("refined", work, done, self._on_failed)
 
     def examine(self) -> None:
         """Let a worker compare the members of the averages that are shown with them."""
@@ -947,6 +959,22 @@ def quality_words(one: dict[str, Any], known: bool) -> str:
             else "; nowhere clearly above what noise alone gives"
         )
     return f"{words}. {counts}."
+
+
+def refined_words(record: dict[str, Any]) -> str:
+    """How far a refinement moved poses, and how far they are from those of the file."""
+    last = record["history"][-1]
+    words = (
+        f"In the last of {len(record['history'])} iterations angles moved by {last['median_deg']:.2f}°,"
+        f" shifts by {last['median_px']:.2f} px (medians)."
+    )
+    apart = record.get("from_the_file")
+    if apart:
+        words += (
+            f" Beside the poses of the file: angles {apart['median_deg']:.1f}° apart,"
+            f" {apart['within_10_deg']:.0%} within 10°, shifts {apart['median_px']:.2f} px."
+        )
+    return words
 
 
 def comparison_words(session: Session, first: StoredClasses, second: StoredClasses) -> str:

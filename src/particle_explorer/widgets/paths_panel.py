@@ -128,6 +128,13 @@ class PathsPanel(QWidget):
         self.export_path.setToolTip("Where to write it")
         self.export_button = QPushButton("Export")
         self.export_button.clicked.connect(self.export)
+        self.average_button = QPushButton("Average the originals along it")
+        self.average_button.setToolTip(
+            "<p>Average the particles nearest to each position from the original full-size images; the"
+            " averages appear in the tab Classes</p>"
+        )
+        self.average_button.clicked.connect(self.average)
+        self.average_button.setVisible(False)
         export = QWidget()
         inside = QVBoxLayout(export)
         inside.setContentsMargins(0, 0, 0, 0)
@@ -147,6 +154,7 @@ class PathsPanel(QWidget):
         layout.addWidget(self.make_button)
         layout.addWidget(self.words)
         layout.addWidget(self.agreement)
+        layout.addWidget(self.average_button)
         layout.addWidget(self.export_part)
         follow(self, self.state.run_changed, self._on_run)
         follow(self, self.state.handle_changed, self._on_handle)
@@ -264,6 +272,7 @@ class PathsPanel(QWidget):
         caption(self.viewer, "path", f"path: {KINDS[walk.along]}{', a part held still' if walk.held else ''}")
         self.export_part.setVisible(True)
         self._suggest_path()
+        self.average_button.setVisible(bool(n.size))
         self._show_agreement(-1 if flat else 0)
 
     def _show_agreement(self, i: int) -> None:
@@ -355,6 +364,7 @@ class PathsPanel(QWidget):
         self.words.clear()
         self.export_part.setVisible(False)
         self.agreement.setVisible(False)
+        self.average_button.setVisible(False)
         self._show_choice()
 
     # --- exporting ----------------------------------------------------------------------------------
@@ -380,6 +390,25 @@ class PathsPanel(QWidget):
             return [stack, *(["--beside", beside] if Path(beside).exists() else []), "--out", out]
 
         self.worker.start("film", arguments, "Writing the film", self._on_exported)
+
+    def average(self) -> None:
+        """Let a worker average the originals near the positions of the way."""
+        walk = self.walk
+        if walk is None:
+            return
+        positions = str(walk.stem.with_name(f"{walk.stem.name}.json"))
+        n_near = str(max(1, int(np.median(walk.n_particles[walk.n_particles > 0]))))
+        held = ["--held"] if walk.held else []
+
+        def arguments(run: Run, folder: Path) -> list[str]:
+            return [str(run.path), "--by", "near", "--positions", positions, "--n-near", n_near, *held]
+
+        self.worker.start("average", arguments, "Averaging along the way", self._on_averaged)
+
+    def _on_averaged(self, status: Status) -> None:
+        name = Path(status.message).stem
+        self.words.setText(f"Averages along the way are in the tab Classes: {name}")
+        self.state.classes_changed.emit(name)
 
     def _on_exported(self, status: Status) -> None:
         self.words.setText(f"Written: {status.message}")
