@@ -28,6 +28,10 @@ SMALL_PX = 32
 """Side of averages that are compared with mirror images."""
 BLOCK = 64
 SYMMETRIES = range(2, 9)
+MIRRORED = 0.9
+"""Correlation of an average with the mirror image of another from which they are spoken of as partners."""
+NOISE_QUANTILE = 0.2
+"""Of the variance over members, inside the circle: the level of the noise."""
 SYMMETRIC = 0.95
 """Correlation of an average with itself, turned by every part of a turn, from which it is symmetric."""
 
@@ -40,7 +44,7 @@ class Examined(NamedTuple):
     when that average is taken away, relative to the median of its class, `distance` from the middle of the
     class on the map, relative to the root mean square (NaN without a map)"""
     variance: Float
-    """`(k, m, m)` variance over the members, above that of the noise outside the particle"""
+    """`(k, m, m)` variance over the members above that of the noise, which a fifth of the pixels are below"""
     residual: Float
     """`(k, m, m)` average less what the model draws there, or less the other half where no model draws"""
     mirror: list[tuple[int, float]]
@@ -166,7 +170,8 @@ def compared(images: NDArray[np.float16], weight: Floats) -> tuple[Floats, Float
         correlation[i] = float(one @ others) / max(np.sqrt(power * float(one @ one)), 1e-20)
         error[i] = np.sqrt(np.mean((one - others * float(one @ others) / power) ** 2))
     spread = np.maximum(square / sum_w - mean**2, 0)
-    spread -= np.median(spread[~inside]) if (~inside).any() else 0.0
+    seen = spread[inside & (spread > 0.05 * spread.max())]  # not what a mask has made 0
+    spread = np.maximum(spread - (np.quantile(seen, NOISE_QUANTILE) if len(seen) else 0.0), 0)
     shares = [max(float(weight[h::2].sum()), 1e-12) for h in range(2)]
     difference = halves[0] / shares[0] - halves[1] / shares[1]
     middle = np.nanmedian(error) if np.isfinite(error).any() else 1.0

@@ -34,7 +34,7 @@ class Examine(JobCommand):
         import numpy as np
         import pandas as pd
 
-        from particle_explorer.examining import examine
+        from particle_explorer.examining import MIRRORED, examine
         from particle_explorer.session import Session
 
         with self.job("examining the averages") as job:
@@ -65,11 +65,10 @@ class Examine(JobCommand):
             pictures = {"variance": found.variance, "residual": found.residual}
             session.save_examined(stored.name, columns, words, pictures, size)
             for label, one in zip(labels, words, strict=True):
-                job.note(
-                    f"{label}: its mirror image resembles {one['mirror']['of']} most "
-                    f"(r {one['mirror']['correlation']:.3f}); "
-                    + (f"C{one['symmetry']['fold']}" if one["symmetry"]["fold"] > 1 else "no symmetry")
-                )
+                partner, r = one["mirror"]["of"], one["mirror"]["correlation"]
+                mirrored = f"its mirror image resembles {partner}" if r > MIRRORED else "no mirror partner"
+                fold = one["symmetry"]["fold"]
+                job.note(f"{label}: {mirrored} (r {r:.3f}); " + (f"C{fold}" if fold > 1 else "no symmetry"))
             job.result(session.path / "classes" / f"{stored.name}.parquet")
 
 

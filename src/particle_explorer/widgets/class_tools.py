@@ -24,6 +24,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from particle_explorer.examining import MIRRORED, compared
 from particle_explorer.latents import latent_columns
 from particle_explorer.preprocess import original_pixels
 from particle_explorer.widgets.background import Tasks
@@ -48,7 +49,7 @@ MEMBER_SORTS = {
     "distance": "farthest on the map first",
     "row": "as in the file",
 }
-A_ROW, ROWS = 8, 5
+A_ROW, ROWS = 8, 3
 """Members shown at once: rows of so many."""
 AT_MOST = 2000
 """Members that are looked at; of more, as many spread evenly."""
@@ -83,7 +84,7 @@ def words_of(one: dict[str, Any]) -> str:
     if one.get("symmetry", {}).get("fold", 1) > 1:
         words.append(f"C{one['symmetry']['fold']}")
     mirror = one.get("mirror")
-    if mirror and mirror["correlation"] > 0.9 and mirror["of"] != str(one["label"]):
+    if mirror and mirror["correlation"] > MIRRORED and mirror["of"] != str(one["label"]):
         words.append(f"mirror of {mirror['of']}?")
     return " · ".join(words)
 
@@ -244,7 +245,6 @@ class Loaded:
 
 def load_members(session: Session, stored: StoredClasses, place: int, features: pd.DataFrame) -> Loaded:
     """Read the prepared images of a class and compare them with each other. A thread's work."""
-    from particle_explorer.examining import compared
     from particle_explorer.spectra import align
 
     own = stored.members[stored.members["average"] == place]
