@@ -43,7 +43,7 @@ COLUMN_PX = 392
 GALLERY_PX = 150
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
-VIEW_MARGIN = 0.2
+VIEW_MARGIN = 0.23
 CAPTION_CHARACTERS = 84
 """What fits into one line at the foot of the canvas of a small screen."""
 
