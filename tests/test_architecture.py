@@ -28,7 +28,7 @@ RANKS: dict[str, int] = {
             ["cache", "estimates"],
             ["session", "gauge", "team", "traversals", "membership", "refining", "examining"],
             ["training", "exporting", "coordinates", "amending", "aligned", "class_report"],
-            ["jobs", "state", "controls", "halves"],
+            ["jobs", "state", "controls", "halves", "choosing"],
             ["demo", "commands", "plugin"],
             ["cli"],
             ["widgets"],
@@ -49,7 +49,7 @@ WINDOWED_TESTS = {"test_journey.py", "test_plugin.py", "test_interface.py"}
 ALLOWED: dict[str, set[str]] = {
     "numba": {"shears", "ctf_sums"},
     "llvmlite": {"shears"},
-    "torch": {"summing", "transforms", "models", "training", "team", "gauge", "demo", "bench"},
+    "torch": {"summing", "transforms", "models", "training", "choosing", "team", "gauge", "demo", "bench"},
     "qtpy": {"widgets", "bench"},
     "superqt": set(),
     "magicgui": {"widgets"},

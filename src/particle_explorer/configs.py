@@ -133,6 +133,9 @@ its contrast is no matter of phases, and grains of stain hide details finer than
 FILAMENT_PRIOR_DEG = 10.0
 """`psi_prior_deg` for segments of filaments."""
 
+MOST_DIMS_OF_A_GRID = 3
+"""A class map of more dimensions has an encoder beside its grid."""
+
 CLASS_MAP_WARM_UP = 0.4
 """Share of a fit in which the class map's posterior is still being sharpened; only afterwards is its
 likelihood that of the model, so that one epoch can be compared with another."""
@@ -144,15 +147,20 @@ class ClassMapConfig(Config):
 
     kind: Literal["class-map"] = "class-map"
 
-    latent_dim: int = setting(2, "Dimensions of the map", ge=1, le=2)
-    """1 orders the particles along one motion, 2 lays them out on a square."""
+    latent_dim: int = setting(2, "Dimensions of the map", ge=0, le=32, zero="chosen")
+    """1 orders the particles along one motion, 2 lays them out on a square, 3 in a cube, which takes two to
+    four times as long as a square. From 4 on poses are found by a map of two dimensions, and an encoder and a
+    decoder are trained for the content: for stacks of many kinds of images, several times as long again. 0
+    chooses 1, 2 or 3, and the classes along each, by how well a part of the particles that was not fitted is
+    explained; the run says how well each was."""
 
     varies: Literal["motion", "classes"] = setting("motion", "What varies")
     """`motion` starts the map from the main motions of one object. `classes` lets it freeze slowly out of
     disorder, for different objects or views in one stack: it takes some five times as long."""
 
     nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64, zero="automatic")
-    """Classes along each side of the map. 0 chooses: 24 in one dimension, 12 in two."""
+    """Classes along each side of the map, of the one that finds poses from 4 dimensions on. 0 chooses: 24 in
+    one dimension, 12 in two, 7 in three; where classes vary 15 in two, 8 in three."""
 
     angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
     """Step of the angular search while fitting; reported angles are refined far below it."""
@@ -172,6 +180,11 @@ class ClassMapConfig(Config):
     junk: bool = setting(True, "Junk class", advanced=True)
     """One more class takes what is no particle, so that it does not bend the map; every particle gets its
     probability. Off fits everything."""
+
+    mirror: bool = setting(False, "Mirror images", advanced=True)
+    """Compare each particle with the mirror image of every class too, as views from opposite sides are mirror
+    images of each other. Each gets its probability of being mirrored, and the position of its mirror image;
+    position and pose stay those of the particle as it is, so that nothing is merged. Takes twice as long."""
 
     use_ctf: bool = setting(True, "CTF in the likelihood", advanced=True)
     """Where particles carry CTF parameters, every class image is compared through each particle's own CTF,

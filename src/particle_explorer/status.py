@@ -189,6 +189,11 @@ class StatusWriter:
         with replacing(folder / STATUS, sync=False) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(said), indent=1), encoding="utf-8")
 
+    def hand_over(self) -> None:
+        """Say nothing more: another writer of this process goes on, and the job is not over between them."""
+        with self._lock:
+            self.folders = []
+
     def update(self, **changes: Any) -> None:
         """Change fields of the status; written at once when the job turns to something else, else soon."""
         with self._lock:

@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components, dijkstra, minimum_spannin
 from scipy.spatial import cKDTree
 from scipy.special import ndtri
 
+from particle_explorer.configs import MOST_DIMS_OF_A_GRID
 from particle_explorer.files import UserError
 from particle_explorer.latents import pca
 
@@ -165,11 +166,11 @@ def samples(z: ArrayLike, n: int, prior: Prior, seed: int = 0) -> Floats:
     return z[rng.integers(0, len(z), n)]
 
 
-def prior_of(model_kind: str) -> Prior:
+def prior_of(model_kind: str, latent_dim: int = 2) -> Prior:
     """The prior of a model's latent positions."""
-    if model_kind == "class-map":
+    if model_kind == "class-map" and latent_dim <= MOST_DIMS_OF_A_GRID:
         return "uniform"
-    return "normal" if model_kind in ("spatial-vae", "target-vae", "vae") else "particles"
+    return "normal" if model_kind in ("class-map", "spatial-vae", "target-vae", "vae") else "particles"
 
 
 def members(z: ArrayLike, positions: ArrayLike, n_each: int) -> NDArray[np.int64]:

@@ -124,7 +124,7 @@ def fitted() -> tuple[ClassMap, Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("box_px", [16, 40, 41, 64])
 @pytest.mark.parametrize("n_channels", [1, 3])
-@pytest.mark.parametrize("latent_dim", [1, 2])
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
 def test_every_box_trains_encodes_and_decodes(box_px: int, n_channels: int, latent_dim: int) -> None:
     model = model_of(box_px, n_channels, latent_dim=latent_dim, nodes_per_dim=3, angle_step_deg=30)
     images = torch.randn(3, n_channels, box_px, box_px)
@@ -467,7 +467,7 @@ def test_what_is_needed_to_resume_goes_through_a_file(tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize("n_images", [1, 3, 30])
-@pytest.mark.parametrize("latent_dim", [1, 2])
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
 def test_few_or_empty_images_are_survived(n_images: int, latent_dim: int) -> None:
     for images in (torch.randn(n_images, 1, 16, 16), torch.zeros(n_images, 1, 16, 16)):
         model = model_of(16, nodes_per_dim=3, angle_step_deg=30, latent_dim=latent_dim)
@@ -567,3 +567,123 @@ def test_a_map_that_goes_on_from_another_is_not_softened_again() -> None:
     model.skip_warm_up()
     model.schedule(0.0, 0)
     assert model.heat == 1
+
+
+def waving(n: int, swings: Tensor) -> Tensor:
+    """A body, an arm that is still and three that swing by `swings` (b, 3) rad: `(b, 1, n, n)`."""
+    y, x = torch.meshgrid(torch.arange(n) - n // 2, torch.arange(n) - n // 2, indexing="ij")
+    image = 1.2 * torch.exp(-(y**2 + x**2) / (2 * 2.0**2)).expand(len(swings), n, n)
+    swings = torch.cat([torch.zeros(len(swings), 1), swings], 1)
+    for i, towards in enumerate((0.0, 1.4, 3.0, 4.7)):
+        angle = towards + swings[:, i, None, None]
+        for reach in (4.0, 6.5, 9.0)[: 2 + i % 2]:
+            away = (y - reach * angle.sin()) ** 2 + (x - reach * angle.cos()) ** 2
+            image = image + (1 - 0.1 * i) * torch.exp(-away / (2 * 1.3**2))
+    return image[:, None]
+
+
+def test_three_dimensions_hold_three_motions() -> None:
+    torch.manual_seed(0)
+    random = torch.Generator().manual_seed(8)
+    swings = torch.rand(600, 3, generator=random) - 0.5
+    angle = torch.rand(600, generator=random) * 2 * math.pi
+    images = place(waving(26, swings), angle, mode="fourier") / 0.15
+    images = images + torch.randn(images.shape, generator=random)
+    found = []
+    for latent_dim in (2, 3):
+        settings = {"latent_dim": latent_dim, "nodes_per_dim": 6, "angle_step_deg": 15, "junk": False}
+        model = model_of(26, 1, 600, **settings)
+        fit(model, images, n_epochs=14)
+        encoding = model.encode(batch_of(images))
+        r = [metrics.knn_regression_r(encoding.z, swings[:, i]) for i in range(3)]
+        found.append((sum(r), float(model.log_density(batch_of(images), encoding).mean())))
+    assert found[1][0] > found[0][0] + 0.15, found
+    assert found[1][1] > found[0][1] + 1, found
+
+
+def test_more_classes_than_can_be_compared_are_refused() -> None:
+    model = model_of(16, latent_dim=3, nodes_per_dim=20)
+    with pytest.raises(UserError, match=r"nodes-per-dim 20: in 3 dimensions these are 8000 .* at most 16"):
+        list(model.start(Fitted(torch.randn(4, 1, 16, 16))))
+
+
+@pytest.mark.parametrize("n", [24, 25])
+def test_a_mirrored_image_is_the_mirror_image_of_itself(n: int) -> None:
+    """Of an image and its mirror image, one is as likely mirrored as the other is not."""
+    torch.manual_seed(0)
+    model = model_of(n, nodes_per_dim=4, angle_step_deg=30, mirror=True, junk=False)
+    images, ctf = stack(n, 60)[0], ctf_of(n, 60)
+    fit(model, images, n_epochs=2, ctf=ctf)
+    back = torch.arange(n).neg().add(2 * (n // 2)) % n
+    plain, other = (
+        model.encode(batch_of(x, ctf=c)) for x, c in ((images, ctf), (images[..., back], mirrored(ctf)))
+    )
+    p, q = plain.extras["mirror_probability"], other.extras["mirror_probability"]
+    torch.testing.assert_close(p, 1 - q, atol=2e-3, rtol=0)
+    torch.testing.assert_close(plain.extras["mirror_z_0"], other.z[:, 0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        plain.extras["log_likelihood"], other.extras["log_likelihood"], atol=0.02, rtol=1e-3
+    )
+
+
+def mirrored(ctf: Tensor) -> Tensor:
+    """`(b, n, n // 2 + 1)` of images mirrored by x → -x, through the images themselves."""
+    n = ctf.shape[1]
+    point = torch.fft.irfft2(ctf, s=(n, n))
+    return torch.fft.rfft2(point[..., torch.arange(n).neg() % n]).real
+
+
+def test_mirror_images_are_told_apart_and_do_not_bend_the_map() -> None:
+    torch.manual_seed(0)
+    random = torch.Generator().manual_seed(9)
+    swing = torch.rand(600, generator=random) - 0.5
+    angle = torch.rand(600, generator=random) * 2 * math.pi
+    n = 26
+    images = place(handed(n, swing), angle, mode="fourier") / 0.3
+    flipped = torch.arange(600) % 2 == 1
+    images[flipped] = images[flipped][..., torch.arange(n).neg() % n]
+    images = images + torch.randn(images.shape, generator=random)
+    model = model_of(n, nodes_per_dim=8, angle_step_deg=15, mirror=True)
+    fit(model, images)
+    encoding = model.encode(batch_of(images))
+    probability = encoding.extras["mirror_probability"]
+    auc = metrics.auc(probability, flipped)
+    assert max(auc, 1 - auc) > 0.97
+    # either hand may be the map's own
+    z = torch.where(probability > 0.5, encoding.extras["mirror_z_0"], encoding.z[:, 0])
+    assert abs(metrics.pearson(z, swing)) > 0.85
+    assert model.noise_power[2:].numpy() == pytest.approx(1, abs=0.2)
+
+
+def handed(n: int, swing: Tensor) -> Tensor:
+    """A body with a long, a middle and a short arm in this order; the short one swings: `(b, 1, n, n)`."""
+    y, x = torch.meshgrid(torch.arange(n) - n // 2, torch.arange(n) - n // 2, indexing="ij")
+    image = torch.exp(-(y**2 + x**2) / (2 * 2.0**2)).expand(len(swing), n, n)
+    still = torch.zeros(len(swing), 1, 1)
+    for towards, reaches in (
+        (still, (4, 6.5, 9)),
+        (still + 1.3, (4, 6.5)),
+        (3.0 + swing[:, None, None], (5,)),
+    ):
+        for reach in reaches:
+            away = (y - reach * towards.sin()) ** 2 + (x - reach * towards.cos()) ** 2
+            image = image + torch.exp(-away / (2 * 1.4**2))
+    return image[:, None]
+
+
+def test_a_better_map_has_a_higher_density(fitted: tuple[ClassMap, Tensor, dict[str, Tensor]]) -> None:
+    """Also when the worse one takes what it cannot explain for noise."""
+    model, _, _ = fitted
+    unseen = batch_of(stack(n_images=700)[0][600:])
+    worse = model_of(nodes_per_dim=10, angle_step_deg=15)
+    worse.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        worse.decoder.convolutions[-1].weight.mul_(0.4)
+    worse.noise_power.copy_(worse._residuals(unseen)[0])
+    ours, theirs = (m.log_density(unseen, m.encode(unseen)) for m in (model, worse))
+    assert float((ours - theirs).mean()) > 1
+    # of noise alone, without a map: white noise of variance 1 in as many numbers
+    energy, count = model._band_energy(unseen.images)
+    assert energy.shape == (100, 13) and float(count.sum()) == pytest.approx(
+        math.pi * (0.4 * 24) ** 2, rel=0.05
+    )

@@ -38,7 +38,7 @@ MULTI_BOX_PX = 150
 MULTI_N_DIGITS = 4
 CLEAN = PreprocessConfig(contrast="keep", background="none", ctf="none")
 """Images without noise are taken as they are."""
-CLASSES = {"varies": "classes", "angle_step_deg": 15.0, "nodes_per_dim": 15}
+CLASSES = {"varies": "classes", "angle_step_deg": 15.0}
 """Settings of the class map for stacks of different objects."""
 
 

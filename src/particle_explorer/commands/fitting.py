@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from particle_explorer.commands.command import PROGRAM, Job, JobCommand, interru
 from particle_explorer.commands.options import numbers, path_or_none
 from particle_explorer.commands.runs import open_run
 from particle_explorer.configs import ClassMapConfig, ModelConfig, RunModel, TrainConfig
-from particle_explorer.files import UserError
+from particle_explorer.files import Stopped, UserError, write_text
 
 if TYPE_CHECKING:
+    from particle_explorer.choosing import Choice
     from particle_explorer.session import Run, Session
     from particle_explorer.team import Team
 
@@ -74,6 +76,10 @@ class Train(JobCommand):
                 raise UserError("--warm-start goes on from another run: name it by --parent")
             if "model" not in self.model_fields_set:
                 model = parent.config.model
+        choice = None
+        if isinstance(model, ClassMapConfig) and model.latent_dim == 0 and not self.warm_start:
+            choice = self._choose(session, model)
+            model = choice.model
         config = RunConfig(
             model=model,
             train=self.train.model_copy(update={"devices": n_devices}),
@@ -89,7 +95,38 @@ class Train(JobCommand):
             from particle_explorer.training import weights_to_start_from
 
             weights_to_start_from(config, parent)  # before there is a run that cannot begin
-        return session.new_run(config)
+        run = session.new_run(config)
+        if choice is not None:
+            write_text(run.path / "choice.json", json.dumps(choice.to_json(), indent=1) + "\n")
+        return run
+
+    def _choose(self, session: Session, model: ClassMapConfig) -> Choice:
+        """The dimensions of a class map that leaves them open."""
+        from particle_explorer.choosing import choose
+        from particle_explorer.training import stand_back
+
+        if self.status:
+            stand_back()
+        with self.job("choosing the dimensions") as job:
+
+            def tell(what: str, fraction: float) -> None:
+                if job.stop.is_set():
+                    raise Stopped("stopped; nothing was written")
+                job.tell(what, fraction)
+
+            choice = choose(
+                session,
+                model,
+                self.train,
+                where=self.where,
+                selection=self.selection,
+                device=self.device,
+                tell=tell,
+            )
+            for line in choice.lines():
+                job.note(line)
+            job.writer.hand_over()
+        return choice
 
     def _fit(self, session: Session, run: Run, team: Team | None) -> None:
         from particle_explorer.status import StatusWriter

@@ -190,7 +190,7 @@ def _positions(command: Traverse, run: Run, z: NDArray[np.float32]) -> NDArray[n
         return traversals.along_dimension(good, command.number, middle, n)
     if kind == "component":
         return traversals.along_component(good, command.number, middle, n)
-    prior = traversals.prior_of(run.config.model.kind)
+    prior = traversals.prior_of(run.config.model.kind, run.config.model.latent_dim)
     if kind == "grid":
         return traversals.grid(good, max(2, round(n**0.5)), prior)
     if kind == "prior":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from particle_explorer.configs import (
+    MOST_DIMS_OF_A_GRID,
     ClassMapConfig,
     CODAEConfig,
     DataSpec,
@@ -20,6 +21,12 @@ def build_model(config: RunModel, data: DataSpec) -> ParticleModel:
     """An untrained model."""
     if isinstance(config, ImportedConfig):
         raise UserError(f"the coordinates come from {config.file}: there is no model to draw or encode with")
+    if isinstance(config, ClassMapConfig) and config.latent_dim == 0:
+        raise UserError("--model.latent-dim 0 leaves the dimensions to be chosen, and a model has some")
+    if isinstance(config, ClassMapConfig) and config.latent_dim > MOST_DIMS_OF_A_GRID:
+        from particle_explorer.models.hybrid_map import HybridMap
+
+        return HybridMap(config, data)
     if isinstance(config, ClassMapConfig):
         from particle_explorer.models.class_map import ClassMap
 
