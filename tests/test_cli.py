@@ -464,7 +464,7 @@ def test_the_environment_is_not_read(monkeypatch):
         ("bench nonsense", "there is no command 'bench nonsense'"),
         ("train", "required: SESSION"),
         ("simulate --n 5", "required: --out"),
-        ("train d --model.latent-dim 3", "--model.latent-dim 3: input should be less than or equal to 2"),
+        ("train d --model.latent-dim 33", "--model.latent-dim 33: input should be less than or equal to 32"),
         ("train d --model.latent-dim two", "--model.latent-dim two: input should be a valid integer"),
         ("train d --model.kind x", "there is no such model; choose one of class-map, spatial-vae"),
         ("train d --model.hidden 9", "unrecognized arguments: --model.hidden 9"),
