@@ -119,6 +119,9 @@ def test_the_selection_is_the_layer(
     state.set_view("raw")
     qtbot.waitUntil(lambda: "as prepared" in viewer.canvas.overlays.text.text)
     np.testing.assert_array_equal(shown.layer.data[1], tiny_session.images[50][0])
+    made = shown.layer.metadata
+    assert made["pictures"] == "raw" and made["session"] == str(tiny_session.path)
+    np.testing.assert_array_equal(made["uid"], tiny_session.uid[mask])
 
 
 def _aligned_slowly(session: Session, state: Any, row: int) -> NDArray[np.float32]:
@@ -306,6 +309,8 @@ def test_the_reconstruction_follows_the_handle_in_place(
     assert drawn.layer.data is data, "updated in place"
     assert list(drawn.layer.contrast_limits) == limits, "contrast is set once per run"
     assert len(viewer.layers) == 1 and len(pencil.made) == 1
+    qtbot.waitUntil(lambda: drawn.layer.metadata.get("position") == [3.0])
+    assert drawn.layer.metadata["settings"].endswith("0001-class-map/config.json")
 
 
 def test_the_drawing_process_goes_when_nobody_looks(

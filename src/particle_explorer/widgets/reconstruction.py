@@ -203,6 +203,15 @@ class Reconstruction:
     def _at_rest(self) -> None:
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.refresh(extent=False, highlight=False)
+            run = self.state.run
+            self.layer.metadata = {
+                "run": "" if run is None else str(run.path),
+                "settings": "" if run is None else str(run.path / "config.json"),
+                "position": self.state.handle_z.tolist(),
+                "angle_deg": float(self.state.angle_deg),
+                "shift_yx_px": [float(value) for value in self.state.shift_yx_px],
+                "held": bool(self.state.held),
+            }
         self._say()
 
     def _say_at_rest(self, *_: object) -> None:

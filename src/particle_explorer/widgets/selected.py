@@ -148,6 +148,15 @@ class SelectedParticles:
             self._set_limits(_limits(data))
             self._limits_of = shown
         self._session = session
+        run = self.state.run
+        self.layer.metadata = {
+            "session": str(session.path),
+            "run": "" if run is None else str(run.path),
+            "pictures": pictures.view,
+            "poses": "held" if self.state.held else "run",
+            "prepared": str(session.path / "session.json"),
+            "uid": session.uid[rows],
+        }
         if not self.layer.visible:
             self.layer.visible = True
         self._keep_active(rows)
