@@ -205,6 +205,17 @@ def test_independent_halves_have_a_model_each_and_alone_may_speak_of_a_resolutio
         expected = [999.0 if value is None else value for value in found]
         np.testing.assert_allclose(written, expected, atol=0.01)
         assert known or found == [None] * 3
+    say("export", session.path, "--out", tmp_path / "members.star", "--members", "independent")
+    written = StarFile(tmp_path / "members.star")
+    table = written.table(next(block for block in written.blocks if "rlnImageName" in block.labels))
+    order = session.table.sort_values("source_row").index
+    kept = members.loc[order[order.isin(members.index)]]
+    assert table["rlnClassNumber"].astype(int).tolist() == (kept["average"] + 1).tolist()
+    apart = (table["rlnAnglePsi"].astype(float) + kept["angle_deg"].to_numpy() + 180) % 360 - 180
+    np.testing.assert_allclose(apart, 0, atol=1e-3)
+    assert "leave --selection" in refuse(
+        "export", session.path, "--out", tmp_path / "x.star", "--members", "independent", "--classes", "y"
+    )
     lines = say("compare-classes", session.path, "--averages", "cluster-kmeans", "--beside", "cluster-kmeans")
     assert len(lines) == 5 and "100% share one" in lines[-1] and "index 1.000" in lines[-1]
     assert "there are: " in refuse(

@@ -396,6 +396,24 @@ def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
     assert "90% within 10°" in refined_words({"history": [step], "from_the_file": apart})
 
 
+@pytest.mark.parametrize(
+    ("how", "by_members"),
+    [
+        ({"by": "cluster-kmeans", "poses": "run"}, False),
+        ({"by": "cluster-kmeans", "held": True}, False),
+        ({"by": "cluster-kmeans", "poses": "run", "from": "cluster-kmeans"}, True),
+        ({"by": "cluster-kmeans", "poses": "refined"}, True),
+        ({"by": "grid"}, True),
+        ({"poses": "independent"}, True),
+        ({"by": "cluster-kmeans", "weights": "posterior"}, True),
+    ],
+)
+def test_what_no_column_says_is_exported_from_the_set(how: dict[str, Any], by_members: bool) -> None:
+    from particle_explorer.widgets.classes import made_by_hand
+
+    assert made_by_hand(how) == by_members
+
+
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
     dock.beside.setCurrentText("cluster-kmeans")

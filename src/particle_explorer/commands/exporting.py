@@ -37,6 +37,9 @@ class Export(JobCommand):
     """Only the particles of this named selection"""
     classes: str = ""
     """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
+    members: str = ""
+    """Only the members of these averages of the session, with the class of each and the pose it was averaged
+    at; --run, --selection, --classes and --poses then say nothing"""
     held: bool = False
     """Write the poses that hold a part still (hold-still) instead of the run's own; as --poses held"""
     poses: Literal["run", "held", "refined", "none"] = "run"
@@ -71,21 +74,28 @@ class Export(JobCommand):
             mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
             if not mask.any():
                 raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
+            if self.members and (self.selection or self.classes):
+                raise UserError(
+                    "--members says which particles and classes; leave --selection and --classes out"
+                )
             out = Path(self.out).absolute()
             files = [out, *([Path(self.averages).absolute()] if self.averages else [])]
             for path in files:
                 _check_writable(path, session, self.overwrite)
-            number = _class_numbers(session, run, self.classes)
+            number = None if self.members else _class_numbers(session, run, self.classes)
             source: PoseSource | None = "held" if self.held else None if self.poses == "none" else self.poses
             angle, shift = (None, None)
             if run is not None and source is not None:
                 angle, shift = poses_of(run, source)
+            if self.members:
+                number, angle, shift = _of_members(session, self.members)
+                mask = number > 0
             if self.latents and run is None:
                 raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
             with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
             averages = None
             if self.averages:  # first, because they take long and can be stopped
-                if number is None or run is None:
+                if number is None or run is None or self.members:
                     raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
                 members, classes = by_class(np.where(mask, number, -1))
                 captions = [str(c) for c in classes]
@@ -123,6 +133,25 @@ class Export(JobCommand):
                 grey = images if images.ndim == 3 else images.mean(1)  # an MRC stack has no colours
                 export_averages(files[1], grey, averages[0].pixel_size_A, overwrite=self.overwrite)
             job.result(" ".join(map(str, files)))
+
+
+def _of_members(
+    session: Session, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Class `(N,)` from 1, 0 for none, angle and shift of the members of stored averages."""
+    import numpy as np
+
+    from particle_explorer.io.class_files import class_numbers
+    from particle_explorer.membership import labels_of_members
+
+    stored = session.classes(name)
+    if not {"weight", "angle_deg", "shift_y_px", "shift_x_px"} <= set(stored.members):
+        raise UserError("these averages were made by an older version, without poses; average again")
+    numbers = class_numbers([str(one["label"]) for one in stored.classes])
+    label = labels_of_members(session.table.index, stored.members)
+    members = stored.members[~stored.members.index.duplicated()].reindex(session.table.index)
+    shift = members[["shift_y_px", "shift_x_px"]].to_numpy(float)
+    return np.where(label >= 0, numbers[label], 0), members["angle_deg"].to_numpy(float), shift
 
 
 class Merge(JobCommand):

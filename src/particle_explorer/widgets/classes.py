@@ -902,6 +902,8 @@ class ClassesDock(QWidget):
         assert self.state.session is not None and self.stored is not None
         how = self.stored.how
         arguments = ["export", str(self.state.session.path), "--out", self.export_path.text()]
+        if made_by_hand(how):  # the classes are those of no column, or the poses those of no run
+            return [*arguments, "--members", self.stored.name, *(["--overwrite"] if overwrite else [])]
         for option, key in (("--run", "run"), ("--classes", "by"), ("--selection", "selection")):
             if how.get(key):
                 arguments += [option, str(how[key])]
@@ -911,6 +913,12 @@ class ClassesDock(QWidget):
     def _on_exported(self) -> None:
         self._update_buttons()
         self.export_words.setText("Written:\n" + "\n".join(str(path) for path in self._exported))
+
+
+def made_by_hand(how: dict[str, Any]) -> bool:
+    """Whether particles and poses of a set of averages are written down with the set alone."""
+    plain = how.get("poses", "run") in ("run", "held") and how.get("weights", "hard") == "hard"
+    return bool(how.get("from")) or not plain or how.get("by") in (GRID, "near")
 
 
 def copy_file(source: Path, target: Path, *, overwrite: bool) -> None:
