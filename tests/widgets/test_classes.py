@@ -304,7 +304,7 @@ def test_a_click_leaves_a_member_out_and_the_average_follows(
     dock.members_part.button.setChecked(True)
     qtbot.waitUntil(lambda: panel.loaded is not None, timeout=SLOW)
     loaded = panel.loaded
-    assert loaded is not None and loaded.n == 40 and panel.members.n_images == 24
+    assert loaded is not None and loaded.n == 40 and panel.members.n_images == 16
     fit = loaded.values["correlation"][panel.order]
     assert (np.diff(fit) >= 0).all(), "the worst fit comes first"
     before = panel.average()

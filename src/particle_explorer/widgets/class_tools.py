@@ -49,7 +49,7 @@ MEMBER_SORTS = {
     "distance": "farthest on the map first",
     "row": "as in the file",
 }
-A_ROW, ROWS = 8, 3
+A_ROW, ROWS = 8, 2
 """Members shown at once: rows of so many."""
 AT_MOST = 2000
 """Members that are looked at; of more, as many spread evenly."""
