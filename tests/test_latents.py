@@ -17,6 +17,7 @@ from particle_explorer.latents import (
     cluster,
     embed,
     latent_columns,
+    local_density,
     merged,
     pca,
     rand_index,
@@ -234,3 +235,24 @@ def test_leak_tells_content_that_knows_the_angle_from_content_that_does_not():
 def test_impossible_wishes_are_said_in_a_sentence(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
+
+
+def test_local_density_follows_the_true_one() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4000, 2)).astype(np.float32)
+    z[7] = np.nan
+    found = local_density(z)
+    truth = -(z**2).sum(1) / (2 * np.log(10))  # of a normal distribution, in decimal logarithms
+    assert np.isnan(found[7])
+    known = np.isfinite(found) & (truth > -1.5)
+    assert np.corrcoef(found[known], truth[known])[0, 1] > 0.94
+    slope = np.polyfit(truth[known], found[known], 1)[0]
+    assert 0.8 < slope < 1.2, "a logarithm of the density itself"
+    assert np.isnan(local_density(np.zeros((2, 3), np.float32))).all()
+
+
+def test_the_local_density_of_many_is_that_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = np.random.default_rng(0).normal(size=(3000, 3))
+    whole = local_density(z)
+    monkeypatch.setattr(latents_module, "DENSITY_SAMPLE", 1000)
+    assert np.corrcoef(local_density(z), whole)[0, 1] > 0.95

@@ -30,6 +30,8 @@ PAIRS_LIMIT = 8_000
 """Particles between which all distances are kept (Ward)."""
 DENSITY_LIMIT = 20_000
 """Particles whose density tree is built (HDBSCAN: its time grows with the square)."""
+DENSITY_SAMPLE = 20_000
+"""Positions among which neighbours are sought for a local density; a quarter of it for very many."""
 BIC_LIMIT = 20_000
 """Particles that Gaussian mixtures are fitted to while their number is sought."""
 
@@ -108,6 +110,30 @@ class PCA(NamedTuple):
     """`(d,)`"""
     share: Array
     """`(d,)` share of the variance"""
+
+
+def local_density(z: NDArray[np.floating], k: int = 16) -> NDArray[np.float64]:
+    """`(n, d)` → `(n,)` decimal logarithm of the density of positions about each, over its median.
+
+    By the distance to the `k`-th neighbour in a sample of the positions, which scales with the density to the
+    power of -1 / d (Loftsgaarden and Quesenberry 1965). NaN where a position is not known.
+    """
+    from scipy.spatial import cKDTree
+
+    density = np.full(len(z), np.nan)
+    known = np.flatnonzero(np.isfinite(z).all(1))
+    if len(known) <= 2:
+        return density
+    at_most = DENSITY_SAMPLE if len(known) <= 10 * DENSITY_SAMPLE else DENSITY_SAMPLE // 4
+    some = known
+    if len(known) > at_most:
+        some = np.random.default_rng(0).choice(known, at_most, replace=False)
+    k = min(k, len(some) - 1)
+    points = np.asarray(z[known], np.float64)
+    away = cKDTree(z[some]).query(points, k + 1)[0][:, -1]
+    found = -z.shape[1] * np.log10(np.maximum(away, np.finfo(np.float32).tiny))
+    density[known] = found - np.median(found)
+    return density
 
 
 def pca(z: Array) -> PCA:

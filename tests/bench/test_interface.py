@@ -45,6 +45,11 @@ def test_everything_is_measured_in_a_real_window(tmp_path: Path) -> None:
         "mask",
         "all views",
         "memory",
+        "vae, 32 px",
+        "moves/s",
+        "while embedding",
+        "while clustering",
+        "while exporting",
     ):
         fitting = [result for what, result in found.items() if words in what]
         assert fitting, words

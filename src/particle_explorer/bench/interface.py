@@ -1,12 +1,14 @@
 """How fast the window follows the hand: real mouse events in a real window, under a screen or a virtual one.
 
-Two sessions are made for it. In the small one a class map of 64 px is trained by a worker and dragged through
-while another one trains; the large one has a million particles with 8 latent dimensions, whose images are
-empty, because only their number matters here.
+Sessions are made for it. In the small one a class map of 64 px is trained by a worker and dragged through
+while another one trains; then models of 128 px are dragged through. The large one has a million particles
+with 8 latent dimensions, whose images are empty, because only their number matters here; in a smaller one of
+its kind the window's own jobs run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -37,9 +39,13 @@ if TYPE_CHECKING:
 
 WINDOW = (1366, 768)
 EVENTS_HZ = 125
+FAST_HZ = 200
+"""As fast as mice report moves"""
 HEARTBEAT_MS = 10
 WARM_UP_S = 2.0
 Say = Callable[[str], None]
+Part = Literal["all", "hand", "models", "jobs", "large"]
+"""The handle and its process; other models; jobs of the window; many particles"""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,24 @@ class Plan:
     """points panned in a scatter by itself"""
     n_moves: int = 120
     seconds: float = 20.0
+    models: tuple[str, ...] = ("class-map", "codae", "vae")
+    """kinds that are dragged through in a larger box"""
+    model_box_px: int = 128
+    n_model: int = 60
 
 
-QUICK = Plan(n_small=60, box_px=32, nodes_per_dim=4, sizes=(2000,), n_bare=5000, n_moves=12, seconds=2.0)
+QUICK = Plan(
+    n_small=60,
+    box_px=32,
+    nodes_per_dim=4,
+    sizes=(2000,),
+    n_bare=5000,
+    n_moves=12,
+    seconds=2.0,
+    models=("vae",),
+    model_box_px=32,
+    n_model=24,
+)
 """Enough to see that everything is measured."""
 
 
@@ -102,8 +123,10 @@ class Lap:
         self.cpu_ms = 1e3 * (time.thread_time() - self._cpu)
 
 
-def run(json_file: Path | None = None, say: Say = print, plan: Plan | None = None) -> dict[str, Any]:
-    """Measure everything; prints a markdown table and writes JSON."""
+def run(
+    json_file: Path | None = None, say: Say = print, plan: Plan | None = None, part: Part = "all"
+) -> dict[str, Any]:
+    """Measure everything, or one part; prints a markdown table and writes JSON."""
     plan = plan or Plan()
     if (
         sys.platform.startswith("linux")
@@ -116,7 +139,11 @@ def run(json_file: Path | None = None, say: Say = print, plan: Plan | None = Non
     with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-", ignore_cleanup_errors=True) as folder:
         say(f"training a class map of {plan.n_small} particles, {plan.box_px} px …")
         session = _small_session(Path(folder) / "small", plan)
-        results, opened = _in_a_window(Path(folder), session, plan, say)
+        models = {}
+        for kind in plan.models if part in ("all", "models") else ():
+            say(f"training {kind}, {plan.model_box_px} px …")
+            models[kind] = _model_session(Path(folder) / kind, kind, plan)
+        results, opened = _in_a_window(Path(folder), session, models, plan, say, part)
     machine = _machine()
     report = {"machine": machine, "window": opened, "results": [asdict(result) for result in results]}
     say("\n" + table(results))
@@ -149,23 +176,37 @@ def _machine() -> dict[str, Any]:
 
 
 def _small_session(path: Path, plan: Plan) -> Session:
+    session = _simulated(path, plan.n_small, plan.box_px)
+    _fitted(session, _train(session, plan))
+    return session
+
+
+def _model_session(path: Path, kind: str, plan: Plan) -> Session:
+    """A few particles with a run of one kind; how well it learned does not change how long it draws."""
+    session = _simulated(path, plan.n_model, plan.model_box_px)
+    few = ["--model.nodes-per-dim", "4"] if kind == "class-map" else []
+    few += ["--train.n-epochs", "1", "--device", "cpu"]
+    _fitted(session, ["train", str(session.path), "--model.kind", kind, *few])
+    return session
+
+
+def _simulated(path: Path, n: int, box_px: int) -> Session:
     from particle_explorer.io.reading import read
     from particle_explorer.session import Session
     from particle_explorer.simulate import write
 
-    pixel_size_A = 256 / plan.box_px
-    write(
-        path / "stack",
-        SimulateConfig(n=plan.n_small, box_px=plan.box_px, pixel_size_A=pixel_size_A, snr=0.3, seed=1),
-    )
+    config = SimulateConfig(n=n, box_px=box_px, pixel_size_A=256 / box_px, snr=0.3, seed=1)
+    write(path / "stack", config)
     particles = read(next((path / "stack").glob("*.star")))
-    session = Session.create(path / "session", particles, PreprocessConfig())
-    folder = jobs.start(_train(session, plan), session.new_job("train"))
+    return Session.create(path / "session", particles, PreprocessConfig(box_px=box_px))
+
+
+def _fitted(session: Session, arguments: list[str]) -> None:
+    folder = jobs.start(arguments, session.new_job("train"))
     while not (status := jobs.read_status(folder)).is_over:
         time.sleep(0.2)
     if status.state != "finished":
         raise RuntimeError(f"training ended as {status.state}: {status.error}\n{jobs.read_log(folder)}")
-    return session
 
 
 def _train(session: Session, plan: Plan) -> list[str]:
@@ -214,7 +255,9 @@ def _large_session(path: Path, small: Session, n: int, n_dims: int = 8) -> Sessi
 # ---------------------------------------------------------------------- the window
 
 
-def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[list[Result], dict[str, str]]:
+def _in_a_window(
+    folder: Path, small: Session, models: dict[str, Session], plan: Plan, say: Say, part: Part
+) -> tuple[list[Result], dict[str, str]]:
     import napari
     from qtpy import API_NAME
 
@@ -235,19 +278,29 @@ def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[li
         Result.of("workspace opens, first reconstruction shown", [1e3 * (time.perf_counter() - began)])
     )
     spin(1000)
-    say("dragging …")
-    results += _dragging(workspace, plan)
-    say("hovering …")
-    results.append(_hovering(workspace, small, plan))
-    say("dragging while another run trains …")
-    results += _while_training(workspace, small, plan)
-    for n in plan.sizes:
+    if part in ("all", "hand"):
+        say("dragging …")
+        results += _dragging(workspace, plan, f"{plan.box_px} px")
+        say("hovering …")
+        results.append(_hovering(workspace, small, plan))
+        say("dragging while another run trains …")
+        results += _while_training(workspace, small, plan)
+    for kind, session in models.items():
+        say(f"dragging through {kind}, {plan.model_box_px} px …")
+        _open(workspace, session)
+        results += _dragging(workspace, plan, f"{kind}, {plan.model_box_px} px")
+    for n in plan.sizes if part != "models" and part != "hand" else ():
         say(f"{n:,} particles …")
         large = _large_session(folder / f"large-{n}", small, n)
-        results += _large(workspace, large, plan)
-        results.append(Result.of(f"{n:,} × 8: memory above napari's own", [_memory_MiB() - own_MiB], "MiB"))
+        if part in ("all", "large"):
+            results += _large(workspace, large, plan)
+            results.append(
+                Result.of(f"{n:,} × 8: memory above napari's own", [_memory_MiB() - own_MiB], "MiB")
+            )
+        if n == plan.sizes[0] and part in ("all", "jobs"):
+            results += _while_jobs_run(workspace, large, plan, say)
         shutil.rmtree(large.path, ignore_errors=True)
-    if plan.n_bare:
+    if plan.n_bare and part in ("all", "large"):
         say(f"{plan.n_bare:,} points …")
         results.append(_bare_pan(plan))
     workspace.shutdown()
@@ -257,7 +310,61 @@ def _in_a_window(folder: Path, small: Session, plan: Plan, say: Say) -> tuple[li
     return results, opened
 
 
-def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
+def _open(workspace: Workspace, session: Session) -> None:
+    """Show another session, and wait for its first picture."""
+    state = workspace.state
+    workspace.open(session.path)
+    ready = lambda: state.session is not None and state.session.path == session.path  # noqa: E731
+    if not spin_until(ready, 60):
+        raise RuntimeError(f"{session.path} did not open")
+    box = session.images.shape[-1]
+
+    def drawn() -> bool:
+        image = workspace.reconstruction.image
+        return image is not None and image.shape[0] == box and workspace.latent.canvas.n_points > 0
+
+    if not spin_until(drawn, 90):
+        raise RuntimeError(f"no picture of {session.path}")
+    spin(1000)
+
+
+def _while_jobs_run(workspace: Workspace, large: Session, plan: Plan, say: Say) -> list[Result]:
+    """Gaps of the event loop while the window's own jobs lay out, group and export many particles."""
+    _show(workspace, large)
+    results, groups, state = [], workspace.explore.groups, workspace.state
+    assert state.run is not None
+    worker = workspace.explore.worker
+    table = large.path / "exported.csv"
+
+    def export() -> None:
+        worker.start(
+            "export",
+            lambda run, folder: [str(run.session.path), "--out", str(table), "--overwrite"],
+            "Writing",
+            lambda _: None,
+        )
+
+    n = len(state.features)
+    for what, does in (("embedding", groups.embed), ("clustering", groups.cluster), ("exporting", export)):
+        say(f"{what} {n:,} particles …")
+        does()
+        spin_until(lambda: worker.bar.folder is not None, 10)
+        folder, ended = worker.bar.folder, False
+        with _Heartbeat() as beat:
+            until = time.perf_counter() + plan.seconds
+            while time.perf_counter() < until and not (ended := not worker.busy):
+                spin(200)
+            if not ended and folder is not None:
+                jobs.request_stop(folder)
+            spin_until(lambda: not worker.busy, 30)
+            spin(1000)  # what it wrote is read and shown
+        result = _stalls(f"event loop while {what} {n:,} particles", beat)
+        note = result.note + ("; to its end" if ended else "; stopped on the way")
+        results.append(dataclasses.replace(result, note=note))
+    return results
+
+
+def _dragging(workspace: Workspace, plan: Plan, of: str) -> list[Result]:
     canvas, shown = workspace.latent.canvas, _Counter()
     workspace.reconstruction.shown.connect(shown)
     arrivals = _arrivals(canvas)
@@ -271,19 +378,20 @@ def _dragging(workspace: Workspace, plan: Plan) -> list[Result]:
             _move(canvas, spot)
             if spin_until(lambda: shown.n > 0, 2) and arrivals.n:
                 took.append(1e3 * (shown.last - arrivals.times[0]))
-    results = [Result.of(f"drag: mouse move to new picture, {plan.box_px} px", took, note="layer refreshed")]
-    shown.times.clear()
-    last = [0.0]
-    with _pressed(canvas, _handle_spot(canvas)):
-        for spot in _every(1000 / EVENTS_HZ, spots + spots[::-1]):
-            _move(canvas, spot)
-            last[0] = time.perf_counter()
-        n_moves = 2 * len(spots)
-        spin(300)
-    gaps = [1e3 * (b - a) for a, b in zip(shown.times, shown.times[1:], strict=False)]
-    after = max(0.0, 1e3 * (shown.times[-1] - last[0])) if shown.times else float("nan")
-    note = f"{len(shown.times)} pictures for {n_moves} moves, last one {after:.0f} ms after the last move"
-    results.append(Result.of(f"drag at {EVENTS_HZ} moves/s: between pictures", gaps, note=note))
+    results = [Result.of(f"drag: mouse move to new picture, {of}", took, note="layer refreshed")]
+    for hz in (EVENTS_HZ, FAST_HZ):
+        shown.times.clear()
+        last = [0.0]
+        with _pressed(canvas, _handle_spot(canvas)):
+            for spot in _every(1000 / hz, spots + spots[::-1]):
+                _move(canvas, spot)
+                last[0] = time.perf_counter()
+            n_moves = 2 * len(spots)
+            spin(300)
+        gaps = [1e3 * (b - a) for a, b in zip(shown.times, shown.times[1:], strict=False)]
+        after = max(0.0, 1e3 * (shown.times[-1] - last[0])) if shown.times else float("nan")
+        note = f"{len(shown.times)} pictures for {n_moves} moves, last one {after:.0f} ms after the last move"
+        results.append(Result.of(f"drag at {hz} moves/s, {of}: between pictures", gaps, note=note))
     workspace.reconstruction.shown.disconnect(shown)
     arrivals.stop()
     return results
@@ -385,20 +493,25 @@ def _stalls(what: str, beat: _Heartbeat) -> Result:
     return Result.of(what, gaps, cpu=own, note=note)
 
 
-def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
+def _show(workspace: Workspace, session: Session) -> float:
+    """Show a session that is read here; seconds until its map was painted."""
     from particle_explorer.state import Opened, read
 
-    n, state, dock = session.n_particles, workspace.state, workspace.latent
-    canvas = dock.canvas
     opened: list[Opened] = []
     began = time.perf_counter()
     workspace.tasks.run("bench", lambda: read(session), opened.append)
     spin_until(lambda: bool(opened), 120)
-    state.show(opened[0])
-    spin_until(lambda: canvas.n_points == n, 60)
-    results = [
-        Result.of(f"{n:,}: open, read, first picture of the map", [1e3 * (time.perf_counter() - began)])
-    ]
+    if workspace.state.session is None or workspace.state.session.path != session.path:
+        workspace.state.show(opened[0])
+    spin_until(lambda: workspace.latent.canvas.n_points == session.n_particles, 60)
+    return time.perf_counter() - began
+
+
+def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
+    n, state, dock = session.n_particles, workspace.state, workspace.latent
+    canvas = dock.canvas
+    took = _show(workspace, session)
+    results = [Result.of(f"{n:,}: open, read, first picture of the map", [1e3 * took])]
     spin(1000)
     plot = canvas.plot_rect().center().toPoint()
 

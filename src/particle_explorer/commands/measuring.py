@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from particle_explorer.commands.command import Command, settings_of
@@ -53,8 +55,11 @@ class BenchSpeed(SpeedConfig, BenchCommand):
 class BenchInterface(BenchCommand):
     """How fast the window follows the hand: dragging, painting, selecting, stalls of the event loop."""
 
+    part: Literal["all", "hand", "models", "jobs", "large"] = "all"
+    """Only dragging and training beside it, other models, jobs of the window, or many particles"""
+
     def execute(self) -> None:
         """Measure."""
         from particle_explorer.bench import interface
 
-        interface.run(path_or_none(self.json_file))
+        interface.run(path_or_none(self.json_file), part=self.part)

@@ -388,7 +388,8 @@ class ClassesDock(QWidget):
             self.what.addItem(f"each {title_of(name.partition(' ')[0])}", name)
         self._list_poses(columns)
         position = self.what.findData(before)
-        newest = self.what.count() - 1
+        grouped = self.what.itemData(self.what.count() - 1) not in (SELECTION, GRID)
+        newest = self.what.count() - 1 if grouped else 0
         self.what.setCurrentIndex(position if before != SELECTION and position >= 0 else newest)
         self.what.blockSignals(False)
         self._update_buttons()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from particle_explorer.latents import PCA, latent_columns, pca
+from particle_explorer.latents import PCA, latent_columns, local_density, pca
 from particle_explorer.status import read_status
 from particle_explorer.widgets.colours import Colouring, colour_by, plain, title_of
 from particle_explorer.widgets.splat import Points
@@ -24,6 +25,8 @@ NEIGHBOURS = 16
 NEIGHBOUR_SAMPLE = 200_000
 """Particles among which neighbours are sought: one look takes about 2 ms."""
 ONE_COLOUR = ""
+DENSITY = "local density"
+"""Key of the density of particles on the map, which is no column of the table: computed when asked for"""
 
 
 class Choice(NamedTuple):
@@ -75,7 +78,14 @@ class Columns:
                 return np.asarray(self.z[:, i], float)
             if found[1] == "pc" and self.pca is not None:
                 return np.asarray((self.z - self.pca.mean) @ self.pca.components[i], float)
+        if key == DENSITY:
+            return self.density
         return np.asarray(self.features[key], float)
+
+    @functools.cached_property
+    def density(self) -> Floats:
+        """`(n,)` decimal logarithm of how densely particles lie on the map, over that at their median."""
+        return local_density(self.z)
 
     def title(self, key: str) -> str:
         return next(choice.title for choice in (*self.axes, *self.colours) if choice.key == key)
@@ -87,7 +97,7 @@ class Columns:
         if key == ONE_COLOUR:
             return plain(len(self.features))
         title = self.title(key)
-        if re.fullmatch(r"(z|pc)_\d+", key):
+        if key == DENSITY or re.fullmatch(r"(z|pc)_\d+", key):
             return colour_by(key, self.values(key), title)
         return colour_by(key, self.features[key], title)
 
@@ -150,6 +160,7 @@ def read_columns(features: pd.DataFrame, live: Live | None = None) -> Columns:
         choice = Choice(name, title_of(name))
         numeric = pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "b"
         (others if numeric else words).append(choice)
+    others.append(Choice(DENSITY, "local density on the map (log₁₀)"))
     others.sort(key=lambda choice: _rank(choice.key))
     middle = np.median(known[: 10 * NEIGHBOUR_SAMPLE], axis=0)
     nearest = int(np.argmin(((known - middle) ** 2).sum(axis=1)))
@@ -281,6 +292,8 @@ def _rank(key: str) -> tuple[int, str]:
         r"angle_deg",
         r"shift_.*",
         r"log_likelihood",
+        r"residual",
+        DENSITY,
         r"pose-held.*",
         r"z_std_.*",
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from particle_explorer.session import Session
 
 IMAGE, POINTS = "micrograph", "particles on the micrograph"
-SELECTED, OTHER, LOOKED_AT = "#E69F00", "#56B4E980", "#FF5577"
+SELECTED, OTHER, LOOKED_AT = "#E69F00", "#56B4E980", "#FF2255"
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class MicrographPanel(QWidget):
             scale=(size, size),
             size=diameter,
             face_color="transparent",
-            border_width=0.06,
+            border_width=0.1,
             border_width_is_relative=True,
             features={"particle": rows + 1},
         )
@@ -258,7 +258,8 @@ class MicrographPanel(QWidget):
             words += " with selected particles" if self.state.selection.count else ""
         name = Path(sheet.name).name
         self._say(f"{name}: {words}. {sheet.missing}".strip())
-        caption(self.viewer, "micrograph", f"{name}: {words} (M goes back)")
+        of = f"{number(chosen)} of {number(n)} selected" if chosen else f"{number(n)} particles"
+        caption(self.viewer, "micrograph", f"{name}: {of} (M goes back)")
         for arrow in (self.before, self.after):
             arrow.setEnabled(those.size > 1)
 
