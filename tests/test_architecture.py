@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "sklearn": {"latents", "metrics", "bench"},
     "umap": {"latents"},
     "mrcfile": {"io"},
-    "cryosparc": {"io"},
+    "cryosparc": set(),
     "starfile": set(),
     "pydantic_settings": {"cli", "commands"},
     "imageio_ffmpeg": {"movies"},

@@ -91,6 +91,11 @@ def corpus(folder: Path) -> dict[str, list[Path]]:
 def optional(folder: Path, data: np.ndarray, made: dict[str, list[Path]]) -> None:
     """Those whose libraries may be absent."""
     with contextlib.suppress(ImportError):
+        from cryosparc.dataset import CSDAT_FORMAT, Dataset
+
+        Dataset.load(str(folder / "p.cs")).save(str(folder / "c.cs"), format=CSDAT_FORMAT)
+        made["csdat"] = [folder / "c.cs"]
+    with contextlib.suppress(ImportError):
         import h5py
 
         with h5py.File(folder / "a.hdf", "w") as file:

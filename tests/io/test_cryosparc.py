@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from particle_explorer.files import UserError
+from particle_explorer.io import cryosparc
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
 
@@ -133,17 +134,61 @@ def test_what_is_wrong_is_one_right_sentence(project: Path, data: np.ndarray, sa
     assert "\n" not in str(caught.value)
 
 
-def test_the_compressed_form_names_what_it_needs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
+STREAM = (
+    b'\x95CSDAT\xa4\0\0\0{"length": 5, "dtype": [["uid", "<u8"], ["a/text", "|O"], ["b/vec", "<f4", [2]], '
+    b'["c", "<i2"]], "compression": "lz4", "compressed_fields": ["a/text", "b/vec", "c"]}'
+    + (b"\x28\0\0\0" + np.arange(5, dtype="<u8").tobytes())
+    + b"\x18\0\0\0\x13\x00\x01\x00\x13\x01\x08\x00\x13\x03\x08\x00\x04\x10\x00\x80\x06\0\0\0\0\0\0\0"
+    b"\x28\0\0\0\x11\x00\x01\x00\xf0\x13\x80?\0\0\0@\0\0@@\0\0\x80@\0\0\xa0@\0\0\xc0@\0\0\xe0@\0\0\0A\0\0\x10A"
+    b"\x0b\0\0\0\xa0\x00\x00\x01\x00\x02\x00\x03\x00\x04\x00"
+    b"\0x\0\xc3\xbc\0long text\0"
+)
+"""As cryosparc-tools 5.0.3 wrote it: five rows with text, vectors and whole numbers."""
 
-    def missing(name: str) -> object:
-        raise ImportError(name)
 
-    monkeypatch.setattr(importlib, "import_module", missing)
-    path = project / "p.cs"
-    path.write_bytes(b"\x95CSDAT" + bytes(50))
-    with pytest.raises(UserError, match=r"napari-particle-explorer\[cryosparc\]"):
-        read(path)
+def test_the_compressed_form_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.cs").write_bytes(STREAM)
+    found = cryosparc.load(tmp_path / "p.cs")
+    assert found["uid"].tolist() == [0, 1, 2, 3, 4] and found["c"].tolist() == [0, 1, 2, 3, 4]
+    assert [text.decode() for text in found["a/text"]] == ["", "x", "ü", "x", "long text"]
+    assert found["b/vec"].tolist() == np.arange(10.0).reshape(5, 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:300], "ends within its field"),
+        (lambda data: data.replace(b'"length": 5', b'"length": 6'), "40 bytes instead of 48"),
+        (lambda data: data.replace(b'"length": 5', b'"length":-5'), "neither its length"),
+        (lambda data: data.replace(b'"|O"', b'"|V"'), r"of type \|V"),
+        (lambda data: data.replace(b"\x13\x00\x01\x00", b"\x13\x00\xff\xff"), "cannot be unpacked"),
+        (lambda data: data[:-9], "leads outside its texts"),
+        (lambda data: data.replace(b'"b/vec"', b'"uid"  '), "damaged"),
+        (lambda data: data[:20], "damaged"),
+    ],
+)
+def test_a_damaged_compressed_form_is_refused(tmp_path: Path, damage: Any, said: str) -> None:
+    (tmp_path / "p.cs").write_bytes(damage(STREAM))
+    with pytest.raises(UserError, match=said) as caught:
+        cryosparc.load(tmp_path / "p.cs")
+    assert "\n" not in str(caught.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, len(STREAM)), st.integers(0, 255)), max_size=5))
+def test_any_damage_of_the_compressed_form_is_read_or_refused(
+    tmp_path: Path, edits: list[tuple[int, int]]
+) -> None:
+    content = bytearray(STREAM)
+    for offset, value in edits:
+        content[offset : offset + 1] = bytes([value])
+    (tmp_path / "p.cs").write_bytes(content)
+    try:
+        found = cryosparc.load(tmp_path / "p.cs")
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert "uid" in (found.dtype.names or ())
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -215,11 +214,10 @@ def test_what_cryosparc_cannot_read_is_said(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["s.npy"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cryosparc") is None, reason="cryosparc-tools is not installed")
 @pytest.mark.parametrize("form", ["numpy", "stream"])
 def test_cryosparc_s_own_library_reads_it_and_is_read(job: Any, form: str) -> None:
-    from cryosparc.dataset import CSDAT_FORMAT, NUMPY_FORMAT, Dataset
-
+    dataset = pytest.importorskip("cryosparc.dataset", reason="cryosparc-tools is not installed")
+    Dataset, CSDAT_FORMAT, NUMPY_FORMAT = dataset.Dataset, dataset.CSDAT_FORMAT, dataset.NUMPY_FORMAT
     source = job("primary", passthrough=False)
     plain = Dataset.load(str(source))
     plain.save(str(source), format=CSDAT_FORMAT if form == "stream" else NUMPY_FORMAT)

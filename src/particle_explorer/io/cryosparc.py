@@ -1,13 +1,11 @@
 """cryoSPARC particle datasets (`.cs`).
 
-A `.cs` file is a NumPy structured array, or, newer, a compressed stream that only cryoSPARC's own library
-reads. Fields and conventions: cryosparc-tools; signs of `alignments2D` as pyem's `cryosparc2` has used them
-for years.
+A `.cs` file is a NumPy structured array, or, newer, a compressed stream (`csdat`). Fields and conventions:
+cryosparc-tools; signs of `alignments2D` as pyem's `cryosparc2` has used them for years.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from particle_explorer.files import UserError
+from particle_explorer.io import csdat
 from particle_explorer.io.arrays import npy_layout
 from particle_explorer.io.descriptors import DescriptorPool
 from particle_explorer.io.paths import resolve_stacks
@@ -36,47 +35,22 @@ CTF_FIELDS = {
     "phase_shift_deg": ("ctf/phase_shift_rad", 180.0 / np.pi),
 }
 """Our name → field and factor to our unit."""
-_STREAM = b"\x95CSDAT"
 
 
 def load(path: Path | str) -> Records:
     """The records of a `.cs` file, without its passthrough file."""
     path = Path(path)
     pool = DescriptorPool(1)
-    if pool.pread(str(path), len(_STREAM), 0) == _STREAM:
-        return _load_stream(path)
+    if pool.pread(str(path), len(csdat.MARK), 0) == csdat.MARK:
+        records = csdat.load(path, pool.pread(str(path), pool.size(str(path)), 0))
+        if "uid" not in (records.dtype.names or ()):
+            raise UserError(f"{path} is no cryoSPARC dataset: it has no field uid")
+        return records
     shape, _, dtype, first_byte = npy_layout(str(path), pool)
     if dtype.names is None or len(shape) != 1 or "uid" not in dtype.names:
         raise UserError(f"{path} is a NumPy array but no cryoSPARC dataset: it has no field uid")
     data = pool.pread(str(path), shape[0] * dtype.itemsize, first_byte)
     return np.frombuffer(data, dtype)
-
-
-def _load_stream(path: Path) -> Records:
-    try:
-        dataset = importlib.import_module("cryosparc.dataset")
-    except ImportError as error:
-        raise UserError(
-            f"{path} is in cryoSPARC's compressed form, which needs cryoSPARC's library: "
-            f'pip install "napari-particle-explorer[cryosparc]"'
-        ) from error
-    try:
-        loaded = dataset.Dataset.load(str(path))
-        # text fields are Python objects there; here they are bytes, as in the NumPy form
-        columns = {name: _plain(np.asarray(loaded[name])) for name in loaded.fields()}
-    except (dataset.DatasetLoadError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is a damaged cryoSPARC dataset: {error}") from error
-    types = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
-    records = np.empty(len(next(iter(columns.values()))), np.dtype(types))
-    for name, column in columns.items():
-        records[name] = column
-    return records
-
-
-def _plain(column: NDArray[Any]) -> NDArray[Any]:
-    return (
-        np.array([str(value).encode() for value in column], dtype=bytes) if column.dtype.hasobject else column
-    )
 
 
 def passthrough_of(path: Path) -> Path | None:
