@@ -93,9 +93,9 @@ def test_from_a_stack_to_class_averages_by_hand(
 
     # export
     hand.click(classes.export_part.button)
-    hand.write(classes.export_path, str(tmp_path / "out" / "selected.star"))
-    hand.click(classes.export_button)
-    hand.wait(lambda: "Written" in classes.export_words.text(), "the export", 120)
+    hand.write(classes.exporting.path, str(tmp_path / "out" / "selected.star"))
+    hand.click(classes.exporting.button)
+    hand.wait(lambda: "Written" in classes.exporting.words.text(), "the export", 120)
     camera.take("6-export")
     written = starfile.read(tmp_path / "out" / "selected.star")
     assert len(written["particles"]) == selection.count

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from particle_explorer.averaging import average_classes
 from particle_explorer.configs import AverageConfig
-from particle_explorer.files import UserError, umask
+from particle_explorer.files import UserError, replacing, umask
 from particle_explorer.io import cs_writing, joining, writing
 from particle_explorer.io.class_files import ROOT, ClassSet, class_numbers, write_relion, write_templates
 from particle_explorer.movies import contact_sheet
@@ -35,9 +35,13 @@ PARTICLE_SUFFIXES = (".star", ".cs")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SUFFIXES = (*PARTICLE_SUFFIXES, *TABLE_SUFFIXES, ".txt")
 """What `export` writes; .txt is a list of rows."""
+PICTURE_SUFFIXES = (".mrcs", ".png")
+"""What `export_pictures` writes."""
 
 CHECKED_PARTICLES = 2000
 """As many particles, or the smallest class, are averaged again from an exported file."""
+MOST_CHECKED = 10 * CHECKED_PARTICLES
+"""A larger class is not averaged whole, but some of it at the poses that were meant and at those written."""
 AGREEMENT = 0.99
 _SAME_DEG, _SAME_PX = 1e-3, 1e-2
 """What the printing of numbers may take from a pose."""
@@ -57,6 +61,8 @@ class Chosen:
     angle_deg: NDArray[np.float64] | None = None
     shift_yx_px: NDArray[np.float64] | None = None
     further: Mapping[str, NDArray[np.float64]] | None = None
+    every_column: bool = False
+    """Tables hold all columns of the source too."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -72,6 +78,7 @@ def choose(
     angle_deg: NDArray[np.float64] | None = None,
     shift_yx_px: NDArray[np.float64] | None = None,
     further: pd.DataFrame | None = None,
+    every_column: bool = False,
 ) -> Chosen:
     """The rows of `mask` `(N,)`; classes, poses and further columns are given for all `N` rows."""
     rows = np.flatnonzero(mask)
@@ -83,6 +90,7 @@ def choose(
         None if angle_deg is None else angle_deg[rows],
         None if shift_yx_px is None else shift_yx_px[rows],
         None if further is None else {str(name): further[name].to_numpy(float)[rows] for name in further},
+        every_column,
     )
 
 
@@ -95,17 +103,79 @@ def latent_columns(run: Run) -> pd.DataFrame:
     return table.drop(columns=["angle_deg", "shift_y_px", "shift_x_px"], errors="ignore")
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """The particles of class averages, at the classes and poses that they were averaged at."""
+
+    chosen: Chosen
+    shown: dict[int, NDArray[np.float32]] | None
+    """Class number → average, where it is nothing but the mean of its particles."""
+    config: AverageConfig
+
+
+def averaged(
+    session: Session,
+    stored: StoredClasses,
+    *,
+    good: bool = False,
+    further: pd.DataFrame | None = None,
+    every_column: bool = False,
+) -> Averaged:
+    """What is behind averages of a session; with `good` of those only that were not marked away."""
+    number = class_numbers([str(one["label"]) for one in stored.classes])
+    members = _members(session, stored.members, number)
+    if good:
+        kept = number[kept_classes([str(one.get("mark", "")) for one in stored.classes])]
+        members = members[members["class_id"].isin(kept)]
+        if not len(members):
+            raise UserError(f"no particle is left of {stored.name}: every class is marked bad")
+    uid = pd.Index(session.uid)
+    mask = np.asarray(uid.isin(members.index))
+    mine = members.loc[uid[mask]]
+    chosen = choose(
+        session,
+        mask,
+        class_id=_full(mask, mine["class_id"].to_numpy(np.int64)),
+        angle_deg=_full(mask, mine["angle_deg"].to_numpy(float)),
+        shift_yx_px=_full(mask, mine[["shift_y_px", "shift_x_px"]].to_numpy(float)),
+        further=further,
+        every_column=every_column,
+    )
+    weight = stored.members.get("weight", pd.Series([1.0]))
+    plain = bool((weight == 1).all()) and stored.images.ndim == 3 and not stored.members.index.has_duplicates
+    shown = dict(zip(number.tolist(), stored.images, strict=True)) if plain else None
+    return Averaged(chosen, shown, AverageConfig.model_validate(stored.how.get("config", {})))
+
+
+def export_pictures(out: Path, stored: StoredClasses, *, overwrite: bool = False) -> list[str]:
+    """Write averages as an image stack (.mrcs) or side by side as a picture (.png); returns notes."""
+    suffix = out.suffix.lower()
+    if suffix not in PICTURE_SUFFIXES:
+        raise UserError(f"{out} has none of the endings for averages: {', '.join(PICTURE_SUFFIXES)}")
+    grey = stored.images if stored.images.ndim == 3 else stored.images.mean(1)  # an MRC stack has no colours
+    if suffix == ".mrcs":
+        return writing.export_averages(out, grey, stored.pixel_size_A, overwrite=overwrite)
+    picture = contact_sheet([grey], math.ceil(math.sqrt(len(grey))))
+    with replacing(out, overwrite=overwrite) as temporary:
+        temporary.write_bytes(png_file(picture))
+    return [f"averages of {stored.name} by rows: {', '.join(str(one['label']) for one in stored.classes)}"]
+
+
 def export(
     out: Path,
     chosen: Chosen,
     *,
     average: AverageConfig | None = None,
+    shown: Mapping[int, NDArray[np.float32]] | None = None,
     coordinates_xy_px: NDArray[np.float64] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> list[str]:
-    """Write the chosen particles in the form that the ending of `out` names; returns notes."""
+    """Write the chosen particles in the form that the ending of `out` names; returns notes.
+
+    `shown` are the averages that the particles must give again, see `check_poses`.
+    """
     suffix = out.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{out} has none of the endings that are exported: {', '.join(SUFFIXES)}")
@@ -122,7 +192,7 @@ def export(
         if coordinates_xy_px is not None:  # poses of images that are yet to be extracted
             same_poses(found, chosen.angle_deg, chosen.shift_yx_px)
         elif chosen.angle_deg is not None:
-            said.append(check_poses(chosen, found, average or AverageConfig(), progress, stop))
+            said.append(check_poses(chosen, found, average or AverageConfig(), progress, stop, shown))
 
     notes = writing.export_particles(
         out,
@@ -180,7 +250,7 @@ def export_classes(
     except OSError as error:
         raise UserError(f"cannot write into {folder.parent}: {error.strerror}") from error
     try:
-        notes += _write_classes(new, session, stored, classes, members, shown, progress, stop)
+        notes += _write_classes(new, session, stored, classes, shown, progress, stop)
         new.chmod(0o777 & ~umask())
         if folder.exists():
             folder.rmdir()
@@ -197,7 +267,6 @@ def _write_classes(
     session: Session,
     stored: StoredClasses,
     classes: ClassSet,
-    members: pd.DataFrame,
     shown: str,
     progress: Progress | None,
     stop: Event | None,
@@ -212,25 +281,12 @@ def _write_classes(
     filled = classes.images[classes.counts > 0]
     picture = contact_sheet([filled], math.ceil(math.sqrt(len(filled))))
     (new / "montage.png").write_bytes(png_file(picture))
-    mask = np.isin(session.uid, members.index)
-    where = pd.Index(session.uid)
-    rows = where[mask]
-    mine = members.loc[rows]
-    chosen = choose(
-        session,
-        mask,
-        class_id=_full(mask, mine["class_id"].to_numpy(np.int64)),
-        angle_deg=_full(mask, mine["angle_deg"].to_numpy(float)),
-        shift_yx_px=_full(mask, mine[["shift_y_px", "shift_x_px"]].to_numpy(float)),
-    )
-    config = AverageConfig.model_validate(stored.how.get("config", {}))
-    whole = bool((stored.members.get("weight", pd.Series([1.0])) == 1).all()) and stored.images.ndim == 3
-    averages = {number + 1: image for number, image in enumerate(classes.images)}
+    behind = averaged(session, stored)
+    chosen = behind.chosen
     said: list[str] = []
 
     def check(found: pd.DataFrame) -> None:
-        compared = averages if whole and not stored.members.index.has_duplicates else None
-        said.append(check_poses(chosen, found, config, progress, stop, compared))
+        said.append(check_poses(chosen, found, behind.config, progress, stop, behind.shown))
 
     notes += writing.export_particles(
         new / f"{ROOT}_data.star",
@@ -382,7 +438,12 @@ def transfer(
 def as_table(chosen: Chosen) -> pd.DataFrame:
     """One row per particle, indexed by uid: where its image is, class, pose, latent coordinates."""
     names = [name for name in ("rlnImageName", "blob/path", "blob/idx") if name in chosen.table]
-    table = chosen.table[["source_row", *(names or ["stack_path", "stack_index"])]].copy()
+    kept = (
+        list(chosen.table)
+        if chosen.every_column
+        else ["source_row", *(names or ["stack_path", "stack_index"])]
+    )
+    table = chosen.table[kept].copy()
     if chosen.class_id is not None:
         table["class_id"] = chosen.class_id
     if chosen.angle_deg is not None:
@@ -430,6 +491,8 @@ def check_poses(
         images = chosen.session.originals()
     except UserError as error:
         return f"not checked by averaging, because {error}"
+    if shown and min(np.unique(classes, return_counts=True)[1]) > MOST_CHECKED:
+        shown = None
     # what is averaged together has one scale; with averages to compare with it has that anyway
     scales = pd.factorize(pd.MultiIndex.from_frame(chosen.table[["box_px", "pixel_size_A"]].round(6)))[0]
     parts = [_to_check(classes, shown)] if shown else _some_of_each(scales, classes)

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,8 @@ class Status:
     device: str = ""
     message: str = ""
     """What came out: the path that was written, a note"""
+    notes: Sequence[str] = ()
+    """What there is to know of it, one sentence each"""
     error: str = ""
     """One sentence for bad input, the last line of the traceback for a fault"""
 

@@ -23,6 +23,7 @@ from qtpy.QtWidgets import QApplication
 from particle_explorer import jobs
 from particle_explorer.averaging import average_classes
 from particle_explorer.configs import ClassMapConfig, RunConfig
+from particle_explorer.latents import Latents
 from particle_explorer.session import Session
 from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
@@ -39,7 +40,8 @@ def dock(qtbot: QtBot) -> Iterator[ClassesDock]:
     widget.show()
     yield widget
     widget.tasks.stop()
-    for bar in (widget.bar, widget.held_bar, widget.export_bar):
+    widget.exporting.tasks.stop()
+    for bar in (widget.bar, widget.held_bar, widget.exporting.bar):
         bar.stop()
 
 
@@ -144,23 +146,78 @@ def test_an_export_never_replaces_without_a_word(
     dock.state.classes_changed.emit(_save_averages(tiny_session))
     qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
     dock.show_export()
+    form = dock.exporting
     star = tmp_path / "out.star"
     star.write_text("precious")
-    dock.export_path.setText(str(star))
-    dock.export_button.click()
-    assert dock.question.isVisible() and "out.star exists already" in dock.question_words.text()
-    dock.keep_button.click()
-    assert not dock.question.isVisible() and not started
-    dock.export_button.click()
-    dock.replace_button.click()
+    form.path.setText(str(star))
+    form.button.click()
+    assert form.question.isVisible() and "out.star exists already" in form.question_words.text()
+    form.keep_button.click()
+    assert not form.question.isVisible() and not started
+    form.button.click()
+    form.replace_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     [(line, _)] = started
     expected = ["export", str(tiny_session.path), "--out", str(star), "--run", "0001-class-map"]
-    assert line == [*expected, "--classes", "cluster-kmeans", "--overwrite"]
+    assert line == [*expected, "--members", "cluster-kmeans", "--overwrite"]
     assert star.read_text() == "precious", "the worker replaces it, at once, when the new one is there"
-    averages = plugin_read(star.with_suffix(".mrcs"))
+
+
+def test_every_choice_of_the_export_reaches_the_worker(
+    dock: ClassesDock,
+    tiny_session: Session,
+    started: list[tuple[list[str], Path]],
+    tmp_path: Path,
+    qtbot: QtBot,
+) -> None:
+    _show_run(dock, tiny_session)
+    dock.show_export()
+    form = dock.exporting
+    form.who.setCurrentIndex(form.who.findData("selected"))
+    assert not form.button.isEnabled() and "Select particles" in form.button.toolTip()
+    mask = np.arange(tiny_session.n_particles) < 7
+    dock.state.selection.set(mask)
+    assert form.who.currentText() == "the 7 selected particles" and form.button.isEnabled()
+    form.path.setText(str(tmp_path / "out.star"))
+    assert form.latents.isEnabled() and not form.every_column.isEnabled() and not form.averages.isEnabled()
+    form.latents.setChecked(True)
+    form.form.setCurrentIndex(form.form.findData(".csv"))
+    assert form.path.text() == str(tmp_path / "out.csv") and not form.latents.isEnabled()
+    form.every_column.setChecked(True)
+    form.poses.setCurrentIndex(form.poses.findData("none"))
+    QTest.mouseClick(form.button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    [(line, _)] = started
+    run = ["--run", "0001-class-map", "--classes", "cluster-kmeans", "--poses", "none"]
+    assert line[4:] == [*run, "--every-column", "--selection", "exported-1"]
+    np.testing.assert_array_equal(tiny_session.selection("exported-1"), mask)
+
+
+def test_a_table_has_every_column_and_pictures_come_beside(
+    dock: ClassesDock, tiny_session: Session, tmp_path: Path, qtbot: QtBot
+) -> None:
+    _show_run(dock, tiny_session)
+    assert dock.state.run is not None
+    z = np.linspace(-1, 1, tiny_session.n_particles, dtype=np.float32)[:, None]
+    dock.state.run.save_latents(Latents(tiny_session.uid, z, None, None, None))
+    dock.state.classes_changed.emit(_save_averages(tiny_session))
+    qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
+    dock.show_export()
+    form = dock.exporting
+    form.path.setText(str(tmp_path / "out.csv"))
+    form.every_column.setChecked(True)
+    form.montage.setChecked(True)
+    QTest.mouseClick(form.button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: form.words.text() != "" or form.complaint.isVisible(), timeout=60_000)
+    assert form.words.text().startswith("Written"), form.complaint.sentence.text()
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert len(table) == tiny_session.n_particles and set(tiny_session.table) <= set(table)
+    assert sorted(table["class_id"].unique()) == [1, 2, 3]
+    np.testing.assert_allclose(table["z_0"], z[:, 0], atol=1e-6)
+    averages = plugin_read(tmp_path / "out.mrcs")
     assert dock.stored is not None
     np.testing.assert_allclose(averages, dock.stored.images, atol=1e-6)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_averages_are_judged_by_keys_and_the_good_are_selected(
@@ -198,15 +255,16 @@ def test_the_class_set_goes_into_a_new_folder(
     qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
     dock.show_export()
     (tmp_path / "out_classes").mkdir()  # somebody's: it is left alone
-    dock.export_path.setText(str(tmp_path / "out.star"))
-    for box in (dock.export_stars, dock.export_averages):
+    form = dock.exporting
+    form.path.setText(str(tmp_path / "out.star"))
+    for box in (form.particles, form.averages):
         box.setChecked(False)
-    assert not dock.export_button.isEnabled()
-    dock.export_set.setChecked(True)
-    QTest.mouseClick(dock.export_button, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: dock.export_words.text() != "", timeout=60_000)
+    assert not form.button.isEnabled()
+    form.class_set.setChecked(True)
+    QTest.mouseClick(form.button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: form.words.text() != "", timeout=60_000)
     folder = tmp_path / "out_classes-2"
-    assert str(folder) in dock.export_words.text()
+    assert str(folder) in form.words.text()
     assert {"backup_selection.star", "templates.csg", "montage.png"} <= {
         each.name for each in folder.iterdir()
     }
@@ -395,23 +453,6 @@ def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
     apart = {"median_deg": 2.0, "within_10_deg": 0.9, "median_px": 0.3}
     assert "90% within 10°" in refined_words({"history": [step], "from_the_file": apart})
 
-
-@pytest.mark.parametrize(
-    ("how", "by_members"),
-    [
-        ({"by": "cluster-kmeans", "poses": "run"}, False),
-        ({"by": "cluster-kmeans", "held": True}, False),
-        ({"by": "cluster-kmeans", "poses": "run", "from": "cluster-kmeans"}, True),
-        ({"by": "cluster-kmeans", "poses": "refined"}, True),
-        ({"by": "grid"}, True),
-        ({"poses": "independent"}, True),
-        ({"by": "cluster-kmeans", "weights": "posterior"}, True),
-    ],
-)
-def test_what_no_column_says_is_exported_from_the_set(how: dict[str, Any], by_members: bool) -> None:
-    from particle_explorer.widgets.classes import made_by_hand
-
-    assert made_by_hand(how) == by_members
 
 
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:

@@ -94,6 +94,7 @@ class Job:
     def note(self, text: str) -> None:
         """Something to know that stays on the screen."""
         self.end_line()
+        self.writer.update(notes=(*self.writer.status.notes, text))
         print(text, file=sys.stderr, flush=True)
 
     def finish(self, what: str, steps: Iterator[tuple[float, T | None]]) -> T:

@@ -30,16 +30,19 @@ class Export(JobCommand):
     out: str
     """The file to write. Its ending says what: .star for RELION, in the dialect of the source; .cs for
     cryoSPARC, with a .csg beside it; .csv, .tsv or .parquet for a table of classes, poses and latents; .txt
-    for the rows of the source, counted from 0"""
+    for the rows of the source, counted from 0; .mrcs or .png for class averages, as a stack or a picture"""
     run: str = ""
     """Name or number of the run whose poses are written; by default the newest finished one"""
     selection: str = ""
     """Only the particles of this named selection"""
     classes: str = ""
-    """Column that gives the class numbers; by default the newest clustering of the run, if there is one"""
+    """Column that gives the class numbers; by default the newest clustering of the run, if there is one;
+    `none` leaves those of the source as they are"""
     members: str = ""
-    """Only the members of these averages of the session, with the class of each and the pose it was averaged
-    at; --run, --selection, --classes and --poses then say nothing"""
+    """Only the particles of these class averages (their name, as `average` printed it), with the class and
+    the pose that each was averaged at"""
+    good: bool = False
+    """With --members: only of averages that are marked good; where none is, of those not marked bad"""
     held: bool = False
     """Write the poses that hold a part still (hold-still) instead of the run's own; as --poses held"""
     poses: Literal["run", "held", "refined", "none"] = "run"
@@ -48,6 +51,8 @@ class Export(JobCommand):
     latents: bool = False
     """Also write the latent coordinates, as columns explorerZ0, explorerZ1 ... of a star file or fields
     explorer/z_0 ... of a cs file; tables have them anyway"""
+    every_column: bool = False
+    """Also write every column of the particle file into a table; star and cs files have them anyway"""
     averages: str = ""
     """Also write the averages of these classes to this .mrcs file"""
     average: AverageConfig = AverageConfig()
@@ -63,52 +68,83 @@ class Export(JobCommand):
         """Export, and print the paths of the files."""
         import numpy as np
 
-        from particle_explorer.exporting import TABLE_SUFFIXES, choose, export, latent_columns, recentred
+        from particle_explorer.exporting import (
+            PICTURE_SUFFIXES,
+            TABLE_SUFFIXES,
+            choose,
+            export,
+            export_pictures,
+            latent_columns,
+            recentred,
+        )
+        from particle_explorer.exporting import averaged as behind_averages
         from particle_explorer.io.writing import export_averages
         from particle_explorer.membership import by_class
         from particle_explorer.session import Session
 
         with self.job("exporting") as job:
             session = Session.open(self.session)
-            run = session.run(self.run) if self.run else session.newest_finished_run()
-            mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
-            if not mask.any():
-                raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
-            if self.members and (self.selection or self.classes):
-                raise UserError(
-                    "--members says which particles and classes; leave --selection and --classes out"
-                )
             out = Path(self.out).absolute()
             files = [out, *([Path(self.averages).absolute()] if self.averages else [])]
             for path in files:
                 _check_writable(path, session, self.overwrite)
-            number = None if self.members else _class_numbers(session, run, self.classes)
-            source: PoseSource | None = "held" if self.held else None if self.poses == "none" else self.poses
-            angle, shift = (None, None)
-            if run is not None and source is not None:
-                angle, shift = poses_of(run, source)
-            if self.members:
-                number, angle, shift = _of_members(session, self.members)
-                mask = number > 0
+            if out.suffix.lower() in PICTURE_SUFFIXES:
+                stored = session.classes(self.members or _newest_classes(session))
+                for note in export_pictures(out, stored, overwrite=self.overwrite):
+                    job.note(note)
+                job.result(out)
+                return
+            if self.members and (self.selection or self.classes or self.averages):
+                raise UserError(
+                    "--members says which particles and classes are written; leave out --selection, "
+                    "--classes and --averages"
+                )
+            run = session.run(self.run) if self.run else session.newest_finished_run()
             if self.latents and run is None:
                 raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
             with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
-            averages = None
-            if self.averages:  # first, because they take long and can be stopped
-                if number is None or run is None or self.members:
-                    raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
-                members, classes = by_class(np.where(mask, number, -1))
-                captions = [str(c) for c in classes]
-                averages = average_members_of(run, members, captions, source or "run", self.average, job)
+            further = latent_columns(run) if run is not None and with_latents else None
+            averages, shown, config = None, None, self.average
+            if self.members:
+                behind = behind_averages(
+                    session,
+                    session.classes(self.members),
+                    good=self.good,
+                    further=further,
+                    every_column=self.every_column,
+                )
+                chosen, shown, config = behind.chosen, behind.shown, behind.config
+            else:
+                mask = np.ones(session.n_particles, bool)
+                if self.selection:
+                    mask = session.selection(self.selection)
+                if not mask.any():
+                    raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
+                number = _class_numbers(session, run, self.classes)
+                source: PoseSource | None = (
+                    "held" if self.held else None if self.poses == "none" else self.poses
+                )
+                angle, shift = (None, None)
+                if run is not None and source is not None:
+                    angle, shift = poses_of(run, source)
+                if self.averages:  # first, because they take long and can be stopped
+                    if number is None or run is None:
+                        raise UserError(
+                            "--averages needs classes: cluster a run first, or give --classes COLUMN"
+                        )
+                    members, classes = by_class(np.where(mask, number, -1))
+                    captions = [str(c) for c in classes]
+                    averages = average_members_of(run, members, captions, source or "run", self.average, job)
+                chosen = choose(
+                    session,
+                    mask,
+                    class_id=number,
+                    angle_deg=angle,
+                    shift_yx_px=shift,
+                    further=further,
+                    every_column=self.every_column,
+                )
             job.tell("writing")
-            chosen = choose(
-                session,
-                mask,
-                class_id=number,
-                angle_deg=angle,
-                shift_yx_px=shift,
-                further=latent_columns(run) if run is not None and with_latents else None,
-            )
             coordinates = None
             if self.recentre:
                 if out.suffix.lower() != ".star":
@@ -120,7 +156,8 @@ class Export(JobCommand):
             notes = export(
                 out,
                 chosen,
-                average=self.average,
+                average=config,
+                shown=shown,
                 coordinates_xy_px=coordinates,
                 overwrite=self.overwrite,
                 progress=job.tell,
@@ -133,25 +170,6 @@ class Export(JobCommand):
                 grey = images if images.ndim == 3 else images.mean(1)  # an MRC stack has no colours
                 export_averages(files[1], grey, averages[0].pixel_size_A, overwrite=self.overwrite)
             job.result(" ".join(map(str, files)))
-
-
-def _of_members(
-    session: Session, name: str
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Class `(N,)` from 1, 0 for none, angle and shift of the members of stored averages."""
-    import numpy as np
-
-    from particle_explorer.io.class_files import class_numbers
-    from particle_explorer.membership import labels_of_members
-
-    stored = session.classes(name)
-    if not {"weight", "angle_deg", "shift_y_px", "shift_x_px"} <= set(stored.members):
-        raise UserError("these averages were made by an older version, without poses; average again")
-    numbers = class_numbers([str(one["label"]) for one in stored.classes])
-    label = labels_of_members(session.table.index, stored.members)
-    members = stored.members[~stored.members.index.duplicated()].reindex(session.table.index)
-    shift = members[["shift_y_px", "shift_x_px"]].to_numpy(float)
-    return np.where(label >= 0, numbers[label], 0), members["angle_deg"].to_numpy(float), shift
 
 
 class Merge(JobCommand):
@@ -255,9 +273,7 @@ class ExportClasses(JobCommand):
 
         with self.job("exporting class averages") as job:
             session = Session.open(self.session)
-            name = self.averages or session.newest_classes()
-            if not name:
-                raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
+            name = self.averages or _newest_classes(session)
             notes = export_classes(
                 self.out,
                 session,
@@ -271,10 +287,17 @@ class ExportClasses(JobCommand):
             job.result(self.out)
 
 
+def _newest_classes(session: Session) -> str:
+    name = session.newest_classes()
+    if not name:
+        raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
+    return name
+
+
 def _class_numbers(session: Session, run: Run | None, classes: str) -> NDArray[np.int64] | None:
     """`(N,)` class numbers from 1 for an export, or None where there are no classes."""
     name = classes or (run.newest_column("cluster") if run is not None else None)
-    if not name:
+    if not name or name == "none":
         return None
     numbers, names = grouped(column_of(session, run, name), name)
     if (numbers < 0).any():

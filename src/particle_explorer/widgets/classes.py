@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,25 +18,23 @@ from qtpy.QtWidgets import (
     QComboBox,
     QHBoxLayout,
     QLabel,
-    QLineEdit,
     QPushButton,
     QScrollArea,
-    QSizePolicy,
     QVBoxLayout,
     QWidget,
 )
 
 from particle_explorer.configs import AverageConfig
-from particle_explorer.files import replacing
 from particle_explorer.state import Opened, read
 from particle_explorer.status import Status
-from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.class_tools import ClassTools, MembersPanel
 from particle_explorer.widgets.colours import title_of
+from particle_explorer.widgets.exporting import ExportPanel, groupings
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.moving import TransferPanel
 from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.workspace import fit_view, state_of, tile, unwrapped
 
@@ -81,9 +78,7 @@ class ClassesDock(QWidget):
         self.layer: Any = None
         self.montage: Montage | None = None
         self.stored: StoredClasses | None = None
-        self._exported: list[Path] = []
         self._marks: list[str] = []
-        self._steps: list[list[str]] = []
         self._after: Callable[[], None] | None = None
 
         self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
@@ -99,10 +94,23 @@ class ClassesDock(QWidget):
         self.held_bar.stopped.connect(lambda _: self.held.setChecked(False))
         self.held_bar.failed.connect(self._on_held_failed)
         self.results = self._build_results()
+        self.exporting = ExportPanel(self.state)
+        self.export_part = Folded("Export…", self.exporting)
+        self.transfer = TransferPanel(self.state)
+        self.transfer_part = Folded("Onto another extraction…", self.transfer)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 6, 6, 6)
         layout.setSpacing(5)
-        for part in (self.no_run, self.make, self.held_bar, self.complaint, self.bar, self.results):
+        for part in (
+            self.no_run,
+            self.make,
+            self.held_bar,
+            self.complaint,
+            self.bar,
+            self.results,
+            self.export_part,
+            self.transfer_part,
+        ):
             layout.addWidget(part)
         layout.addStretch(1)
 
@@ -246,8 +254,6 @@ class ClassesDock(QWidget):
         layout.addWidget(self.examine_button)
         layout.addWidget(self.members_part)
         layout.addWidget(Folded("Compare with another set", self._build_comparison()))
-        self.export_part = Folded("Export…", self._build_export())
-        layout.addWidget(self.export_part)
         return page
 
     def _build_comparison(self) -> QWidget:
@@ -293,77 +299,6 @@ class ClassesDock(QWidget):
         row.addWidget(self.select_good_button, 1)
         return row
 
-    def _build_export(self) -> QWidget:
-        page = QWidget()
-        self.export_stars = QCheckBox("Particles, with class and angle")
-        self.export_averages = QCheckBox("Averages (.mrcs)")
-        self.export_set = QCheckBox("Class set for RELION and cryoSPARC (folder)")
-        self.export_set.setToolTip(
-            "<p>Averages, model, data and chosen classes as RELION's class display opens them, templates for"
-            " cryoSPARC and a montage, in a new folder beside the particle file. Chosen are classes marked"
-            " good; where none is, those that are not marked bad.</p>"
-        )
-        self.export_report = QCheckBox("Report (.html)")
-        self.export_report.setToolTip("<p>Averages, curves, counts and all settings on one page</p>")
-        self.export_aligned = QCheckBox("Aligned images (interpolated)")
-        self.export_aligned.setToolTip(
-            "<p>The particles turned and shifted in their pixels, as NAME_aligned.star with a stack; the"
-            " angle"
-            " of the CTF turns with them. Only for programs that know no poses: poses lose nothing, this"
-            " does.</p>"
-        )
-        self.export_stars.setChecked(True)
-        self.export_averages.setChecked(True)
-        for box in self._export_boxes():
-            box.toggled.connect(self._update_buttons)
-        self.export_path = QLineEdit()
-        self.export_path.setToolTip(
-            "<p>The particle file; the averages go beside it. Its ending says what is written: .star, .cs"
-            " (with .csg), .csv, .tsv, .parquet, or .txt for rows of the source.</p>"
-        )
-        self.export_path_button = QPushButton("…")
-        self.export_path_button.setMaximumWidth(32)
-        self.export_path_button.setToolTip("Choose where to write")
-        self.export_path_button.clicked.connect(self._ask_for_export)
-        self.export_button = QPushButton("Export")
-        self.export_button.clicked.connect(self.export)
-        self.question = QWidget()
-        self.question_words = QLabel()
-        self.question_words.setWordWrap(True)
-        self.replace_button, self.keep_button = QPushButton("Replace"), QPushButton("Keep")
-        self.replace_button.clicked.connect(self._export_replacing)
-        self.keep_button.clicked.connect(lambda: self.question.setVisible(False))
-        self.export_bar = JobBar()
-        self.export_bar.finished.connect(self._on_export_step)
-        self.export_bar.failed.connect(self._on_failed)
-        self.export_bar.stopped.connect(self._update_buttons)
-        self.export_words = QLabel()
-        self.export_words.setWordWrap(True)
-        self.export_words.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
-        self.export_words.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        row = QHBoxLayout(self.question)
-        row.setContentsMargins(0, 0, 0, 0)
-        row.addWidget(self.question_words, 1)
-        row.addWidget(self.replace_button)
-        row.addWidget(self.keep_button)
-        self.question.setVisible(False)
-        where = QHBoxLayout()
-        where.addWidget(self.export_path, 1)
-        where.addWidget(self.export_path_button)
-        layout = QVBoxLayout(page)
-        layout.setContentsMargins(0, 0, 0, 0)
-        layout.setSpacing(4)
-        layout.addWidget(self.export_stars)
-        layout.addWidget(self.export_averages)
-        layout.addWidget(self.export_set)
-        layout.addWidget(self.export_report)
-        layout.addWidget(self.export_aligned)
-        layout.addLayout(where)
-        layout.addWidget(self.export_button)
-        for part in (self.question, self.export_bar, self.export_words):
-            layout.addWidget(part)
-        return page
-
     # --- what there is to average -----------------------------------------------------------------
 
     def _on_session(self, session: Session | None) -> None:
@@ -372,8 +307,9 @@ class ClassesDock(QWidget):
         self.results.setVisible(False)
         if self.layer is not None:
             self.layer.visible = False
+        for part in (self.export_part, self.transfer_part):
+            part.setVisible(session is not None)
         if session is not None:
-            self.export_path.setText(str(default_export(session)))
             self._list_sets()
 
     def _on_features(self) -> None:
@@ -425,7 +361,6 @@ class ClassesDock(QWidget):
         self.average_button.setText(
             f"Average {number(count)} selected particles" if selection and count else "Average"
         )
-        wanted = any(box.isChecked() for box in self._export_boxes())
         good = "good" in self._marks
         self.select_good_button.setEnabled(good)
         self.select_good_button.setToolTip(
@@ -433,8 +368,6 @@ class ClassesDock(QWidget):
             if good
             else "Mark averages first: G"
         )
-        self.export_button.setEnabled(self.stored is not None and wanted and self.export_bar.folder is None)
-        self.export_button.setToolTip("Write the files" if wanted else "Choose what to export")
 
     # --- averaging --------------------------------------------------------------------------------
 
@@ -653,6 +586,7 @@ class ClassesDock(QWidget):
     def _show_classes(self, stored: StoredClasses) -> None:
         self.stored = stored
         self._marks = [str(each.get("mark", "")) for each in stored.classes]
+        self.exporting.show_averages(stored)
         self.results.setVisible(True)
         self.one.blockSignals(True)
         self.one.clear()
@@ -805,143 +739,17 @@ class ClassesDock(QWidget):
 
     # --- exporting --------------------------------------------------------------------------------
 
-    def _ask_for_export(self) -> None:
-        ask_path(
-            self,
-            "Export particles",
-            self.export_path.setText,
-            kind="save",
-            start=self.export_path.text(),
-            patterns="Particle files (*.star *.cs *.csv *.tsv *.parquet *.txt)",
-        )
-
     def show_export(self) -> None:
         """Unfold the export, if there is something to export."""
-        if self.stored is not None:
+        if self.state.session is not None:
             self.export_part.button.setChecked(True)
-            self.export_button.setFocus()
-
-    def _export_boxes(self) -> tuple[QCheckBox, ...]:
-        averages = self.export_averages
-        return self.export_stars, averages, self.export_set, self.export_report, self.export_aligned
-
-    def export_files(self) -> list[Path]:
-        """What would be written."""
-        out = Path(self.export_path.text()).expanduser()
-        wanted = (
-            (self.export_stars, out),
-            (self.export_averages, out.with_suffix(".mrcs")),
-            (self.export_report, out.with_suffix(".html")),
-            (self.export_aligned, out.with_name(f"{out.stem}_aligned.star")),
-        )
-        return [path for box, path in wanted if box.isChecked()]
-
-    def export(self) -> None:
-        """Export, or ask first when a file is there already."""
-        there = [path.name for path in self.export_files() if path.exists()]
-        if there:
-            plural = "s" if len(there) == 1 else ""
-            self.question_words.setText(f"{' and '.join(there)} exist{plural} already.")
-            self.question.setVisible(True)
-            return
-        self._export(overwrite=False)
-
-    def _export_replacing(self) -> None:
-        self.question.setVisible(False)
-        self._export(overwrite=True)
-
-    def _export(self, *, overwrite: bool) -> None:
-
-        session, stored = self.state.session, self.stored
-        if session is None or stored is None:
-            return
-        self.complaint.clear()
-        self.export_words.clear()
-        files = self.export_files()
-        averages = next((path for path in files if path.suffix == ".mrcs"), None)
-        arguments = self.export_arguments(overwrite=overwrite)
-        pictures = session.path / "classes" / f"{stored.name}.mrcs"
-        self._steps = [arguments] if self.export_stars.isChecked() else []
-        for command, suffix in (("report-classes", ".html"), ("export-aligned", "_aligned.star")):
-            for path in files:
-                if path.name.endswith(suffix):
-                    words = [command, str(session.path), "--averages", stored.name, "--out", str(path)]
-                    self._steps.append([*words, *(["--overwrite"] if overwrite else [])])
-        if self.export_set.isChecked():
-            folder = unused_folder(Path(self.export_path.text()).expanduser())
-            files = [*files, folder]
-            self._steps.append(
-                ["export-classes", str(session.path), "--out", str(folder), "--averages", stored.name]
-            )
-        self.export_button.setEnabled(False)
-
-        def work() -> None:
-            if averages is not None:
-                copy_file(pictures, averages, overwrite=overwrite)
-
-        self._exported = files
-        self.tasks.run("export", work, self._on_export_step, self._on_failed)
-
-    def _on_export_step(self, _: object) -> None:
-        """Start the next worker of an export; after the last, say what was written."""
-        from particle_explorer import jobs
-
-        session = self.state.session
-        if not self._steps or session is None:
-            self._on_exported()
-            return
-        arguments = self._steps.pop(0)
-        self.tasks.run(
-            "export",
-            lambda: jobs.start(arguments, session.new_job(arguments[0])),
-            lambda folder: self.export_bar.follow(folder, "Exporting"),
-            self._on_failed,
-        )
-
-    def export_arguments(self, *, overwrite: bool) -> list[str]:
-        """The command line that writes the particles behind the averages that are shown."""
-        assert self.state.session is not None and self.stored is not None
-        how = self.stored.how
-        arguments = ["export", str(self.state.session.path), "--out", self.export_path.text()]
-        if made_by_hand(how):  # the classes are those of no column, or the poses those of no run
-            return [*arguments, "--members", self.stored.name, *(["--overwrite"] if overwrite else [])]
-        for option, key in (("--run", "run"), ("--classes", "by"), ("--selection", "selection")):
-            if how.get(key):
-                arguments += [option, str(how[key])]
-        arguments += ["--held"] if how.get("held") else []
-        return arguments + (["--overwrite"] if overwrite else [])
-
-    def _on_exported(self) -> None:
-        self._update_buttons()
-        self.export_words.setText("Written:\n" + "\n".join(str(path) for path in self._exported))
-
-
-def made_by_hand(how: dict[str, Any]) -> bool:
-    """Whether particles and poses of a set of averages are written down with the set alone."""
-    plain = how.get("poses", "run") in ("run", "held") and how.get("weights", "hard") == "hard"
-    return bool(how.get("from")) or not plain or how.get("by") in (GRID, "near")
-
-
-def copy_file(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Copy a file so that it is there as a whole or not at all."""
-    with replacing(target, overwrite=overwrite) as temporary:
-        shutil.copyfile(source, temporary)
+            self.exporting.button.setFocus()
 
 
 def gauge_words(gauge: dict[str, Any]) -> str:
     """By how much the frames were turned to hold the part still."""
     turned = gauge.get("largest_turn_deg")
     return "" if turned is None else f"The frames were turned by up to {float(turned):.0f}°."
-
-
-def groupings(features: Any) -> list[str]:
-    """Columns that put particles into a few groups, the newest last."""
-    found = []
-    for name in map(str, features.columns):
-        column = features[name]
-        if name.startswith("cluster") or (name == "class_id" and column.nunique() > 1):
-            found.append(name)
-    return found
 
 
 def quality_words(one: dict[str, Any], known: bool) -> str:
@@ -1052,21 +860,6 @@ def unused(name: str, taken: list[str]) -> str:
     while f"{name}-{n}" in taken:
         n += 1
     return f"{name}-{n}"
-
-
-def unused_folder(out: Path) -> Path:
-    """NAME_classes beside a particle file, or NAME_classes-2 …, the first that is not there."""
-    folder, n = out.with_name(f"{out.stem}_classes"), 1
-    while folder.exists():
-        n += 1
-        folder = out.with_name(f"{out.stem}_classes-{n}")
-    return folder
-
-
-def default_export(session: Session) -> Path:
-    """Where an export goes unless another place is chosen: beside the session, in the source's own format."""
-    suffix = ".cs" if session.info.source_kind == "cs" else ".star"
-    return session.path / "export" / f"{session.path.name.removesuffix('_explorer')}{suffix}"
 
 
 def montage(images: NDArray[np.floating], captions: list[tuple[str, str]]) -> Montage:

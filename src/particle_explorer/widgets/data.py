@@ -31,10 +31,11 @@ from particle_explorer.configs import PREPROCESS_PRESETS, PreprocessConfig
 from particle_explorer.io.paths import StacksMissing
 from particle_explorer.widgets.ask import ask_path, ask_paths
 from particle_explorer.widgets.background import Failure, Tasks
-from particle_explorer.widgets.form import ConfigForm, command_line
+from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
 from particle_explorer.widgets.latent_plot import follow
 from particle_explorer.widgets.micrograph import MicrographPanel
+from particle_explorer.widgets.moving import JoinPanel
 from particle_explorer.widgets.number_box import Number
 from particle_explorer.widgets.painted import ImageRows
 from particle_explorer.widgets.sets import SetsList
@@ -119,13 +120,16 @@ class ParticlesDock(QWidget):
         self.start_page = self._build_start()
         self.stack_page = self._build_stack()
         self.session_page = self._build_session()
+        self.join = JoinPanel(self.state)
+        self.join.joined.connect(self.open)
+        self.join_part = Folded("Join star files…", self.join)
         self.reading = QLabel()
         self.reading.setWordWrap(True)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 6, 6, 6)
         for part in (
             *(self.reading, self.complaint, self.missing),
-            *(self.start_page, self.stack_page, self.session_page),
+            *(self.start_page, self.stack_page, self.session_page, self.join_part),
         ):
             layout.addWidget(part)
         layout.addStretch(1)
@@ -347,6 +351,7 @@ class ParticlesDock(QWidget):
         self.reading.setVisible(bool(reading))
         for each in (self.start_page, self.stack_page, self.session_page):
             each.setVisible(each is page)
+        self.join_part.setVisible(page in (self.start_page, self.session_page))
 
     def complain(self, failure: Failure) -> None:
         """Say in place what went wrong, and go back to where one can try again."""
@@ -672,7 +677,7 @@ class ParticlesDock(QWidget):
 
     def _on_import_stopped(self, _: object) -> None:
         self._set_busy(False)
-        self.plan_words.setText("Cancelled; nothing was kept.")
+        self.plan_words.setText("Cancelled. Preparing the same again goes on from where it was.")
 
     def _on_import_failed(self, failure: Failure) -> None:
         self._set_busy(False)

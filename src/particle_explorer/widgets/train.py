@@ -38,9 +38,10 @@ from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_pause, request_stop
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
-from particle_explorer.widgets.form import ConfigForm, command_line
+from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number, progress_words
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.moving import CoordinatesPanel
 from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
@@ -329,6 +330,9 @@ class TrainDock(QWidget):
         layout.addLayout(row)
         layout.addLayout(more)
         layout.addWidget(self.encode_bar)
+        self.coordinates = CoordinatesPanel(self.state)
+        self.coordinates.imported.connect(self._on_imported)
+        layout.addWidget(Folded("Coordinates from a file…", self.coordinates))
         return page
 
     # --- choosing ---------------------------------------------------------------------------------
@@ -501,6 +505,10 @@ class TrainDock(QWidget):
             lambda folder: self.encode_bar.follow(folder, "Placing the particles"),
             self.complaint.show_failure,
         )
+
+    def _on_imported(self, path: Path) -> None:
+        self._list_runs()
+        self.show_run(path.name)
 
     def _on_encoded(self, status: Status) -> None:
         from napari.utils.notifications import show_info

@@ -241,8 +241,11 @@ class Workspace(QWidget):
         self.preview.stop()
         self.gallery.shutdown()
         self.decoder.close()
-        for part in (self, self.particles, self.particles.micrograph, self.train, self.classes):
+        docks = (self, self.particles, self.particles.micrograph, self.train, self.classes)
+        for part in (*docks, self.classes.exporting):
             part.tasks.stop()
+        for panel in (self.particles.join, self.train.coordinates, self.classes.transfer):
+            panel.stop()
         for bar in self.findChildren(JobBar):
             bar.stop()
         self.train.stop_following()
