@@ -21,7 +21,7 @@ RANKS: dict[str, int] = {
     name: rank
     for rank, names in enumerate(
         [
-            ["configs", "pose", "files", "transforms", "shears", "ctf_sums"],
+            ["configs", "pose", "files", "transforms", "shears", "ctf_sums", "resampling"],
             ["particles", "ctf", "spectra", "status"],
             ["summing"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],

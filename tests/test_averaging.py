@@ -58,6 +58,7 @@ class Originals:
     ) -> None:
         self.stack, self.table = Stack(images), table
         self.plan = SimpleNamespace(sign=sign, ctf=ctf)
+        self.scale = None
 
     def originals(self) -> Stack:
         return self.stack

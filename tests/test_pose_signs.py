@@ -21,7 +21,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from particle_explorer.averaging import average_classes
-from particle_explorer.configs import Config, DataSpec, PreprocessConfig
+from particle_explorer.configs import AverageConfig, Config, DataSpec, PreprocessConfig
+from particle_explorer.exporting import export_classes
 from particle_explorer.io.reading import read
 from particle_explorer.io.writing import export_particles
 from particle_explorer.models.base import Batch, Encoding, ParticleModel
@@ -262,3 +263,52 @@ def test_two_pixel_sizes_in_one_file(tmp_path: Path, n: int, kind: str, unit: fl
             scores[turn, move] = correlation(total, draw_at(box, step))
         right = scores.pop((1, 1))
         assert right > 0.99 and max(scores.values()) < 0.95, (right, scores)
+
+
+@pytest.mark.parametrize("boxes", [(64, 48), (65, 47)])
+@pytest.mark.parametrize("interpolation", ["spline", "shears"])
+def test_averages_of_two_pixel_sizes_and_fields(
+    tmp_path: Path, boxes: tuple[int, int], interpolation: str
+) -> None:
+    """Two optics groups of 1 and 1.6 units per pixel that show different fields: one average of both, and an
+    export whose poses give the phantom back in either group."""
+    half, steps = K // 2, (1.0, 1.6)
+    step_of = np.repeat(steps, half)
+    stacks = []
+    for group in (0, 1):
+        rows = range(group * half, (group + 1) * half)
+        images = [draw_at(boxes[group], steps[group], PSI_DEG[i], ORIGIN_XY_PX[i]) for i in rows]
+        stacks.append(np.stack(images))
+        with mrcfile.new(tmp_path / f"g{group}.mrcs", stacks[-1]) as stack:
+            stack.set_image_stack()
+            stack.voxel_size = APIX * steps[group]
+    text = "data_optics\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n_rlnImageSize\n"
+    text += "".join(f"{g + 1} {APIX * steps[g]} {boxes[g]}\n" for g in (0, 1))
+    text += "\ndata_particles\nloop_\n_rlnImageName\n_rlnOpticsGroup\n"
+    text += "".join(f"{i % half + 1}@g{i // half}.mrcs {i // half + 1}\n" for i in range(K))
+    (tmp_path / "two.star").write_text(text)
+    session = Session.create(tmp_path / "session", read(tmp_path / "two.star"))
+    shift = -ORIGIN_XY_PX[:, ::-1] / step_of[:, None]
+    labels = np.arange(K) % 2  # both classes hold images of both groups
+    config = AverageConfig(interpolation=interpolation)  # type: ignore[arg-type]
+    averages = average_classes(session, labels, -PSI_DEG, shift, config)
+    scale = session.scale
+    assert scale is not None and scale.pixel_size_A == APIX * 1.6
+    assert scale.box_px == int(min(boxes[0], 1.6 * boxes[1]) / 1.6 + 1e-6)
+    for average in averages:
+        assert average.pixel_size_A == pytest.approx(scale.pixel_size_A)
+        assert correlation(average.image, draw_at(scale.box_px, 1.6)) > 0.99
+        rows_of = np.flatnonzero(labels == int(average.label))
+        np.testing.assert_allclose(average.shift_yx_px, shift[rows_of], err_msg="in pixels of each original")
+    turned_wrong = average_classes(session, np.zeros(K, int), PSI_DEG, shift, config)[0]
+    assert correlation(turned_wrong.image, draw_at(scale.box_px, 1.6)) < 0.9
+    # one of the classes holds images of one group only, and is checked against what was shown all the same
+    labels = np.where(np.arange(K) < half - 2, 0, 1)
+    averages = average_classes(session, labels, -PSI_DEG, shift, config)
+    session.save_classes("two", averages, ["1", "2"], {"config": config.model_dump()})
+    notes = export_classes(tmp_path / "classes", session, "two")
+    assert any("averaged again from what was written, r 0.99" in note or "r 1.0" in note for note in notes)
+    written = starfile.read(tmp_path / "classes" / "run_it000_data.star")["particles"]
+    origin_A = written[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy()
+    np.testing.assert_allclose(origin_A, ORIGIN_XY_PX * APIX, atol=1e-4)
+    np.testing.assert_allclose(written["rlnAnglePsi"], PSI_DEG, atol=1e-4)

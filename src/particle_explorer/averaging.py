@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from scipy import ndimage, sparse
 from particle_explorer.configs import AverageConfig
 from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import UserError
+from particle_explorer.resampling import AtOneScale, Scale
 from particle_explorer.spectra import Float, frc, outside_circle, ring_sums, ssnr_ring
 from particle_explorer.summing import Event, Images, Members, Progress, Sums, Work, shear_sums, spline_sums
 
@@ -49,6 +50,9 @@ class Originals(Protocol):
 
     @property
     def table(self) -> pd.DataFrame: ...
+
+    @property
+    def scale(self) -> Scale | None: ...
 
     def originals(self) -> Images: ...
 
@@ -232,10 +236,11 @@ def average_members(
 ) -> list[ClassAverage]:
     """Averages of weighted members that may belong to several, in one pass over the disk.
 
-    Members without a pose are left out, and so is an average of which nothing remains. For the rest see
-    `average_classes`; `names` are the captions of the averages 0, 1, … `half` `(M,)` says which member is in
-    half 0 and which in half 1, and that their alignments know nothing of each other; without it the members
-    of an average are in either by turns.
+    Members without a pose are left out, and so is an average of which nothing remains. Images that show
+    different fields are brought to the scale of the session first. For the rest see `average_classes`;
+    `names` are the captions of the averages 0, 1, … `half` `(M,)` says which member is in half 0 and which in
+    half 1, and that their alignments know nothing of each other; without it the members of an average are in
+    either by turns.
     """
     table, plan = session.table, session.plan
     angle = np.zeros(len(table)) if angle_deg is None else np.asarray(angle_deg, dtype=np.float64)
@@ -253,12 +258,17 @@ def average_members(
         config = config.model_copy(update={"ctf": "none"})
     if plan.ctf == "flip-all":  # whatever the file says, the user knows that they are not flipped yet
         table = table.assign(ctf_state="raw")
-    return _average(
-        session.originals(),
+    stack, scale, ratio = session.originals(), session.scale, np.ones(len(table))
+    if scale is not None:
+        sizes = table["pixel_size_A"].to_numpy(np.float64)
+        stack, ratio = AtOneScale(stack, sizes, scale), sizes / scale.pixel_size_A
+        table = table.assign(pixel_size_A=scale.pixel_size_A, box_px=scale.box_px)
+    averages = _average(
+        stack,
         rows,
         Members(at.reshape(-1), which.reshape(-1), members.weight[kept]),
         angle[rows],
-        shift[rows],
+        shift[rows] * ratio[rows, None],
         half=None if half is None else half[kept],
         table=table.iloc[rows],
         config=config,
@@ -267,6 +277,12 @@ def average_members(
         progress=progress,
         stop=stop,
     )
+    if scale is None:
+        return averages
+    back = pd.Series(1 / ratio, index=table.index)  # shifts are told in pixels of each original
+    return [
+        replace(one, shift_yx_px=one.shift_yx_px * back.loc[one.uid].to_numpy()[:, None]) for one in averages
+    ]
 
 
 def _average(

@@ -71,6 +71,7 @@ class _Noise:
     def __init__(self, run: Run, stack: RandomPhases) -> None:
         self.table: pd.DataFrame = run.session.table
         self.plan: Plan = run.session.plan
+        self.scale = run.session.scale
         self.stack = stack
 
     def originals(self) -> Any:

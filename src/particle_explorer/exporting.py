@@ -460,6 +460,7 @@ class _Written:
 
     def __init__(self, session: Session, rows: NDArray[np.int64], images: ImageStack) -> None:
         self.plan: Plan = session.plan
+        self.scale = session.scale
         self.table = session.table.iloc[rows]
         self._images = images.take(rows)
 

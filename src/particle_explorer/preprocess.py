@@ -15,6 +15,7 @@ from particle_explorer.configs import PreprocessConfig
 from particle_explorer.ctf import ctf_2d
 from particle_explorer.files import UserError
 from particle_explorer.particles import Images
+from particle_explorer.resampling import resampled, resampling
 
 DEFAULT_BOX_PX = 64
 LEAST_BOX_PX = 8
@@ -391,27 +392,8 @@ def _at_one_pixel_size(images: Images, rows_table: pd.DataFrame, plan: Plan) -> 
     for size in np.unique(sizes):
         rows = sizes == size
         matrix = resampling(images.shape[-1], float(size), m, plan.cached_pixel_size_A)
-        # two products of whole blocks: one small product per image starts threads for each
-        along_x = images[rows].reshape(-1, images.shape[-1]) @ matrix.T
-        along_x = along_x.reshape(-1, images.shape[1], images.shape[-1], m)
-        out[rows] = np.einsum("yj,kcjx->kcyx", matrix, along_x, optimize=True)
+        out[rows] = resampled(images[rows], matrix)
     return out
-
-
-def resampling(n: int, pixel_size_A: float, m: int, new_pixel_size_A: float) -> NDArray[np.float32]:
-    """`(m, n)`: what takes a line of `n` pixels to `m` of another size, centre on centre (`n // 2` to `m "
-    "// 2`).
-
-    Interpolation by the line's own Fourier series, up to the finest detail that both pixel sizes hold. Where
-    `n` and `m` pixels show the same field it is a Fourier crop.
-    """
-    at = (np.arange(m) - m // 2) * new_pixel_size_A / pixel_size_A + n // 2
-    finest = min(n / 2, n / 2 * pixel_size_A / new_pixel_size_A)
-    k = np.arange(1, math.ceil(finest - 1e-9))
-    phase = 2 * np.pi / n * k
-    terms = np.cos(at[:, None] * phase) @ np.cos(np.arange(n)[:, None] * phase).T
-    terms += np.sin(at[:, None] * phase) @ np.sin(np.arange(n)[:, None] * phase).T
-    return np.asarray((1 + 2 * terms) / n, np.float32)
 
 
 def _band(plan: Plan) -> NDArray[np.float32] | None:

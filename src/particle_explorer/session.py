@@ -59,6 +59,7 @@ from particle_explorer.io.inspecting import guessed_sign
 from particle_explorer.io.tables import join
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
+from particle_explorer.resampling import Scale, common_scale
 from particle_explorer.status import Status, read_status
 
 if TYPE_CHECKING:
@@ -323,6 +324,11 @@ class Session:
         with contextlib.suppress(UserError):  # a session that may only be read is checked each time
             write_json(self.path / "images.json", {**record, "stamp": stamp})
         return True
+
+    @functools.cached_property
+    def scale(self) -> Scale | None:
+        """What images that show different fields are brought to; None where they show one."""
+        return common_scale(self.table["box_px"].to_numpy(), self.table["pixel_size_A"].to_numpy(np.float64))
 
     def originals(self) -> ImageStack:
         """The original full-size images, in the order of the rows."""
