@@ -346,3 +346,18 @@ def test_a_first_line_without_content_and_values_whose_sum_overflows_make_no_bad
     images[3, 0, 0], images[3, 0, 9, 9] = 0, -np.inf
     images[4] = np.float32(3e38)
     assert np.flatnonzero(bad_images(images)).tolist() == [3, 4]
+
+
+def test_a_pixel_size_may_be_asked_for_instead_of_a_box() -> None:
+    table = rows(1, box_px=256, pixel_size_A=1.1)
+    made = plan(table, PreprocessConfig(prepared_pixel_size_A=4.0))
+    assert made.cached_box_px == 70 and made.cached_pixel_size_A == pytest.approx(256 * 1.1 / 70)
+    for config, said in (
+        (PreprocessConfig(prepared_pixel_size_A=4.0, box_px=64), "give only one"),
+        (PreprocessConfig(prepared_pixel_size_A=1.0), "finer than the 1.1 Å of the images"),
+        (PreprocessConfig(prepared_pixel_size_A=90.0), "too small to see anything"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(table, config)
+    with pytest.raises(UserError, match="that of the images is not known"):
+        plan(table.assign(pixel_size_A=np.nan), PreprocessConfig(prepared_pixel_size_A=4.0))

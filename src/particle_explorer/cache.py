@@ -32,8 +32,9 @@ ProgressCallback = Callable[[str, float], None]
 
 CACHE_HEADER_BYTES = 128
 """Of `images.npy`; numpy pads the header of any such shape to it."""
-BLOCK_BYTES = 32 * 2**20
-"""Originals preprocessed at once; two threads hold three such blocks at most."""
+BLOCK_BYTES = 16 * 2**20
+"""Originals preprocessed at once; two threads hold three such blocks at most. Memory of 32 MiB and more is
+cleared by the system page by page for every block; of less than 8 MiB the overhead of a block is felt."""
 PLAN: TypeAdapter[preprocess.Plan] = TypeAdapter(preprocess.Plan)
 
 
@@ -282,7 +283,7 @@ class Cache:
         """Prepare and write the rows from `begun` on, and enter each block into the journal."""
         n, done = len(table), begun
         bad, statistics = found
-        for block in _preprocessed(images, table, self.plan, self.image_shape, config.bad_images, begun):
+        for block in _preprocessed(images, table, self.plan, self.image_shape, config, begun):
             if stop is not None and stop.is_set():
                 kept = f"{done} of {n} are kept, and the same again goes on from there"
                 raise Stopped(
@@ -402,7 +403,7 @@ class _Block(NamedTuple):
     """`(k, c, m, m)`; zeros where `bad`"""
     bad: Mask
     statistics: NDArray[np.float64]
-    """`(k, 2)` mean and standard deviation of the originals"""
+    """`(k, 2)` mean and standard deviation of the originals, where outliers are looked for"""
 
 
 def _preprocessed(
@@ -410,7 +411,7 @@ def _preprocessed(
     table: pd.DataFrame,
     plan: preprocess.Plan,
     shape: tuple[int, ...],
-    bad_images: str = "stop",
+    config: PreprocessConfig,
     begun: int = 0,
 ) -> Iterator[_Block]:
     """Blocks in the order of the rows from `begun` on, two of them worked on ahead of the one taken."""
@@ -426,15 +427,18 @@ def _preprocessed(
         for box in np.unique(box_px[rows]):  # an image stack is read one box size at a time
             at = np.flatnonzero(box_px[rows] == box)
             originals = images.read(rows[at])
-            leave_out = bad_images == "leave-out"
+            leave_out = config.bad_images == "leave-out"
             if leave_out and (bad := preprocess.bad_images(originals)).any():
                 block.bad[at[bad]] = True
                 at, originals = at[~bad], originals[~bad]
             if not len(at):
                 continue
-            block.statistics[at] = _statistics(originals)
-            some = preprocess.apply(originals, table.iloc[rows[at]], plan, known_good=leave_out)
-            _check_range(some, table.iloc[rows[at]])
+            if config.outlier_sd:
+                block.statistics[at] = preprocess.statistics(originals)
+            whole = len(at) == len(rows)
+            of_them = table.iloc[start : start + len(rows)] if whole else table.iloc[rows[at]]
+            some = preprocess.apply(originals, of_them, plan, known_good=leave_out)
+            _check_range(some, of_them)
             block.images[at] = some
         return block
 
@@ -450,15 +454,6 @@ def _preprocessed(
         finally:
             for future in ahead:
                 future.cancel()
-
-
-def _statistics(images: NDArray[np.float32]) -> NDArray[np.float64]:
-    """`(k, 2)` mean and standard deviation of every image, of every third line of a large one."""
-    some = images[..., :: 3 if images.shape[-1] > 64 else 1, :].reshape(len(images), -1)
-    mean = some.mean(axis=1)
-    centred = some - mean[:, None]
-    square = np.einsum("kp,kp->k", centred, centred) / some.shape[1]
-    return np.stack([mean, np.sqrt(square)], axis=1).astype(np.float64)
 
 
 def _check_range(images: NDArray[np.float32], table: pd.DataFrame) -> None:

@@ -94,6 +94,12 @@ class PreprocessConfig(Config):
     """Side of the cached images; larger originals are cropped in Fourier space. 0 chooses: the original
     box, at most 64 px."""
 
+    prepared_pixel_size_A: float = setting(
+        0.0, "Prepared pixel size", unit="Å", advanced=True, ge=0, le=1000, zero="by the box"
+    )
+    """Instead of a box: crop in Fourier space to about this pixel size; the box is the even number of pixels
+    nearest to it."""
+
     contrast: Literal["auto", "keep", "invert"] = setting("auto", "Contrast")
     """`auto` makes the particle bright by what the file says of its sign, or, where it says nothing, by
     comparing the centre of the images with their border."""

@@ -44,22 +44,32 @@ def ctf_2d(
     at low frequencies, sin(pi λ Δf q² - pi/2 Cs λ³ q⁴ + phase shift + arcsin(amplitude contrast)), q in 1/Å.
     """
     u, v, angle, volt, cs, contrast, phase, size = (
-        np.atleast_1d(np.asarray(value, np.float64))[:, None, None]
+        np.atleast_1d(np.asarray(value, np.float64))
         for value in (
             defocus_u_A, defocus_v_A, np.deg2rad(defocus_angle_deg), voltage_kV, cs_mm, amplitude_contrast,
             np.deg2rad(phase_shift_deg), pixel_size_A,
         )
     )  # fmt: skip
-    fy = np.fft.fftfreq(n)[:, None]
-    fx = np.fft.rfftfreq(n)[None, :]
-    q2 = (fx * fx + fy * fy) / size**2
     # Δf(θ) q² = mean q² + half difference · q² cos 2(θ - angle), the double angle written without arctan
-    cos2 = (fx * fx - fy * fy) / size**2
-    sin2 = 2.0 * fx * fy / size**2
-    defocus_q2 = 0.5 * (u + v) * q2 + 0.5 * (u - v) * (np.cos(2 * angle) * cos2 + np.sin(2 * angle) * sin2)
     wave = wavelength_A(volt)
-    chi = np.pi * wave * defocus_q2 - 0.5 * np.pi * cs * 1e7 * wave**3 * q2**2
-    return np.sin(chi + phase + np.arcsin(contrast)).astype(np.float32)
+    scale, half = np.pi * wave / size**2, 0.5 * (u - v)
+    factors = [
+        scale * 0.5 * (u + v),
+        scale * half * np.cos(2 * angle),
+        scale * half * np.sin(2 * angle),
+        -0.5 * np.pi * cs * 1e7 * wave**3 / size**4,
+        phase + np.arcsin(contrast),
+    ]
+    chi = np.stack(np.broadcast_arrays(*factors), 1) @ _terms(n)
+    return np.sin(chi).astype(np.float32).reshape(len(chi), n, n // 2 + 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _terms(n: int) -> NDArray[np.float64]:
+    """`(5, n * (n // 2 + 1))`: the pictures of `phase_pictures` in double precision, and ones."""
+    fy, fx = np.meshgrid(np.fft.fftfreq(n), np.fft.rfftfreq(n), indexing="ij")
+    q2 = fx**2 + fy**2
+    return np.stack([q2, fx**2 - fy**2, 2 * fx * fy, q2**2, np.ones_like(q2)]).reshape(5, -1)
 
 
 class TableCTF:

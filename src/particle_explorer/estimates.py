@@ -31,7 +31,7 @@ def requirements(particles: Particles, config: PreprocessConfig) -> list[str]:
     seconds = (time.perf_counter() - start) / len(rows) * n
     fit = first_estimate(n, plan.cached_box_px)
     return [
-        f"prepared in {plan.cached_box_px} px: {_in_words(n_bytes)} on disk and, where free, in memory while "
+        f"prepared in {plan.cached_box_px} px: {in_words(n_bytes)} on disk and, where free, in memory while "
         f"training; about {_time_in_words(seconds)} to prepare and {_time_in_words(fit)} for a class map"
     ]
 
@@ -42,7 +42,8 @@ def first_estimate(n: int, cached_box_px: int) -> float:
     return 15 + n * (cached_box_px / 40) ** 2 * 0.006 / cores
 
 
-def _in_words(n_bytes: int) -> str:
+def in_words(n_bytes: int) -> str:
+    """Bytes in MiB or GiB."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{max(1, round(n_bytes / 2**20))} MiB"
 
 

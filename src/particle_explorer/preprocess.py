@@ -3,6 +3,7 @@ contrast."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
 
     largest = _largest_box(table, field_A) if mixed else box
     cached_box = config.box_px or min(largest, DEFAULT_BOX_PX) // 2 * 2
+    if config.prepared_pixel_size_A:
+        cached_box = _box_of(config, field_A if known else math.nan, pixel_size, largest, reasons)
     if cached_box > largest:
         raise UserError(
             f"the box of {cached_box} px is larger than the original images of {box} px"
@@ -131,6 +134,29 @@ def plan(table: pd.DataFrame, config: PreprocessConfig, guessed_sign: int = 0) -
         low_pass_A=low_pass,
         high_pass_A=high_pass,
     )
+
+
+def _box_of(
+    config: PreprocessConfig, field_A: float, pixel_size_A: float, largest: int, reasons: list[str]
+) -> int:
+    """The box of the pixel size that is wanted in the cached images."""
+    wanted = config.prepared_pixel_size_A
+    if config.box_px:
+        raise UserError(
+            f"a box of {config.box_px} px and a prepared pixel size of {wanted:g} Å: give only one"
+        )
+    if not math.isfinite(field_A):
+        raise UserError(
+            f"a prepared pixel size of {wanted:g} Å is asked for, and that of the images is not known; give "
+            "it, or give a box"
+        )
+    box = round(field_A / wanted / 2) * 2
+    if box > largest:
+        raise UserError(
+            f"a prepared pixel size of {wanted:g} Å is finer than the {field_A / largest:.4g} Å of the images"
+        )
+    reasons.append(f"{field_A / box:.4g} Å per pixel, the nearest to {wanted:g} Å that a whole box gives")
+    return box
 
 
 def original_pixels(table: pd.DataFrame, plan: Plan) -> NDArray[np.float64]:
@@ -375,6 +401,15 @@ def outliers(statistics: NDArray[np.float64], limit_sd: float) -> NDArray[np.boo
     return np.asarray(far.any(axis=1))
 
 
+def statistics(images: Images) -> NDArray[np.float64]:
+    """`(k, 2)` mean and standard deviation of every image, of every third line of a large one."""
+    some = images[..., :: 3 if images.shape[-1] > 64 else 1, :].reshape(len(images), -1)
+    mean = some.mean(axis=1)
+    centred = some - mean[:, None]
+    square = np.einsum("kp,kp->k", centred, centred) / some.shape[1]
+    return np.stack([mean, np.sqrt(square)], axis=1).astype(np.float64)
+
+
 def mask_softly(images: Images, diameter_px: float) -> None:
     """Bring all outside the particle to 0 in place, by a cosine over a tenth of its diameter."""
     n = images.shape[-1]
@@ -456,6 +491,7 @@ def _cropped_spectrum(images: Images, m: int) -> NDArray[np.complex64]:
     return np.asarray(kept, np.complex64)
 
 
+@functools.lru_cache(8)
 def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
     """`(n, n)`: all that lies outside the particle, corners included as in RELION.
 
@@ -466,6 +502,7 @@ def background_ring(n: int, diameter_px: float) -> NDArray[np.bool_]:
     ring = radius > diameter_px / 2
     if np.count_nonzero(ring) < LEAST_RING_PX:
         ring = radius >= n // 2 - 1
+    ring.setflags(write=False)
     return ring
 
 

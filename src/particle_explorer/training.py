@@ -607,7 +607,7 @@ class _Fit:
                 " give it thousands, at least 2"
             )
         self.resume = resume
-        self.epoch = self.step = 0
+        self.epoch = self.step = self.n_epochs = self.n_steps = 0
         self.started = False
         self.seconds_before = 0.0
         self._good: dict[str, Any] | None = None

@@ -281,12 +281,33 @@ def test_a_random_subset_and_the_check_of_every_image_reach_workers(
     dock.check_button.click()
     qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
     assert started[0] == ["inspect", str(stack), "--full"]
-    dock.subset.setChecked(True)
+    dock.random.setChecked(True)
     assert dock.sample.isVisible()
     dock.sample.setValue(50)
     dock.prepare_button.click()
     qtbot.waitUntil(lambda: len(started) == 2, timeout=SLOW)
-    assert started[1][-4:-2] == ["--sample", "50"] or started[1][-2:] == ["--sample", "50"]
+    assert "--sample 50" in " ".join(started[1]) and "--sample-by" not in started[1]
+
+
+def test_as_many_of_each_class_and_what_would_be_left_out_are_seen_before(
+    dock: ParticlesDock, tmp_path: Path, started: list[list[str]], qtbot: QtBot
+) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(200, 20, 20)).astype(np.float32)
+    images[::40] *= 30
+    np.savez(tmp_path / "half.npz", images=images, kind=np.arange(200) % 4)
+    _open(dock, tmp_path / "half.npz", qtbot)
+    assert "outlier" not in dock.plan_words.text() and "on disk" in dock.plan_words.text()
+    dock.form.setValue(dock.form.value().model_copy(update={"outlier_sd": 6.0}))
+    qtbot.waitUntil(lambda: "5 would be left out as outliers" in dock.plan_words.text(), timeout=SLOW)
+    assert dock.preview.n_images == 9 + 9 + 5
+    dock.random.setChecked(True)
+    dock.sample.setValue(10)
+    dock.sample_by.setCurrentIndex(dock.sample_by.findData("kind"))
+    qtbot.waitUntil(lambda: "40 of 200 particles" in dock.plan_words.text(), timeout=SLOW)
+    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    assert "--sample 10 --sample-by kind" in " ".join(started[0])
 
 
 def test_the_preview_leaves_out_what_cannot_be_shown(

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from particle_explorer.status import Status
 
 N_PREVIEW = 9
+OUTLIER_SAMPLE_BYTES = 32 * 2**20
 MISSING_SHOWN = 4
 MAX_CHOICES = 60
 """Values of a column that are offered in the subset row; more are typed."""
@@ -238,13 +239,28 @@ class ParticlesDock(QWidget):
         row.addWidget(self.comparison)
         row.addWidget(self.subset_value, 2)
         self.sample = QSpinBox()
-        self.sample.setRange(0, 10_000_000)
+        self.sample.setRange(1, 10_000_000)
+        self.sample.setValue(10_000)
         self.sample.setSingleStep(1000)
-        self.sample.setSpecialValueText("all of them")
         self.sample.setPrefix("at most ")
-        self.sample.setToolTip("Take so many of them at random: a first look at a large stack is quick")
+        self.sample.setToolTip("Particles that are taken at most")
+        self.random = QCheckBox("Only some, at random")
+        self.random.setToolTip("A first look at a large stack is quick with a part of it")
+        self.sample_by = QComboBox()
+        self.sample_by.setToolTip("At random of all particles, or as many of each value of a column")
+        self.sample_by.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+        self.sample_by.setMinimumContentsLength(8)
+        self.sample_row = QWidget()
+        row = QHBoxLayout(self.sample_row)
+        row.setContentsMargins(0, 0, 0, 0)
+        row.addWidget(self.sample, 1)
+        row.addWidget(self.sample_by, 1)
+        self.random.toggled.connect(self.sample_row.setVisible)
+        self.random.toggled.connect(self._preview_timer_start)
+        self.sample.valueChanged.connect(self._preview_timer_start)
+        self.sample_by.currentIndexChanged.connect(self._preview_timer_start)
         self.subset_row.setVisible(False)
-        self.sample.setVisible(False)
+        self.sample_row.setVisible(False)
         self.views_note = QLabel(
             "These particles show several views. The first thing a map of mixed views learns is the viewing"
             " direction; to see motion, take one class."
@@ -296,7 +312,8 @@ class ParticlesDock(QWidget):
         layout.addWidget(self.form)
         layout.addWidget(self.subset)
         layout.addWidget(self.subset_row)
-        layout.addWidget(self.sample)
+        layout.addWidget(self.random)
+        layout.addWidget(self.sample_row)
         layout.addWidget(self.views_note)
         layout.addLayout(folder_row)
         layout.addLayout(buttons)
@@ -497,10 +514,16 @@ class ParticlesDock(QWidget):
         self.column.addItems(list(found.columns))
         if "class_id" in found.columns:
             self.column.setCurrentText("class_id")
+        self.sample_by.clear()
+        self.sample_by.addItem("of all", "")
+        for name, values in found.columns.items():
+            if 1 < len(values) < MAX_CHOICES:
+                self.sample_by.addItem(f"of each {name}", name)
         self.views_note.setVisible(found.mixed_views)
         self.check_button.setVisible(found.particles.kind != "layer")  # a worker sees no layer
         self.check_bar.stop()
         self.subset.setChecked(False)
+        self.random.setChecked(False)
         self.preview.clear()
         self.plan_words.clear()
         self.prepare_button.setText("Prepare")
@@ -536,8 +559,13 @@ class ParticlesDock(QWidget):
 
     def _on_subset(self, wanted: bool) -> None:
         self.subset_row.setVisible(wanted)
-        self.sample.setVisible(wanted)
         self._preview_timer_start()
+
+    def subset_taken(self) -> tuple[int, str]:
+        """At most so many at random, 0 for all; and the column of whose values each gives as many."""
+        if not self.random.isChecked():
+            return 0, ""
+        return self.sample.value(), str(self.sample_by.currentData() or "")
 
     def _on_column(self, name: str) -> None:
         if self.found is None:
@@ -562,14 +590,20 @@ class ParticlesDock(QWidget):
         found = self.found
         if found is None:
             return
-        config, where = self.form.value(), self.where()
+        config, where, taken = self.form.value(), self.where(), self.subset_taken()
         self.tasks.run(
-            "preview", lambda: preview(found.particles, config, where), self._on_preview, self._on_no_preview
+            "preview",
+            lambda: preview(found.particles, config, where, *taken),
+            self._on_preview,
+            self._on_no_preview,
         )
 
     def _on_preview(self, shown: Preview) -> None:
         self.complaint.clear()
-        self.preview.set_rows([("As recorded", shown.before), ("As the model will see them", shown.after)])
+        rows = [("As recorded", shown.before), ("As the model will see them", shown.after)]
+        if len(shown.outliers):
+            rows.append(("Would be left out as outliers", shown.outliers))
+        self.preview.set_rows(rows)
         self.plan_words.setText(shown.words)
         self.prepare_button.setText(f"Prepare (about {duration(shown.seconds)})")
         self.prepare_button.setEnabled(self.import_bar.folder is None)
@@ -600,7 +634,7 @@ class ParticlesDock(QWidget):
         self.complaint.clear()
         target = Path(self.folder.text()).expanduser()
         where, settings = self.where(), command_line("preprocess", self.form.value())
-        sample = self.sample.value() if self.subset.isChecked() else 0
+        sample, sample_by = self.subset_taken()
 
         def work() -> Path:
             source = found.particles.source
@@ -611,6 +645,7 @@ class ParticlesDock(QWidget):
                 arguments += ["--project-dir", str(found.project_dir)]
             if sample:
                 arguments += ["--sample", str(sample)]
+                arguments += ["--sample-by", sample_by] if sample_by else []
             status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
             return jobs.start([*arguments, "--where", where] if where else arguments, status_folder)
 
@@ -656,6 +691,8 @@ class ParticlesDock(QWidget):
             self.preset,
             self.subset,
             self.subset_row,
+            self.random,
+            self.sample_row,
             self.folder,
         ):
             part.setEnabled(not busy)
@@ -703,6 +740,8 @@ class Preview:
     words: str
     seconds: float
     """What preparing all of them will take"""
+    outliers: NDArray[np.float32]
+    """Some that would be left out as outliers, as recorded"""
 
 
 def look(path: Path, project_dir: Path | None = None) -> Found:
@@ -804,31 +843,54 @@ def _choices(column: pd.Series) -> list[str]:
     return [str(value) for value in sorted(values)] if len(values) <= MAX_CHOICES else []
 
 
-def preview(particles: Particles, config: PreprocessConfig, where: str) -> Preview:
+def preview(
+    particles: Particles, config: PreprocessConfig, where: str, sample: int = 0, sample_by: str = ""
+) -> Preview:
     """Prepare a few particles, taken at random, and time it."""
     from particle_explorer import preprocess
+    from particle_explorer.estimates import in_words
     from particle_explorer.files import UserError
     from particle_explorer.io.inspecting import guessed_sign
-    from particle_explorer.particles import where_mask
+    from particle_explorer.particles import random_subset, where_mask
 
     table = particles.table
     rows = np.flatnonzero(where_mask(table, where)) if where else np.arange(len(table))
     if rows.size == 0:
         raise UserError(f"no particle has {where}")
+    if sample:
+        rows = rows[random_subset(table.iloc[rows], sample, sample_by)]
     plan = preprocess.plan(table.iloc[rows], config, guessed_sign(particles, config))
     boxes = table["box_px"].to_numpy()[rows]
     sizes, counts = np.unique(boxes, return_counts=True)
     alike = rows[boxes == sizes[np.argmax(counts)]]
     rng = np.random.default_rng(0)  # the same nine while settings are tried
-    few = np.sort(rng.choice(alike, min(3 * N_PREVIEW, alike.size), replace=False))
-    good = few[~preprocess.bad_images(particles.images.read(few))]
-    few = good[:N_PREVIEW] if good.size and config.bad_images == "leave-out" else few[:N_PREVIEW]
+    looked_at = _looked_at(int(sizes[np.argmax(counts)])) if config.outlier_sd else 3 * N_PREVIEW
+    few = np.sort(rng.permutation(alike)[:looked_at])
+    originals = particles.images.read(few)
+    good = ~preprocess.bad_images(originals)
+    words, far = "", np.zeros(len(few), bool)
+    if config.outlier_sd:
+        of_good = preprocess.statistics(np.where(good[:, None, None, None], originals, 0)).astype(np.float64)
+        of_good[~good] = np.nan
+        far = preprocess.outliers(of_good, config.outlier_sd) & good
+        words = f" Of {number(len(few))} looked at, {number(int(far.sum()))} would be left out as outliers."
+    outlying = originals[far][:N_PREVIEW]
+    kept = np.flatnonzero(good & ~far if config.bad_images == "leave-out" else ~far)
+    shown = np.sort(rng.permutation(kept if kept.size else np.arange(len(few)))[:N_PREVIEW])
+    before, few = originals[shown], few[shown]
     start = time.perf_counter()
-    before = particles.images.read(few)
+    particles.images.read(few)
     after = preprocess.apply(before, table.iloc[few], plan)
     seconds = (time.perf_counter() - start) * rows.size / few.size
-    words = f"{number(rows.size)} of {number(len(table))} particles. " if where else ""
-    return Preview(before, after, words + plan_words(plan), WORKER_START_S + seconds)
+    part = f"{number(rows.size)} of {number(len(table))} particles. " if rows.size < len(table) else ""
+    n_bytes = 2 * rows.size * particles.images.n_channels * plan.cached_box_px**2
+    words = f"{part}{plan_words(plan)}{words} {in_words(n_bytes)} on disk."
+    return Preview(before, after, words, WORKER_START_S + seconds, outlying)
+
+
+def _looked_at(box_px: int) -> int:
+    """Images that tell what an outlier is, in a moment and little memory."""
+    return int(np.clip(OUTLIER_SAMPLE_BYTES // (4 * box_px**2), 64, 512))
 
 
 def in_short(lines: list[str]) -> list[str]:
