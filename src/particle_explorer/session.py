@@ -398,7 +398,11 @@ class Session:
         """Make the folder `runs/NNNN-kind` of a run that is yet to be fitted."""
         self.rows_where(config.where, config.selection)  # a mistyped subset is found now, not in a worker
         path = self._new_folder("runs", config.model.kind)
-        write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
+        try:
+            write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return Run(self, path)
 
     def newest_finished_run(self) -> Run | None:
