@@ -208,7 +208,7 @@ def test_a_table_has_every_column_and_pictures_come_beside(
     form.every_column.setChecked(True)
     form.montage.setChecked(True)
     QTest.mouseClick(form.button, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: form.words.text() != "" or form.complaint.isVisible(), timeout=60_000)
+    qtbot.waitUntil(lambda: form.words.text() != "" or form.complaint.isVisible(), timeout=150_000)
     assert form.words.text().startswith("Written"), form.complaint.sentence.text()
     table = pd.read_csv(tmp_path / "out.csv")
     assert len(table) == tiny_session.n_particles and set(tiny_session.table) <= set(table)
@@ -434,14 +434,15 @@ def test_report_and_aligned_images_are_written_on_demand(
     tmp_path: Path,
 ) -> None:
     _shown(dock, tiny_session, qtbot)
-    dock.export_path.setText(str(tmp_path / "out.star"))
-    for box in dock._export_boxes():
-        box.setChecked(box in (dock.export_report, dock.export_aligned))
-    dock.export()
+    form = dock.exporting
+    form.path.setText(str(tmp_path / "out.star"))
+    for box in form._boxes():
+        box.setChecked(box in (form.report, form.aligned))
+    form.export()
     qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
     session = [str(tiny_session.path), "--averages", "cluster-kmeans", "--out"]
     assert started[0][0] == ["report-classes", *session, str(tmp_path / "out.html")]
-    assert dock._steps == [["export-aligned", *session, str(tmp_path / "out_aligned.star")]]
+    assert form._steps == [["export-aligned", *session, str(tmp_path / "out_aligned.star")]]
 
 
 def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:

@@ -252,9 +252,9 @@ class ExportPanel(QWidget):
         self.report.setToolTip("<p>Averages, curves, counts and all settings on one page</p>")
         self.aligned = QCheckBox("Aligned images (interpolated)")
         self.aligned.setToolTip(
-            "<p>The particles turned and shifted in their pixels, as NAME_aligned.star with a stack; the angle"
-            " of the CTF turns with them. Only for programs that know no poses: poses lose nothing, this"
-            " does.</p>"
+            "<p>The particles turned and shifted in their pixels, as NAME_aligned.star with a stack; the"
+            " angle of the CTF turns with them. Only for programs that know no poses: poses lose nothing,"
+            " this does.</p>"
         )
         for box in (self.particles, self.averages):
             box.setChecked(True)
@@ -464,8 +464,8 @@ class ExportPanel(QWidget):
         run, who, suffix = self.state.run, str(self.who.currentData()), path.suffix.lower()
         if self.stored is not None and (suffix == ".html" or path.name.endswith("_aligned.star")):
             command = "report-classes" if suffix == ".html" else "export-aligned"
-            found = [command, str(self.state.session.path), "--averages", self.stored.name, "--out", str(path)]
-            return [*found, "--overwrite"] if overwrite else found
+            found = [command, str(self.state.session.path), "--averages", self.stored.name]
+            return [*found, "--out", str(path), *(["--overwrite"] if overwrite else [])]
         found = ["export", str(self.state.session.path), "--out", str(path)]
         if suffix in (".mrcs", ".png"):
             assert self.stored is not None
