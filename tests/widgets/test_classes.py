@@ -455,7 +455,6 @@ def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
     assert "90% within 10°" in refined_words({"history": [step], "from_the_file": apart})
 
 
-
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
     dock.beside.setCurrentText("cluster-kmeans")
