@@ -213,7 +213,7 @@ def test_independent_halves_have_a_model_each_and_alone_may_speak_of_a_resolutio
     assert table["rlnClassNumber"].astype(int).tolist() == (kept["average"] + 1).tolist()
     apart = (table["rlnAnglePsi"].astype(float) + kept["angle_deg"].to_numpy() + 180) % 360 - 180
     np.testing.assert_allclose(apart, 0, atol=1e-3)
-    assert "leave --selection" in refuse(
+    assert "leave out --selection" in refuse(
         "export", session.path, "--out", tmp_path / "x.star", "--members", "independent", "--classes", "y"
     )
     lines = say("compare-classes", session.path, "--averages", "cluster-kmeans", "--beside", "cluster-kmeans")
