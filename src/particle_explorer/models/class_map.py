@@ -40,9 +40,9 @@ _WIENER = 0.05
 _MOST_JUNK = 0.5
 """A map that explains less than this is no map to call others junk by."""
 _MOST_NODES = 4096
-_N_STEPS_OF_CLASSES = 300
+_N_STEPS_OF_CLASSES = 600
 _HEAT_OF_CLASSES = 0.02
-_FLOOR_OF_CLASSES = 0.5
+_FLOOR_OF_CLASSES = 0.25
 """Least noise, as a share of the variance of the signal inside the disc, where classes differ in kind: what
 a smooth map cannot show of them is noise to it."""
 FITTING = "fitting the map"
@@ -66,7 +66,9 @@ class ClassMap(PosePosterior):
         super().__init__(config, data)
         self.warm_up = config.warm_up
         """Share of the fit in which the posterior is sharpened; 0 for one that starts from a map."""
-        n_steps = _N_STEPS_OF_CLASSES if self.classes else _N_STEPS
+        n_steps = _N_STEPS
+        if self.classes:  # shapes that have little in common take the decoder many steps
+            n_steps, self.batch_size, self.learning_rate = _N_STEPS_OF_CLASSES, 500, 4e-3
         self.n_epochs = max(2, min(30, math.ceil(n_steps * self.batch_size / data.n_particles)))
         if self.classes:
             self.n_proposals = len(self.angles)
@@ -113,9 +115,10 @@ class ClassMap(PosePosterior):
             self.heat = _HEAT_OF_CLASSES ** (1 - sharpened)
         else:
             self.heat = min(1.0, 0.3 + 0.7 * sharpened)
-        # while classes freeze out, what they do not show yet must not pass for noise
         if epoch != self._epoch and self._power is not None and (self.heat == 1 or not self.classes):
-            self._set_noise(self._power)
+            # what a map does not show of different objects must not pass for noise: it is their shape
+            if not self.classes:
+                self._set_noise(self._power)
             if self._signal is not None:
                 self.signal_power.copy_(self._signal)
         self._epoch = epoch
@@ -283,7 +286,7 @@ class ClassMap(PosePosterior):
             # white noise has one power in all shells, its variance
             beyond = total[len(total) // 2 :].mean()
             self.noise_floor.copy_(_FLOOR_OF_CLASSES * (inside - beyond).clamp_min(0))
-            total = beyond.expand_as(total)
+            total = around if share > 0.05 else beyond.expand_as(total)
         self._set_noise(total)
 
     @torch.no_grad()
@@ -458,7 +461,8 @@ class ClassMap(PosePosterior):
             found.append(self._residuals(batches.take(part)))
             yield Step("noise", (i + 1) / len(parts))
         power, signal, spread, junk = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
-        self._set_noise(power)
+        if not self.classes:
+            self._set_noise(power)
         self.signal_power.copy_(signal)
         if self._with_junk():
             self.junk_share.copy_(junk.clamp(1e-3, _MOST_JUNK))
