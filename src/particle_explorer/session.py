@@ -783,6 +783,20 @@ class Run:
         """The config and time of one result."""
         return read_json(self.path / "columns" / f"{_checked(name)}.json")
 
+    def group_colours(self, name: str) -> dict[str, str]:
+        """Colours chosen for groups of a result, as {group: hexadecimal}; {} for columns of the file."""
+        if name not in self.columns():
+            return {}
+        found = self.column_record(name).get("colours", {})
+        return {str(group): str(colour) for group, colour in found.items()}
+
+    def colour_group(self, name: str, group: str, colour: str) -> None:
+        """Keep the colour of one group of a result."""
+        with self.session._writing():
+            record = self.column_record(name)
+            record["colours"] = {**record.get("colours", {}), group: colour}
+            write_json(self.path / "columns" / f"{_checked(name)}.json", record)
+
     def newest_column(self, kind: str) -> str | None:
         """The newest result whose name starts with `kind`, e.g. "cluster"."""
         found = [name for name in self.columns() if name.startswith(kind)]

@@ -507,6 +507,31 @@ def test_clusters_are_computed_by_a_worker_and_colour_the_map(panels: Panels, qt
     assert dock.colour.currentText() == "k-means cluster"
 
 
+def test_a_group_keeps_the_colour_it_is_given(panels: Panels, qtbot: QtBot, tiny_session: Session) -> None:
+    dock, groups = panels()
+    run = dock.state.run
+    assert run is not None
+    n = tiny_session.n_particles
+    table = pd.DataFrame({"cluster-kmeans": np.arange(n) % 3 + 1}, tiny_session.table.index)
+    run.write_column("cluster-kmeans", table, {"method": "kmeans"})
+    dock.state.reload_features()
+    qtbot.waitUntil(lambda: groups.groups.count() == 3)
+    menu = groups.colour_menu(groups.groups.item(1))
+    pink = next(action for action in menu.actions() if action.text() == "pink")
+    pink.trigger()
+    qtbot.waitUntil(
+        lambda: (
+            dock.canvas._colouring.kind == "category"
+            and dock.canvas._colouring.lut[1].tolist() == [0xCC, 0x79, 0xA7]
+        ),
+        timeout=5000,
+    )
+    assert dock.canvas._colouring.lut[0].tolist() != [0xCC, 0x79, 0xA7]
+    assert run.group_colours("cluster-kmeans") == {"2": "cc79a7"}
+    assert run.column_record("cluster-kmeans")["config"] == {"method": "kmeans"}, "the rest is kept"
+    assert run.group_colours("class_id") == {}
+
+
 def test_a_failed_job_says_why_in_place(
     panels: Panels, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
 ) -> None:

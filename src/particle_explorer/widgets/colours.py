@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -106,6 +107,17 @@ def colour_by(name: str, values: pd.Series | NDArray[np.generic], title: str = "
     if not high > low:
         low, high = low - 0.5, high + 0.5
     return _ranged(numbers, title, low, high)
+
+
+def recoloured(colouring: Colouring, colours: Mapping[str, str]) -> Colouring:
+    """Categories with colours of their own, `{label: hexadecimal}`, for some of them."""
+    if colouring.kind != "category" or not colours:
+        return colouring
+    lut = colouring.lut.copy()
+    for i, label in enumerate(colouring.labels):
+        if label in colours:
+            lut[i] = rgb([colours[label]])[0]
+    return replace(colouring, lut=lut)
 
 
 def with_limits(colouring: Colouring, low: float, high: float) -> Colouring:

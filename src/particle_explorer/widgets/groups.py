@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from qtpy.QtCore import QSignalBlocker, Qt
+from qtpy.QtCore import QPoint, QSignalBlocker, Qt
 from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -17,6 +17,7 @@ from qtpy.QtWidgets import (
     QLineEdit,
     QListWidget,
     QListWidgetItem,
+    QMenu,
     QPushButton,
     QVBoxLayout,
     QWidget,
@@ -26,10 +27,11 @@ from particle_explorer.configs import ClusterConfig, EmbedConfig
 from particle_explorer.status import Status
 from particle_explorer.widgets.background import Tasks
 from particle_explorer.widgets.classes import groupings
-from particle_explorer.widgets.colours import colour_by, title_of
+from particle_explorer.widgets.colours import colour_by, recoloured, rgb, title_of
 from particle_explorer.widgets.form import ConfigForm
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.sets import NAMED_COLOURS
 from particle_explorer.widgets.workspace import state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -60,9 +62,13 @@ class GroupsPanel(QWidget):
         self.which.activated.connect(self._on_which)
         self.groups = QListWidget()
         self.groups.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
-        self.groups.setToolTip("Click a group to select its particles; Ctrl or Shift for several")
+        self.groups.setToolTip(
+            "Click a group to select its particles; Ctrl or Shift for several. Right click: its colour"
+        )
         self.groups.setMaximumHeight(130)
         self.groups.itemSelectionChanged.connect(self._select)
+        self.groups.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
+        self.groups.customContextMenuRequested.connect(self._show_menu)
         self.name = QLineEdit()
         self.name.setPlaceholderText("Name of the group")
         self.name.returnPressed.connect(self.rename)
@@ -206,7 +212,9 @@ class GroupsPanel(QWidget):
         self._show_buttons()
 
     def _fill(self, name: str, column: pd.Series) -> None:
-        colouring = colour_by(name, column)
+        run = self.state.run
+        own = {} if run is None else run.group_colours(name)
+        colouring = recoloured(colour_by(name, column), own)
         counts = column.astype(str).value_counts() if not pd.api.types.is_numeric_dtype(column) else None
         values = (
             np.asarray(colouring.labels)
@@ -220,12 +228,42 @@ class GroupsPanel(QWidget):
             words = "in no group" if left_out else str(value) if counts is not None else f"{value:g}"
             item = QListWidgetItem(f"{words}   {number(n)}  ({100 * n / max(total, 1):.0f} %)")
             # text groups are numbered in the order of their names, as `regroup` counts them
-            item.setData(Qt.ItemDataRole.UserRole, (i + 1 if counts is not None else int(value), value))
+            number_ = i + 1 if counts is not None else int(value)
+            label = str(value) if counts is not None else f"{value:g}"
+            item.setData(Qt.ItemDataRole.UserRole, (number_, value, label))
             item.setIcon(_swatch(colouring.lut[min(i, len(colouring.lut) - 1)]))
             self.groups.addItem(item)
 
     def _numbers(self) -> list[int]:
         return [int(item.data(Qt.ItemDataRole.UserRole)[0]) for item in self.groups.selectedItems()]
+
+    def _show_menu(self, at: QPoint) -> None:
+        item = self.groups.itemAt(at)
+        if item is not None:
+            menu = self.colour_menu(item)
+            menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+            menu.popup(self.groups.mapToGlobal(at))
+
+    def colour_menu(self, item: QListWidgetItem) -> QMenu:
+        """The colours that a group may have."""
+        menu = QMenu(self)
+        group = str(item.data(Qt.ItemDataRole.UserRole)[2])
+        for words, colour in NAMED_COLOURS.items():
+            action = menu.addAction(_swatch(rgb([colour])[0]), words)
+            action.triggered.connect(lambda _=False, colour=colour: self.recolour(group, colour))
+        return menu
+
+    def recolour(self, group: str, colour: str) -> None:
+        """Give a group of the grouping that is chosen a colour, here and on the map."""
+        run, name = self.state.run, self.which.currentData()
+        if run is None or name is None:
+            return
+
+        def done(_: None) -> None:
+            self._list()
+            self.state.colour_asked.emit(name)
+
+        self.tasks.run("colour", lambda: run.colour_group(name, group, colour), done, self.worker.fail)
 
     def _select(self) -> None:
         name = self.which.currentData()

@@ -34,7 +34,7 @@ from qtpy.QtWidgets import (
 
 from particle_explorer.state import AppState, Mask, Preview
 from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
-from particle_explorer.widgets.colours import Colouring, plain, title_of, with_limits
+from particle_explorer.widgets.colours import Colouring, plain, recoloured, title_of, with_limits
 from particle_explorer.widgets.histogram import Counts, HistogramPanel, count, recount, within
 from particle_explorer.widgets.job_bar import Complaint, number
 from particle_explorer.widgets.latent_axes import (
@@ -552,12 +552,14 @@ class LatentDock(QWidget):
         columns, key, limits = self._columns, self.colour.currentData(), self._limits
         key = ONE_COLOUR if key is None else key
 
-        session = self.state.session
+        session, run = self.state.session, self.state.run
 
         def work() -> Colouring:
             if key == SETS and session is not None:
                 return sets_colouring(session)
             colouring = columns.colouring(key)
+            if colouring.kind == "category" and run is not None:
+                colouring = recoloured(colouring, run.group_colours(key))
             ranged = limits is not None and colouring.kind == "continuous"
             return with_limits(colouring, *limits) if ranged and limits is not None else colouring
 
