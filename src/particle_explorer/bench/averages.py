@@ -31,6 +31,8 @@ from particle_explorer.summing import Members
 
 Floats = NDArray[np.float64]
 DISC_PX = 18.0
+HOTTEST = 0.25
+"""What the likelihood of discrete classes is raised to at the start of their annealing."""
 PLACES = 40
 """Positions along the map at which the nearest particles are averaged."""
 
@@ -207,7 +209,7 @@ def ml2d(
     disc = (np.hypot(y, x) < n / 2).astype(np.float32)
     share = np.full(k, 1.0 / k)
     for iteration in range(iterations):
-        heat = min(1.0, 0.05 * 20 ** (iteration / max(1, 0.7 * iterations)))
+        heat = min(1.0, HOTTEST * (1 / HOTTEST) ** (iteration / max(1, 0.7 * iterations)))
         # placed at angle a: moved back by -a
         copies = np.repeat((classes * disc).astype(np.float32)[:, None], n_angles, 0)
         turned = torch.from_numpy(align(copies, np.tile(-angles, k), np.zeros((k * n_angles, 2)))[:, 0])
