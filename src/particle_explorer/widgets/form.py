@@ -15,8 +15,16 @@ from typing import Any, Generic, Literal, TypeVar
 from magicgui.widgets import CheckBox, ComboBox
 from magicgui.widgets.bases import ValueWidget
 from pydantic.fields import FieldInfo
-from qtpy.QtCore import QEvent, QObject, Qt, Signal
-from qtpy.QtWidgets import QFormLayout, QLabel, QSizePolicy, QToolButton, QVBoxLayout, QWidget
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer, Signal
+from qtpy.QtWidgets import (
+    QFormLayout,
+    QLabel,
+    QScrollArea,
+    QSizePolicy,
+    QToolButton,
+    QVBoxLayout,
+    QWidget,
+)
 
 from particle_explorer.configs import Config
 from particle_explorer.widgets.number_box import Number, WholeNumber
@@ -79,8 +87,23 @@ class Folded(QWidget):
         layout.addWidget(self.button)
         layout.addWidget(content)
         self.button.toggled.connect(self._show)
+        self._later = QTimer(self)  # when it has been laid out
+        self._later.setSingleShot(True)
+        self._later.setInterval(30)
+        self._later.timeout.connect(self._into_view)
+
+    def _into_view(self) -> None:
+        """Scroll so far that the whole part is seen, at least its beginning."""
+        area: QWidget | None = self
+        while area is not None and not isinstance(area, QScrollArea):
+            area = area.parentWidget()
+        if isinstance(area, QScrollArea):
+            area.ensureWidgetVisible(self.content, 0, 4)
+            area.ensureWidgetVisible(self.button, 0, 4)
 
     def _show(self, shown: bool) -> None:
+        if shown and self.isVisible():
+            self._later.start()
         self.button.setArrowType(Qt.ArrowType.DownArrow if shown else Qt.ArrowType.RightArrow)
         self.content.setVisible(shown)
 
