@@ -163,7 +163,7 @@ class ExploreDock(QWidget):
     def show_groups(self) -> None:
         """Unfold layouts and groups, with the keyboard in them."""
         self.show_part(GROUPS)
-        self.groups.setFocus()
+        self.groups.take_focus()
 
     def show_part(self, name: str) -> None:
         """Unfold one part by its title."""

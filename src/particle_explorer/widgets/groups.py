@@ -103,7 +103,10 @@ class GroupsPanel(QWidget):
         worker.when_changed(self._show_buttons)
         self._fit_forms()
         self._on_features()
-        self.setFocusProxy(self.clustering.editor("method").native)
+
+    def take_focus(self) -> None:
+        """Let the keyboard choose how to group; a focus proxy would outlive its control under PyQt6."""
+        self.clustering.editor("method").native.setFocus()
 
     # --- computing ----------------------------------------------------------------------------------
 
