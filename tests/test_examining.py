@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from particle_explorer.examining import examine, mirror_partners, symmetry
 from particle_explorer.files import UserError
 from particle_explorer.latents import Latents
 from particle_explorer.pose import rotation_matrix
+from particle_explorer.resampling import Scale
 from particle_explorer.session import Session
 
 N = 32
@@ -224,3 +226,49 @@ def test_an_aligned_stack_needs_no_poses_and_turns_its_ctf(
     again = Session.create(tmp_path / "again", written, PreprocessConfig())
     for one, image in zip(average_classes(again, label), stored.images, strict=True):
         assert np.corrcoef(one.image.ravel(), image.ravel())[0, 1] > 0.99
+
+
+def test_members_of_two_pixel_sizes_are_compared_at_one() -> None:
+    """The same picture in 32 px of 2 Å and 48 px of 4/3 Å: shifts in pixels of each fit both kinds alike."""
+    rng = np.random.default_rng(0)
+    k = 60
+    fine = np.arange(k) % 2 == 1
+    box, size = np.where(fine, 48, 32), np.where(fine, 4 / 3, 2.0)
+    angle, shift_A = rng.uniform(-180, 180, k), rng.normal(0, 4, (k, 2))
+    points = np.array(HOOK) * 2.0  # Å
+
+    def image(i: int) -> NDArray[np.float32]:
+        n = int(box[i])
+        xy = (points @ rotation_matrix(angle[i]).T + shift_A[i, ::-1]) / size[i]
+        profile = np.exp(-0.5 * ((np.arange(n) - n // 2 - xy[..., None]) * size[i] / 3.2) ** 2)
+        picture = np.einsum("iy,ix->yx", profile[:, 1], profile[:, 0])
+        return (picture + rng.normal(0, 0.2, (n, n))).astype(np.float32)
+
+    images = [image(i) for i in range(k)]
+
+    class Mixed:
+        box_px = box
+
+        def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+            return np.stack([images[i] for i in rows])[:, None]
+
+    uid = pd.Index(np.arange(k, dtype=np.uint64), name="uid")
+    session: Any = SimpleNamespace(
+        table=pd.DataFrame({"box_px": box, "pixel_size_A": size, "ctf_state": "none"}, index=uid),
+        plan=SimpleNamespace(sign=1, ctf="none"),
+        scale=Scale(32, 2.0),
+        originals=Mixed,
+    )
+    shift = shift_A / size[:, None]
+    members = pd.DataFrame(
+        {
+            "average": 0,
+            "weight": 1.0,
+            "angle_deg": angle,
+            "shift_y_px": shift[:, 0],
+            "shift_x_px": shift[:, 1],
+        },
+        index=uid,
+    )
+    fit = examine(session, members, 1).members["correlation"].to_numpy()
+    assert fit[fine].min() > 0.6 and fit[~fine].min() > 0.6

@@ -33,6 +33,7 @@ class _Stack:
 
 class _Session:
     plan = SimpleNamespace(sign=1, ctf="auto")
+    scale = None
 
     def __init__(self, images: NDArray[Any], first: NDArray[np.bool_]) -> None:
         n = len(images)

@@ -69,8 +69,8 @@ def export_aligned(
     members = members.loc[table.index]
     rows = session.table.index.get_indexer(table.index)
     boxes = np.unique(table["box_px"])
-    if len(boxes) > 1:
-        raise UserError(f"aligned images of one stack have one box; these have {list(map(int, boxes))}")
+    if len(boxes) > 1 or session.scale is not None:
+        raise UserError("aligned images of one stack have one box and pixel size; these have several")
     angle = members["angle_deg"].to_numpy(float)
     shift = members[["shift_y_px", "shift_x_px"]].to_numpy(float)
     outside = outside_circle(int(boxes[0]))

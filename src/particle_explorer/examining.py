@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from particle_explorer.averaging import Originals
 from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import Stopped, UserError
+from particle_explorer.resampling import AtOneScale
 from particle_explorer.spectra import Float, Grid, align, outside_circle, placed
-from particle_explorer.summing import Event
+from particle_explorer.summing import Event, Images
 
 Floats = NDArray[np.float64]
 
@@ -79,9 +80,9 @@ def examine(
     if (rows < 0).any():
         raise UserError("the averages were made of particles that this session does not have")
     boxes = np.unique(session.table["box_px"].to_numpy()[rows])
-    if len(boxes) > 1:
+    if session.scale is None and len(boxes) > 1:
         raise UserError(f"members are compared among images of one box; these have {list(map(int, boxes))}")
-    n = int(boxes[0])
+    n = int(boxes[0]) if session.scale is None else session.scale.box_px
     m = min(n, BOX_PX)
     average = members["average"].to_numpy(np.int64)
     found = pd.DataFrame(
@@ -120,13 +121,20 @@ class _Reader:
     """Originals moved back at the size they are compared at, phases flipped, grey scale of the first ones."""
 
     def __init__(self, session: Originals, n: int, m: int) -> None:
-        self.stack, self.table, self.sign = session.originals(), session.table, session.plan.sign
+        self.stack: Images = session.originals()
+        self.table, self.sign = session.table, session.plan.sign
         self.n, self.grid, self.outside = n, Grid(n, m), outside_circle(n)
         self.grey = 0.0
         wanted = "none" if session.plan.ctf == "none" else "auto"
         table = self.table.assign(ctf_state="raw") if session.plan.ctf == "flip-all" else self.table
         self.ctf = TableCTF(table) if ctf_mode(table, wanted) == "wiener" else None
-        self.pixel_size_A = self.table["pixel_size_A"].to_numpy(float) * n / m
+        size = self.table["pixel_size_A"].to_numpy(float)
+        self.ratio = np.ones(len(size))
+        if session.scale is not None:
+            self.stack = AtOneScale(self.stack, size, session.scale)
+            self.ratio = size / session.scale.pixel_size_A
+            size = np.full(len(size), session.scale.pixel_size_A)
+        self.pixel_size_A = size * n / m
 
     def moved_back(self, rows: NDArray[np.int64], poses: pd.DataFrame) -> Float:
         """`(b, m, m)`"""
@@ -141,7 +149,7 @@ class _Reader:
         moved = self.grid.sample(
             self.grid.transform(images / np.float32(self.grey)),
             poses["angle_deg"].to_numpy(float),
-            poses[["shift_y_px", "shift_x_px"]].to_numpy(float),
+            poses[["shift_y_px", "shift_x_px"]].to_numpy(float) * self.ratio[rows, None],
             transfer,
         )
         return moved[:, 0]

@@ -103,12 +103,15 @@ def independent_averages(
         labels.append(label)
         angles.append(angle)
         shifts.append(shift)
-    small = [
+    small_and_side = [
         _averages(session, label, angle, shift, config, tell, stop)
         for label, angle, shift in zip(labels, angles, shifts, strict=True)
     ]
-    pairs = _paired(small[0], small[1], lambda share: tell("laying the averages onto each other", share))
-    scale = _side(session) / min(_side(session), SMALL_PX)
+    (first, side), (second, _) = small_and_side
+    pairs = _paired(first, second, lambda share: tell("laying the averages onto each other", share))
+    scale = np.full(session.n_particles, side / first.shape[-1])
+    if session.scale is not None:  # shifts are in pixels of each original
+        scale *= session.scale.pixel_size_A / session.table["pixel_size_A"].to_numpy(np.float64)
     rows, average, half = [], [], []
     angle, shift = angles[0].copy(), shifts[0].copy()
     for i, (a, b, place) in enumerate(pairs):
@@ -119,9 +122,9 @@ def independent_averages(
             half.append(np.full(len(own), h))
             if h == 1:  # x_img = R(angle) x_b + shift with x_b = R(turn) x_a + move
                 turn = rotation_matrix(angles[1][own])
-                move = np.array(place.shift_yx_px[::-1]) * scale
+                move = np.array(place.shift_yx_px[::-1])
                 angle[own] = wrap_deg(angles[1][own] + place.angle_deg)
-                shift[own] = shifts[1][own] + (turn @ move)[:, ::-1]
+                shift[own] = shifts[1][own] + (turn @ move)[:, ::-1] * scale[own, None]
     which, members = np.concatenate(half), np.concatenate(rows)
     made = average_members(
         session,
@@ -135,10 +138,6 @@ def independent_averages(
         stop=stop,
     )
     return Paired(made, [(a, b, place.correlation) for a, b, place in pairs])
-
-
-def _side(session: Session) -> int:
-    return int(session.table["box_px"].min())
 
 
 def _grouped(
@@ -175,8 +174,8 @@ def _averages(
     config: AverageConfig | None,
     tell: Tell,
     stop: Event | None,
-) -> NDArray[np.float32]:
-    """`(k, s, s)` averages of one half, small."""
+) -> tuple[NDArray[np.float32], int]:
+    """`(k, s, s)` averages of one half, small, and the side they had."""
     rows = np.flatnonzero(label >= 0)
     members = Members(rows, label[rows], np.ones(len(rows)))
     made = average_members(
@@ -192,7 +191,7 @@ def _averages(
     images = np.stack([one.image if one.image.ndim == 2 else one.image.mean(0) for one in made])
     n, small = images.shape[-1], min(images.shape[-1], SMALL_PX)
     spectra = cropped(np.fft.rfft2(images), n, small)
-    return np.fft.irfft2(spectra, s=(small, small)).astype(np.float32)
+    return np.fft.irfft2(spectra, s=(small, small)).astype(np.float32), n
 
 
 def _paired(

@@ -31,7 +31,6 @@ class Examine(JobCommand):
 
     def execute(self) -> None:
         """Examine, and print the path of the members' table."""
-        import numpy as np
         import pandas as pd
 
         from particle_explorer.examining import MIRRORED, examine
@@ -59,8 +58,8 @@ class Examine(JobCommand):
                 }
                 for (partner, mirrored), (fold, turned) in zip(found.mirror, found.symmetry, strict=True)
             ]
-            box = int(session.table["box_px"].iloc[0])
-            size = float(np.median(session.table["pixel_size_A"])) * box / found.variance.shape[-1]
+            field = stored.pixel_size_A * stored.images.shape[-1]
+            size = field / found.variance.shape[-1]
             columns = pd.DataFrame(found.members, index=stored.members.index)
             pictures = {"variance": found.variance, "residual": found.residual}
             session.save_examined(stored.name, columns, words, pictures, size)
