@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from particle_explorer.bench import accuracy, stacks
@@ -196,3 +197,29 @@ def test_a_small_benchmark_of_digits_runs_through(few_digits: Path) -> None:
 def test_what_cannot_be_measured_is_said(wrong: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         accuracy.run(AccuracyConfig(n_particles=50, **wrong), say=lambda text: None)
+
+
+def test_what_lies_in_a_digit_is_no_shift() -> None:
+    """Of a model whose frame lies elsewhere in each digit, calibrated shifts are the true ones."""
+    random = np.random.default_rng(0)
+    n = 40
+    angle, shift = random.uniform(-180, 180, n), random.normal(0, 5, (n, 2))
+    own_angle, own_shift = random.uniform(-180, 180, n), random.normal(0, 3, (n, 2))
+    turn = np.deg2rad(angle)
+    y, x = own_shift.T
+    moved = np.column_stack([np.sin(turn) * x + np.cos(turn) * y, np.cos(turn) * x - np.sin(turn) * y])
+    table = pd.DataFrame(
+        {"true_angle_deg": angle, "true_shift_y_px": shift[:, 0], "true_shift_x_px": shift[:, 1]}
+    )
+
+    def latents(angle_deg, shift_yx_px) -> Latents:
+        uid = np.arange(n, dtype=np.uint64)
+        return Latents(uid, np.zeros((n, 1), np.float32), None, angle_deg, shift_yx_px)
+
+    found = accuracy.calibrated(
+        table, latents(angle + own_angle, shift + moved), latents(own_angle, own_shift)
+    )
+    assert found["shift_r_y_calibrated"] == pytest.approx(1) and found[
+        "shift_r_x_calibrated"
+    ] == pytest.approx(1)
+    assert found["rotation_T_calibrated"] == pytest.approx(1)

@@ -8,6 +8,7 @@ for the measure of rotation come after and are timed apart.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -100,6 +101,8 @@ SHOWN = {
     "angle_residual_rms_deg": "rms °",
     "shift_r_y": "shift r, y",
     "shift_r_x": "shift r, x",
+    "shift_r_y_calibrated": "shift r calibrated, y",
+    "shift_r_x_calibrated": "x",
     "mse_average": "MSE, average",
     "mse_worst": "MSE, worst",
     "seconds": "seconds",
@@ -376,13 +379,13 @@ def _scored_digits(
     rows = np.flatnonzero(truth["split"] == 1)
     truth = truth.iloc[rows]
     scores: dict[str, float] = {}
-    true_angle = truth["true_angle_deg"].to_numpy()
     if latents.angle_deg is not None:
         reference = _encoded(model, new.session, upright)
-        assert reference.angle_deg is not None
-        difference = np.deg2rad(latents.angle_deg[rows] - reference.angle_deg)
-        scores["rotation_T_calibrated"] = metrics.fisher_lee_T(np.deg2rad(true_angle), difference)
-        scores["rotation_rc_calibrated"] = metrics.circular_correlation(np.deg2rad(true_angle), difference)
+        shift = latents.shift_yx_px
+        latents_of_test = dataclasses.replace(
+            latents, angle_deg=latents.angle_deg[rows], shift_yx_px=None if shift is None else shift[rows]
+        )
+        scores |= calibrated(truth, latents_of_test, reference)
         turns = 360 * np.arange(N_TURNS) / N_TURNS
         label = truth["true_label"].to_numpy()
         # as many of every digit
@@ -404,6 +407,27 @@ def _scored_digits(
         scores["rotation_rmse_160_deg"] = float(np.mean(list(per_digit.values())))
     mse = metrics.image_mse(_drawn_upright(model, new.session, latents, rows), upright)
     return scores | {"mse_average": float(mse.mean()), "mse_worst": float(mse.max())}
+
+
+def calibrated(truth: pd.DataFrame, found: Latents, upright: Latents) -> dict[str, float]:
+    """Angles and shifts of digits against the truth, less those found for the same digits unturned."""
+    assert found.angle_deg is not None and upright.angle_deg is not None
+    true_rad = np.deg2rad(truth["true_angle_deg"].to_numpy())
+    difference = np.deg2rad(found.angle_deg - upright.angle_deg)
+    scores = {
+        "rotation_T_calibrated": metrics.fisher_lee_T(true_rad, difference),
+        "rotation_rc_calibrated": metrics.circular_correlation(true_rad, difference),
+    }
+    if found.shift_yx_px is not None and upright.shift_yx_px is not None:
+        # where the frame lies in the upright digit turns with the digit
+        cos, sin = np.cos(difference), np.sin(difference)
+        y, x = upright.shift_yx_px.T
+        own = np.column_stack([sin * x + cos * y, cos * x - sin * y])
+        for i, axis in enumerate("yx"):
+            true_shift = truth[f"true_shift_{axis}_px"].to_numpy()
+            away = (found.shift_yx_px - own)[:, i]
+            scores[f"shift_r_{axis}_calibrated"] = metrics.pearson(true_shift, away)
+    return scores
 
 
 def _encoded(model: Any, session: Session, images: NDArray[np.float32]) -> Latents:

@@ -63,7 +63,7 @@ class HybridMap(ParticleModel):
         self.map = ClassMap(config.model_copy(update={"latent_dim": 2, "mirror": False}), data)
         self.uses_pose = self.map.uses_pose
         n, c = self.map.box, data.n_channels
-        self.n_epochs = max(8, min(60, math.ceil(_N_IMAGES / data.n_particles)))
+        self.n_epochs = max(8, min(300, math.ceil(_N_IMAGES / data.n_particles)))
         self.step_bytes_per_image = 4 * n * n * c * 200
         sides = [-(-n // 2**i) for i in range(4)]
         self.encoder = nn.Sequential(
