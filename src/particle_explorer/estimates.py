@@ -27,6 +27,8 @@ def requirements(particles: Particles, config: PreprocessConfig) -> list[str]:
     start = time.perf_counter()
     images = particles.images.read(rows)
     good = ~preprocess.bad_images(images)
+    if not good.any():
+        return [f"cannot be prepared: the {len(rows)} images looked at are blank or broken"]
     preprocess.apply(images[good], particles.table.iloc[rows[good]], plan)
     seconds = (time.perf_counter() - start) / len(rows) * n
     fit = first_estimate(n, plan.cached_box_px)

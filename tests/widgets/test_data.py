@@ -347,3 +347,22 @@ def test_several_star_files_are_opened_as_one(
     dock.open_several([halves[0], mrcs])
     qtbot.waitUntil(dock.complaint.isVisible, timeout=SLOW)
     assert "is no star file" in dock.complaint.sentence.text()
+
+
+def test_reading_can_be_called_off(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
+    dock.open(stack)
+    assert dock.reading.isVisible()
+    dock.cancel_button.click()
+    assert dock.start_page.isVisible() and not dock.reading.isVisible()
+    qtbot.wait(1500)
+    assert dock.found is None and dock.start_page.isVisible(), "an answer that comes later is dropped"
+    _open(dock, stack, qtbot)
+
+
+def test_a_stack_of_blank_images_is_one_sentence(dock: ParticlesDock, tmp_path: Path, qtbot: QtBot) -> None:
+    np.save(tmp_path / "blank.npy", np.zeros((40, 16, 16), np.float32))
+    dock.open(tmp_path / "blank.npy")
+    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+    assert "blank or broken" in dock.summary.text()
+    qtbot.waitUntil(dock.complaint.isVisible, timeout=SLOW)
+    assert "blank" in dock.complaint.sentence.text() and "Error" not in dock.complaint.sentence.text()

@@ -124,8 +124,16 @@ class ParticlesDock(QWidget):
         self.join = JoinPanel(self.state)
         self.join.joined.connect(self.open)
         self.join_part = Folded("Join star files…", self.join)
-        self.reading = QLabel()
-        self.reading.setWordWrap(True)
+        self.reading = QWidget()
+        self.reading_words = QLabel()
+        self.reading_words.setWordWrap(True)
+        self.cancel_button = QPushButton("Cancel")
+        self.cancel_button.setToolTip("Forget this file; what has been read of it is dropped")
+        self.cancel_button.clicked.connect(self._cancel_reading)
+        reading_row = QHBoxLayout(self.reading)
+        reading_row.setContentsMargins(0, 0, 0, 0)
+        reading_row.addWidget(self.reading_words, 1)
+        reading_row.addWidget(self.cancel_button)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 6, 6, 6)
         for part in (
@@ -364,7 +372,7 @@ class ParticlesDock(QWidget):
 
     def _show(self, page: QWidget | None, reading: str = "") -> None:
         self.missing.setVisible(False)
-        self.reading.setText(reading)
+        self.reading_words.setText(reading)
         self.reading.setVisible(bool(reading))
         for each in (self.start_page, self.stack_page, self.session_page):
             each.setVisible(each is page)
@@ -373,6 +381,11 @@ class ParticlesDock(QWidget):
     def complain(self, failure: Failure) -> None:
         """Say in place what went wrong, and go back to where one can try again."""
         self.complaint.show_failure(failure)
+        self._back()
+
+    def _cancel_reading(self) -> None:
+        for task in ("read", "open session", "sample"):
+            self.tasks.forget(task)
         self._back()
 
     def _back(self) -> None:
