@@ -36,7 +36,7 @@ class Train(JobCommand):
     parent: str = ""
     """Name of the run whose map the selection was made on, or that is gone on from, to be remembered"""
     warm_start: bool = False
-    """Start from the weights of --parent, with other settings; without --model, with its model's"""
+    """Start from the weights of --parent, with other settings; the model must be of the same kind and size"""
     device: str = "auto"
     """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
     resume: str = ""
@@ -70,13 +70,13 @@ class Train(JobCommand):
         if self.resume:
             return session.run(Path(self.resume).name)
         parent = session.run(Path(self.parent).name) if self.parent else None
+        if self.warm_start and parent is None:
+            raise UserError("--warm-start goes on from another run: name it by --parent")
         model: RunModel = self.model
-        if self.warm_start:
-            if parent is None:
-                raise UserError("--warm-start goes on from another run: name it by --parent")
-            if "model" not in self.model_fields_set:
-                model = parent.config.model
         choice = None
+        if self.warm_start and isinstance(model, ClassMapConfig) and model.latent_dim == 0:
+            dims = parent.config.model.latent_dim if parent is not None else 2
+            model = model.model_copy(update={"latent_dim": dims})  # as many as there are
         if isinstance(model, ClassMapConfig) and model.latent_dim == 0 and not self.warm_start:
             choice = self._choose(session, model)
             model = choice.model
