@@ -347,20 +347,20 @@ def _while_jobs_run(workspace: Workspace, large: Session, plan: Plan, say: Say) 
     n = len(state.features)
     for what, does in (("embedding", groups.embed), ("clustering", groups.cluster), ("exporting", export)):
         say(f"{what} {n:,} particles …")
-        does()
-        spin_until(lambda: worker.bar.folder is not None, 10)
-        folder, ended = worker.bar.folder, False
+        n_ended = -1
         with _Heartbeat() as beat:
-            until = time.perf_counter() + plan.seconds
-            while time.perf_counter() < until and not (ended := not worker.busy):
+            until = time.perf_counter() + WARM_UP_S + plan.seconds
+            while time.perf_counter() < until:
+                if not worker.busy:  # begun, or begun again: the load is there all the time
+                    n_ended += 1
+                    does()
                 spin(200)
-            if not ended and folder is not None:
-                jobs.request_stop(folder)
+            if worker.bar.folder is not None:
+                jobs.request_stop(worker.bar.folder)
             spin_until(lambda: not worker.busy, 30)
             spin(1000)  # what it wrote is read and shown
         result = _stalls(f"event loop while {what} {n:,} particles", beat)
-        note = result.note + ("; to its end" if ended else "; stopped on the way")
-        results.append(dataclasses.replace(result, note=note))
+        results.append(dataclasses.replace(result, note=f"{result.note}; {n_ended} done meanwhile"))
     return results
 
 
