@@ -129,6 +129,21 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str | bytes, 
     assert "\n" not in str(caught.value)
 
 
+def test_rows_read_in_parts_are_the_rows_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(i, i if i < 7 else i + 0.5, i if i != 8 else "word", "nan" if i == 1 else 2) for i in range(10)]
+    body = "".join(f"{i:02d}@a.mrcs {a} {b} {c}\n" + "# why\n" * (i == 4) for i, a, b, c in rows)
+    labels = "".join(f"_{name}\n" for name in ("rlnImageName", "rlnNumber", "rlnWord", "rlnGap"))
+    text = f"data_particles\nloop_\n{labels}{body}"
+    whole = star(tmp_path, text)
+    monkeypatch.setattr("particle_explorer.io.star._CHUNK_ROWS", 3)
+    parts = star(tmp_path, text.replace("# why\n", ""))
+    found = parts.table(parts.blocks[0])
+    pd.testing.assert_frame_equal(found, whole.table(whole.blocks[0]))
+    assert list(found["rlnNumber"][5:9]) == [5, 6, 7.5, 8.5] and found["rlnWord"][0] == "0"
+
+
 def test_a_word_among_numbers_is_named_by_row(tmp_path: Path) -> None:
     file = star(tmp_path, "data_\nloop_\n_rlnDefocusU\n1\n2\nthree\n")
     with pytest.raises(UserError, match='row 3: rlnDefocusU is "three"'):

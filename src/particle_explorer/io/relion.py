@@ -126,7 +126,7 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
 
     table = pd.DataFrame(
         {
-            "stack_path": pd.Series(np.array([file.path for file in files], object)[stack_of], dtype="str"),
+            "stack_path": pd.array([str(file.path) for file in files], dtype="str").take(stack_of),
             "stack_index": index,
             "source_row": np.arange(n),
             "pixel_size_A": _pixel_size(star, original, header_size, notes),

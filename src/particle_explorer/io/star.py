@@ -71,11 +71,12 @@ class StarFile:
         self._ends = ends.astype(np.int64)
         self._starts = np.concatenate([np.zeros(1, np.int64), self._ends[:-1] + 1])[: len(ends)]
         self.encoding = "utf-8"
-        try:
-            # one bad byte in a comment must not stop anyone; Latin-1 maps every byte and back again
-            self.buffer.decode("utf-8")
-        except UnicodeDecodeError:
-            self.encoding = "latin-1"
+        if not self.buffer.isascii():
+            try:
+                # one bad byte in a comment must not stop anyone; Latin-1 maps every byte and back again
+                self.buffer.decode("utf-8")
+            except UnicodeDecodeError:
+                self.encoding = "latin-1"
         self.blocks = self._find_blocks()
 
     @property
@@ -113,8 +114,22 @@ class StarFile:
             raise UserError(f"{self.path}: the table data_{block.name} cannot be read: {error}") from error
 
     def _numbers_and_text(self, block: Block) -> pd.DataFrame:
+        """Block by block of rows: in one go, a million rows would hold up all other threads for a second."""
+        lines = block.row_lines
+        parts = [
+            self._parsed(block, lines[i : i + _CHUNK_ROWS]) for i in range(0, block.n_rows, _CHUNK_ROWS)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        for label in block.labels:
+            kinds = {part[label].dtype for part in parts}
+            if len(kinds) > 1 and not kinds <= {np.dtype(np.int64), np.dtype(np.float64)}:
+                return self._parsed(block, lines)  # text that begins like numbers: it is text throughout
+        return pd.concat(parts, ignore_index=True)
+
+    def _parsed(self, block: Block, lines: NDArray[np.int64]) -> pd.DataFrame:
         return pd.read_csv(
-            io.BytesIO(self._body(block)),
+            io.BytesIO(self._body(lines)),
             sep=r"\s+",
             header=None,
             names=block.labels,
@@ -132,9 +147,11 @@ class StarFile:
     def has_quotes(self, block: Block) -> bool:
         """Whether any row holds a quoted value or a comment, so that white space alone does not part
         cells."""
-        body = self._body(block, before=True)
+        first, last = int(self._starts[block.row_lines[0]]), int(self._ends[block.row_lines[-1]])
         # looking for three bytes first is twenty times faster than the expression, and nearly always enough
-        return any(mark in body for mark in (b"'", b'"', b"#")) and _QUOTE_OR_COMMENT.search(body) is not None
+        if all(self.buffer.find(mark, first, last) < 0 for mark in (b"'", b'"', b"#")):
+            return False
+        return _QUOTE_OR_COMMENT.search(b"\n" + self._body(block.row_lines)) is not None
 
     def line_bounds(self, lines: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First byte of some lines, and the byte after their last; line ends do not count."""
@@ -177,15 +194,12 @@ class StarFile:
             spans.append((match[0], match.start(), match.end()))
         return spans
 
-    def _body(self, block: Block, before: bool = False) -> bytes:
-        """The bytes of the rows; one copy where no comment or blank line lies between them."""
-        lines = block.row_lines
-        start = int(self._starts[lines[0]])
+    def _body(self, lines: NDArray[np.int64]) -> bytes:
+        """The bytes of some rows; one copy where no comment or blank line lies between them."""
         if len(lines) == lines[-1] - lines[0] + 1:
-            return self.buffer[max(0, start - before) : self._ends[lines[-1]]]
+            return self.buffer[self._starts[lines[0]] : self._ends[lines[-1]]]
         parts = np.split(lines, np.flatnonzero(np.diff(lines) > 1) + 1)
-        body = b"\n".join(self.buffer[self._starts[part[0]] : self._ends[part[-1]]] for part in parts)
-        return b"\n" + body if before else body
+        return b"\n".join(self.buffer[self._starts[part[0]] : self._ends[part[-1]]] for part in parts)
 
     def _check_counts(self, block: Block) -> None:
         """Every row has as many values as there are labels; pandas would fill or drop silently."""
