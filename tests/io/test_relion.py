@@ -158,6 +158,14 @@ def test_relion_s_type_suffix_is_understood(folder: Path) -> None:
     assert len(read(star(folder, one_block(f"1@{S}:mrcs\n")))) == 1
 
 
+def test_reading_tells_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("particle_explorer.io.star._CHUNK_ROWS", 2)
+    shares: list[float] = []
+    path = star(folder, one_block("".join(f"{i + 1}@{S}\n" for i in range(6))))
+    assert len(read(path, progress=shares.append)) == 6
+    assert shares == pytest.approx([0.7 / 3, 1.4 / 3, 0.7, 1.0])
+
+
 def test_every_missing_stack_is_listed_at_once(folder: Path) -> None:
     rows = "".join(f"1@{name}\n" for name in (S, "gone/a.mrcs", "gone/b.mrcs", "gone/a.mrcs"))
     with pytest.raises(

@@ -129,9 +129,7 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str | bytes, 
     assert "\n" not in str(caught.value)
 
 
-def test_rows_read_in_parts_are_the_rows_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_read_in_parts_are_the_rows_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(i, i if i < 7 else i + 0.5, i if i != 8 else "word", "nan" if i == 1 else 2) for i in range(10)]
     body = "".join(f"{i:02d}@a.mrcs {a} {b} {c}\n" + "# why\n" * (i == 4) for i, a, b, c in rows)
     labels = "".join(f"_{name}\n" for name in ("rlnImageName", "rlnNumber", "rlnWord", "rlnGap"))

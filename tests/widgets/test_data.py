@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qtpy.QtWidgets import QApplication
 
 from particle_explorer import jobs, plugin
 from particle_explorer.io.reading import read
+from particle_explorer.particles import Particles
 from particle_explorer.session import Session
 from particle_explorer.widgets.data import ParticlesDock, free_folder, in_short
 
@@ -347,6 +349,24 @@ def test_several_star_files_are_opened_as_one(
     dock.open_several([halves[0], mrcs])
     qtbot.waitUntil(dock.complaint.isVisible, timeout=SLOW)
     assert "is no star file" in dock.complaint.sentence.text()
+
+
+def test_reading_says_how_far_it_is(
+    dock: ParticlesDock, stack: Path, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow(path: Path, *, progress: Callable[[float], None], **options: Any) -> Particles:
+        progress(0.42)
+        assert go_on.wait(20)
+        return read(path, **options)
+
+    monkeypatch.setattr("particle_explorer.io.reading.read", slow)
+    dock.open(stack)
+    qtbot.waitUntil(lambda: dock.reading_words.text() == f"Reading {stack.name} … 42%", timeout=SLOW)
+    go_on.set()
+    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+    assert not dock.reading.isVisible()
 
 
 def test_reading_can_be_called_off(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:

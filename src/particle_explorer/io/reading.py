@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,17 @@ SUFFIXES = (".star", ".cs", *stacks.SUFFIXES, *stacks.COMPRESSED)
 """What `read` opens, beside folders of pictures."""
 
 
-def read(path: Path | str, *, project_dir: Path | None = None) -> Particles:
+def read(
+    path: Path | str,
+    *,
+    project_dir: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Particles:
     """Particles of a star or cs file, of an image stack, or of a folder of pictures; only headers and tables
     are read.
 
     `project_dir` is where the stack names of star and cs files start from, if they cannot be found otherwise.
+    `progress` is told what share of a star file, rows and then stacks, is read.
     """
     path = Path(path).absolute()
     if not path.exists():
@@ -35,7 +42,7 @@ def read(path: Path | str, *, project_dir: Path | None = None) -> Particles:
         return _folder(path)
     suffix = path.suffix.lower()
     if suffix == ".star":
-        return relion.read_particles(path, project_dir=project_dir)
+        return relion.read_particles(path, project_dir=project_dir, progress=progress)
     if suffix == ".cs":
         return cryosparc.read_particles(path, project_dir=project_dir)
     kind = "zarr" if path.is_dir() else stacks.kind_of(path)

@@ -7,7 +7,7 @@ Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ PRIORS = (
 )
 """Columns that would pull RELION back to the old pose."""
 _CHUNK_ROWS = 50_000
+ROWS_SHARE = 0.7
+"""Of the time that a large file takes, as progress counts it; the rest is for its stacks."""
 
 
 def particles_block(star: StarFile) -> Block:
@@ -94,14 +96,20 @@ def is_dialect_30(star: StarFile, particles: Block) -> bool:
     )
 
 
-def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Particles:
+def read_particles(
+    path: Path | str,
+    *,
+    project_dir: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Particles:
     """Particles of a star file, images unread; see `resolve_stacks` for how stacks are found."""
     star = StarFile(path)
     block = particles_block(star)
     notes: list[str] = []
     if sum("rlnImageName" in other.labels for other in star.blocks) > 1:
         notes.append(f"several blocks list images; data_{block.name}, the first, is read")
-    original = star.table(block)
+    tell = progress or (lambda share: None)
+    original = star.table(block, lambda share: tell(ROWS_SHARE * share))
     optics = optics_block(star, block)
     if optics is not None:
         original = _with_optics(star, original, star.table(optics), notes)
@@ -111,7 +119,10 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     stack_names, stack_of, index = _split_image_names(star, names)
     paths = resolve_stacks(stack_names, star.path, project_dir)
     pool = DescriptorPool()
-    files = [open_stack(paths[name], pool) for name in stack_names]
+    files = []
+    for name in stack_names:
+        files.append(open_stack(paths[name], pool))
+        tell(ROWS_SHARE + (1 - ROWS_SHARE) * len(files) / len(stack_names))
     n_images = np.array([file.n_images for file in files], np.int64)
     outside = np.flatnonzero(index >= n_images[stack_of])
     if len(outside):

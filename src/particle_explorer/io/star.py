@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,9 +90,9 @@ class StarFile:
     def block(self, name: str) -> Block | None:
         return next((block for block in self.blocks if block.name == name), None)
 
-    def table(self, block: Block) -> pd.DataFrame:
+    def table(self, block: Block, progress: Callable[[float], None] | None = None) -> pd.DataFrame:
         """The rows of a block: text for the labels known as text, numbers where a column holds only
-        numbers."""
+        numbers. `progress` is told the share of a long table that is read."""
         if not block.is_loop:
             return _typed(pd.DataFrame({label: [value] for label, value in block.values.items()}, dtype=str))
         if not block.labels:
@@ -109,16 +109,17 @@ class StarFile:
             )
         self._check_counts(block)
         try:
-            return self._numbers_and_text(block)
+            return self._numbers_and_text(block, progress or (lambda share: None))
         except (pd.errors.ParserError, ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: the table data_{block.name} cannot be read: {error}") from error
 
-    def _numbers_and_text(self, block: Block) -> pd.DataFrame:
+    def _numbers_and_text(self, block: Block, tell: Callable[[float], None]) -> pd.DataFrame:
         """Block by block of rows: in one go, a million rows would hold up all other threads for a second."""
         lines = block.row_lines
-        parts = [
-            self._parsed(block, lines[i : i + _CHUNK_ROWS]) for i in range(0, block.n_rows, _CHUNK_ROWS)
-        ]
+        parts = []
+        for first in range(0, block.n_rows, _CHUNK_ROWS):
+            parts.append(self._parsed(block, lines[first : first + _CHUNK_ROWS]))
+            tell(min(1.0, (first + _CHUNK_ROWS) / block.n_rows))
         if len(parts) == 1:
             return parts[0]
         for label in block.labels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -99,21 +100,33 @@ class Tasks:
     def run(
         self,
         name: str,
-        work: Callable[[], Any],
+        work: Callable[..., Any],
         done: Callable[[Any], None],
         failed: Callable[[Failure], None] = notify,
+        told: Callable[[Any], None] | None = None,
     ) -> None:
-        """Call `work` in a thread, then `done(result)` or `failed(failure)` on the window's thread."""
+        """Call `work` in a thread, then `done(result)` or `failed(failure)` on the window's thread.
+
+        With `told`, `work` is given a function: what it is called with comes to `told`, ten times a second at
+        most.
+        """
         self.forget(name)
         number = self._latest[name]
+        said_at = 0.0
 
         def deliver(slot: Callable[[Any], None], value: Any) -> None:
             if self._alive and self._latest[name] == number:
                 slot(value)
 
+        def tell(value: Any) -> None:
+            nonlocal said_at
+            if told is not None and time.monotonic() - said_at > 0.1:
+                said_at = time.monotonic()
+                self._post(partial(deliver, told, value))
+
         def body() -> None:
             try:
-                result = work()
+                result = work() if told is None else work(tell)
             except Exception as error:  # the window's edge: whatever it is, it is shown
                 self._post(partial(deliver, failed, as_failure(error)))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -417,7 +418,13 @@ class ParticlesDock(QWidget):
             show_session(self.state, self.tasks, folder, shown=self._back, failed=self.complain)
             return
         self._show(None, f"Reading {path.name} …")
-        self.tasks.run("read", lambda: _look(path, project_dir), self._on_read, self.complain)
+        self.tasks.run(
+            "read",
+            lambda tell: _look(path, project_dir, tell),
+            self._on_read,
+            self.complain,
+            told=lambda share: self.reading_words.setText(f"Reading {path.name} … {share:.0%}"),
+        )
 
     def open_several(self, paths: list[Path], project_dir: Path | None = None) -> None:
         """Open what `open` does, or several star files, joined into one that stays beside the first."""
@@ -757,17 +764,20 @@ class Preview:
     """Some that would be left out as outliers, as recorded"""
 
 
-def look(path: Path, project_dir: Path | None = None) -> Found:
+def look(path: Path, project_dir: Path | None = None, tell: Callable[[float], None] | None = None) -> Found:
     """Read a particle file and say what is in it."""
     from particle_explorer.io.reading import read
 
-    return replace(_found(read(path, project_dir=project_dir), path), project_dir=project_dir)
+    particles = read(path, project_dir=project_dir, progress=tell)
+    return replace(_found(particles, path), project_dir=project_dir)
 
 
-def _look(path: Path, project_dir: Path | None) -> Found | StacksMissing:
+def _look(
+    path: Path, project_dir: Path | None, tell: Callable[[float], None] | None = None
+) -> Found | StacksMissing:
     """The same; stacks that are missing are an answer, which can be mended."""
     try:
-        return look(path, project_dir)
+        return look(path, project_dir, tell)
     except StacksMissing as missing:
         return missing
 
