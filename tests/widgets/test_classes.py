@@ -193,6 +193,34 @@ def test_every_choice_of_the_export_reaches_the_worker(
     np.testing.assert_array_equal(tiny_session.selection("exported-1"), mask)
 
 
+def test_recentring_asks_for_the_pixel_size_of_the_micrographs_where_it_is_not_known(
+    dock: ClassesDock,
+    tiny_session: Session,
+    started: list[tuple[list[str], Path]],
+    tmp_path: Path,
+    qtbot: QtBot,
+) -> None:
+    _show_run(dock, tiny_session)
+    dock.show_export()
+    form = dock.exporting
+    form.path.setText(str(tmp_path / "out.star"))
+    assert not form.recentre.isEnabled() and form.micrograph_size.isHidden()
+    dock.state.features["rlnCoordinateX"] = dock.state.features["rlnCoordinateY"] = 100.0
+    dock.state.selection.set(np.ones(tiny_session.n_particles, bool))
+    form._update()
+    form.recentre.setChecked(True)
+    assert form.micrograph_size.isVisible() and not form.button.isEnabled()
+    assert "pixel size of the micrographs" in form.button.toolTip()
+    form.micrograph_size.setValue(1.25)
+    QTest.mouseClick(form.button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
+    asked = "--recentre --micrograph-pixel-size-A 1.25"
+    assert asked in " ".join(started[0][0])
+    dock.state.features["rlnMicrographPixelSize"] = 1.25
+    form._update()
+    assert form.micrograph_size.isHidden()
+
+
 def test_a_table_has_every_column_and_pictures_come_beside(
     dock: ClassesDock, tiny_session: Session, tmp_path: Path, qtbot: QtBot
 ) -> None:

@@ -12,6 +12,7 @@ from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
+    QDoubleSpinBox,
     QFormLayout,
     QHBoxLayout,
     QLabel,
@@ -202,8 +203,9 @@ class ExportPanel(QWidget):
         self.form.currentIndexChanged.connect(self._on_form)
         for combo in (self.who, self.form, self.classes, self.poses):
             combo.currentIndexChanged.connect(self._update)
-        for box in self._boxes():
+        for box in (*self._boxes(), self.recentre):
             box.toggled.connect(self._update)
+        self.micrograph_size.valueChanged.connect(self._update)
 
     # --- parts ------------------------------------------------------------------------------------
 
@@ -238,6 +240,12 @@ class ExportPanel(QWidget):
             "<p>Moves rlnCoordinateX and Y to where the particles are, by whole pixels of the micrograph;"
             " what is left stays in the origins</p>"
         )
+        self.micrograph_size = QDoubleSpinBox()
+        self.micrograph_size.setDecimals(4)
+        self.micrograph_size.setRange(0, 1000)
+        self.micrograph_size.setSuffix(" Å/px")
+        self.micrograph_size.setSpecialValueText("Å/px ?")
+        self.micrograph_size.setToolTip("Pixel size of the micrographs, which the particle file does not say")
         self.averages = QCheckBox("Averages (.mrcs)")
         self.averages.setToolTip("The averages that are shown, as an image stack")
         self.montage = QCheckBox("Montage (.png)")
@@ -266,6 +274,8 @@ class ExportPanel(QWidget):
             row.setContentsMargins(18, 0, 0, 0)
             row.addWidget(box)
             layout.addLayout(row)
+        row.addWidget(self.micrograph_size)
+        row.addStretch(1)
         row = QHBoxLayout()
         row.addWidget(self.averages)
         row.addWidget(self.montage)
@@ -347,6 +357,8 @@ class ExportPanel(QWidget):
         self.every_column.setEnabled(wanted and suffix in TABLES)
         can_recentre = wanted and suffix == ".star" and "rlnCoordinateX" in self.state.features
         self.recentre.setEnabled(can_recentre)
+        says = bool({"rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize"} & set(self.state.features))
+        self.micrograph_size.setVisible(self._asked(self.recentre) and not says)
         for box in self._boxes()[1:]:
             box.setEnabled(self.stored is not None)
         reason = self._why_not()
@@ -358,6 +370,8 @@ class ExportPanel(QWidget):
             return "An export is being written"
         if not any(self._asked(box) for box in self._boxes()):
             return "Choose what to export"
+        if not self.micrograph_size.isHidden() and not self.micrograph_size.value():
+            return "Give the pixel size of the micrographs, to recentre"
         return self.who.why_not() if self.particles.isChecked() else ""
 
     def _boxes(self) -> tuple[QCheckBox, ...]:
@@ -484,6 +498,8 @@ class ExportPanel(QWidget):
             (self.recentre, "--recentre"),
         ):
             found += [option] if self._asked(box) else []
+        if not self.micrograph_size.isHidden():
+            found += ["--micrograph-pixel-size-A", f"{self.micrograph_size.value():g}"]
         return [*found, "--overwrite"] if overwrite else found
 
     def _on_step(self, status: Status | None) -> None:
