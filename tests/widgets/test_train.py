@@ -25,6 +25,7 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
 from particle_explorer.state import read
 from particle_explorer.status import PAUSE, STOP, StatusWriter
+from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.runs import RunsWindow
 from particle_explorer.widgets.train import TrainDock, drawn, model_classes, read_metrics, round_limits
 
@@ -100,6 +101,16 @@ class _Pretended:
 
     def end(self) -> None:
         self.writer.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_curve_of_one_value_is_drawn(qtbot: QtBot, log_y: bool, n: int) -> None:
+    view = CurveView(title="Loss")
+    qtbot.addWidget(view)
+    y = np.full(n, 10.0)
+    view.set_curves([Curve("loss", np.arange(n), y)], y_range=round_limits(y), log_y=log_y)
+    view.grab()  # what is raised while painting fails the test
 
 
 def test_a_training_is_followed_from_its_start(

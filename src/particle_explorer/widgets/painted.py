@@ -172,6 +172,8 @@ class CurveView(QWidget):
             painter.drawText(QRectF(self.rect()), Qt.AlignmentFlag.AlignCenter, self.empty)
             return
         low, high = self.y_range or _limits([curve.y for curve in shown])
+        if not high > low:  # a curve of one value
+            low, high = low - 0.5, high + 0.5
         left, right = _limits([curve.x for curve in shown])
         ends = {v: _number(10**v if self.log_y else v) for v in (low, high)}
         margin = max(self.fontMetrics().horizontalAdvance(words) for words in ends.values()) + 8
@@ -179,8 +181,6 @@ class CurveView(QWidget):
         box = QRectF(margin, line + 6 + line * named, self.width() - margin - 8, 0)
         box.setBottom(self.height() - 2 * line - 4)
         to_x = box.width() / (right - left)
-        if not high > low:  # a curve of one value
-            low, high = low - 0.5, high + 0.5
         to_y = box.height() / (high - low)
 
         painter.setPen(QPen(faint, 1))
