@@ -13,12 +13,14 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qtpy.QtCore import QObject, Qt, QTimer, Signal
 from qtpy.QtWidgets import QWidget
 
 from particle_explorer.files import UserError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,18 @@ def _relay() -> _Relay:
     if not _relays:
         _relays.append(_Relay())
     return _relays[0]
+
+
+_turn = threading.Lock()
+
+
+def in_turn(work: Callable[..., T], *arguments: Any) -> T:
+    """`work(*arguments)`, never beside another that is done in turn.
+
+    Several threads that compute at once, as after a new column, keep the window waiting for Python's lock.
+    """
+    with _turn:
+        return work(*arguments)
 
 
 class Tasks:

@@ -37,7 +37,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.state import AppState, Mask, Preview, View
-from particle_explorer.widgets.background import Mailbox, Tasks
+from particle_explorer.widgets.background import Mailbox, Tasks, in_turn
 from particle_explorer.widgets.colours import number as figure
 from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import number
@@ -525,7 +525,7 @@ class Gallery(QWidget):
 
     def _offer_columns(self) -> None:
         features = self.state.features
-        self.tasks.run("columns", lambda: sortable(features), self._on_columns)
+        self.tasks.run("columns", lambda: in_turn(sortable, features), self._on_columns)
 
     def _on_columns(self, choices: list[Choice]) -> None:
         before = self.sort.currentData()

@@ -20,7 +20,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.latents import PCA, latent_columns, pca
-from particle_explorer.widgets.background import Mailbox, Tasks
+from particle_explorer.widgets.background import Mailbox, Tasks, in_turn
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent import ValueSlider
 from particle_explorer.widgets.latent_plot import follow
@@ -119,6 +119,7 @@ class HandlePanel(QWidget):
         self.tasks = Tasks(self)
         self.pins = Pins(self.viewer, owner)
         self.space: Space | None = None
+        self._places: NDArray[np.float64] | None = None
         self.layer: Any = None
         self._reconstruction = reconstruction
         self._sliders: list[ValueSlider] = []
@@ -207,13 +208,23 @@ class HandlePanel(QWidget):
             self.space = None
             return
 
-        def done(space: Space | None) -> None:
-            if self.state.run is run:
-                self.space = space
+        before = self.space, self._places
+
+        def work() -> tuple[Space | None, NDArray[np.float64]]:
+            places = features[names].to_numpy(float)
+            space, known = before
+            # a new column, such as a clustering, leaves the positions as they are
+            if space is not None and known is not None and np.array_equal(places, known, equal_nan=True):
+                return space, known
+            return Space.of(places), places
+
+        def done(found: tuple[Space | None, NDArray[np.float64]]) -> None:
+            if self.state.run is run and found[0] is not self.space:
+                self.space, self._places = found
                 self._build_sliders()
                 self._on_handle(self.state.handle_z)
 
-        self.tasks.run("space", lambda: Space.of(features[names].to_numpy(float)), done)
+        self.tasks.run("space", lambda: in_turn(work), done)
 
     def _on_handle(self, z: NDArray[np.float64]) -> None:
         if self.space is None or z.size != self.space.z.shape[1]:

@@ -33,7 +33,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.state import AppState, Mask, Preview
-from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks
+from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks, in_turn
 from particle_explorer.widgets.colours import Colouring, plain, recoloured, title_of, with_limits
 from particle_explorer.widgets.histogram import Counts, HistogramPanel, count, recount, within
 from particle_explorer.widgets.job_bar import Complaint, number
@@ -371,7 +371,9 @@ class LatentDock(QWidget):
     def _on_features(self) -> None:
         if not self._shows_live:
             features = self.state.features
-            self.tasks.run("columns", lambda: read_columns(features), self._on_columns, self._complain)
+            self.tasks.run(
+                "columns", lambda: in_turn(read_columns, features), self._on_columns, self._complain
+            )
 
     @property
     def _shows_live(self) -> bool:
@@ -383,7 +385,9 @@ class LatentDock(QWidget):
         self.live_button.setVisible(self._live_run is not None)
         if self._shows_live and seen.live is not None:
             features, live = self.state.features, seen.live
-            self.tasks.run("columns", lambda: read_columns(features, live), self._on_columns, self._complain)
+            self.tasks.run(
+                "columns", lambda: in_turn(read_columns, features, live), self._on_columns, self._complain
+            )
         if was != self._live_run:
             if was is not None and self._live_run is None and self.state.run is not None:
                 self._on_features()  # it has ended without a map of its own, or that map is being opened now

@@ -276,6 +276,13 @@ def _embedding_of(key: str) -> str:
 
 def varies(column: pd.Series) -> bool:
     """Whether a column says anything: not one value for all."""
+    # most columns show it within a few rows, and threads that look at all of them keep the window waiting
+    return _varies(column.iloc[:100]) or _varies(column)
+
+
+def _varies(column: pd.Series) -> bool:
+    if not len(column):
+        return False
     if pd.api.types.is_numeric_dtype(column):
         values = np.asarray(column, float)
         values = values[np.isfinite(values)]
