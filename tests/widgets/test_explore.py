@@ -93,6 +93,14 @@ def test_a_path_opens_the_hinge_and_so_do_the_particles_along_it(explorer: Any) 
     viewer.dims.set_current_step(0, 6)
     assert viewer.layers["path"].data.shape[1] == state.selection.count
 
+    # hidden, it leaves the foot of the canvas to others
+    text = viewer.canvas.overlays.text
+    assert "path: " in text.text
+    viewer.layers["path"].visible = viewer.layers["path, particles"].visible = False
+    assert "path: " not in text.text
+    viewer.layers["path"].visible = True
+    assert "path: " in text.text
+
     # and it is exported
     hand.click(explore.paths.export_part.button)
     paths.format.setCurrentIndex(paths.format.findData("gif"))

@@ -269,11 +269,20 @@ class PathsPanel(QWidget):
         )
         how = "" if flat else " The slider below the canvas walks, its arrow plays; the handle walks along."
         self.words.setText(f"{words}.{how}")
-        caption(self.viewer, "path", f"path: {KINDS[walk.along]}{', a part held still' if walk.held else ''}")
+        self._write_caption()
         self.export_part.setVisible(True)
         self._suggest_path()
         self.average_button.setVisible(bool(n.size))
         self._show_agreement(-1 if flat else 0)
+
+    def _write_caption(self, *_: object) -> None:
+        """At the foot of the canvas what the path is, for as long as one of its layers is seen."""
+        walk = self.walk
+        there = any(layer in self.viewer.layers and layer.visible for layer in self.layers.values())
+        words = ""
+        if walk is not None and there:
+            words = f"path: {KINDS[walk.along]}{', a part held still' if walk.held else ''}"
+        caption(self.viewer, "path", words)
 
     def _show_agreement(self, i: int) -> None:
         """The curve of picture `i`, or nothing where no particles are near it."""
@@ -311,6 +320,7 @@ class PathsPanel(QWidget):
                 axis_labels=("path", "particle", "y", "x")[-data.ndim :] if data.ndim > 2 else None,
             )
             tile(layer)
+            layer.events.visible.connect(self._write_caption)
             self.layers[name] = layer
         else:
             layer.data = data
