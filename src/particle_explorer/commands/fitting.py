@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +61,13 @@ class Train(JobCommand):
                 run = session.run(Path(team.tell(run.name if team.leads else "")).name)
                 if not team.leads:
                     help_fit(run, team, resume=bool(self.resume))
-                    return
-            self._fit(session, run, team)
+            if team is None or team.leads:
+                self._fit(session, run, team)
+        if team is not None and not team.leads:
+            # all is written; gloo's threads may still be ending, which can abort the interpreter's own end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def _run(self, session: Session, n_devices: int) -> Run:
         """The run that is gone on with, or a new one."""

@@ -135,7 +135,6 @@ class LatentDock(QWidget):
         layout.addWidget(self._build_actions())
         self.complaint = Complaint()
         layout.addWidget(self.complaint)
-        self.setFocusProxy(self.canvas)
         self.setMinimumWidth(300)
 
         self.canvas.handle_moved.connect(self._on_hand_moved)

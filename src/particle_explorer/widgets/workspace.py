@@ -324,7 +324,7 @@ class Workspace(QWidget):
 
     def _trained(self) -> None:
         # the first look at a map is the moment to say what one does with it
-        self.latent.setFocus()
+        self.latent.canvas.setFocus()  # no focus proxy: it would outlive its canvas under PyQt6
 
     def _on_session(self, session: object) -> None:
         self._fit_splitter()
@@ -360,7 +360,7 @@ class Workspace(QWidget):
         self.splitter.setSizes([int(height * top), int(height * (1 - top))])
 
     def _warm_up(self) -> None:
-        self.tasks.run("warm up", _import_slow_modules, lambda _: _spare_collector())
+        self.tasks.run("warm up", _import_slow_modules, lambda _: None)
 
     def showEvent(self, event: QShowEvent | None) -> None:
         super().showEvent(event)
@@ -400,16 +400,6 @@ def _import_slow_modules() -> None:
     import particle_explorer.session  # noqa: F401
 
 
-def _spare_collector() -> None:
-    """Take what napari and the libraries hold out of Python's garbage collector, once.
-
-    A full pass over those million objects stops the window for a fifth of a second now and then, even in the
-    middle of a drag. Nothing is collected here: finalizers run when Python chooses, not at a moment of ours.
-    """
-    if not gc.get_freeze_count():
-        gc.freeze()
-
-
 def _scrolling(widget: QWidget) -> QScrollArea:
     area = QScrollArea()
     area.setWidgetResizable(True)
@@ -439,12 +429,22 @@ def open_workspace(viewer: napari.Viewer, session_path: str | os.PathLike[str] |
     return workspace
 
 
+def spare_collector() -> None:
+    """Take what napari and the libraries hold out of Python's garbage collector, in a process of our own.
+
+    A full pass over those million objects stops the window for a fifth of a second now and then, even in the
+    middle of a drag. Nothing is collected here: finalizers run when Python chooses, not at a moment of ours.
+    """
+    QTimer.singleShot(3000, gc.freeze)
+
+
 def run(session_path: str | os.PathLike[str] | None = None) -> None:
     """Start napari with the workspace open: what `particle-explorer open DIR` does."""
     import napari
 
     viewer = napari.Viewer(title="Particle Explorer")
     open_workspace(viewer, session_path)
+    spare_collector()
     napari.run()
 
 
