@@ -14,6 +14,7 @@ import pytest
 
 from particle_explorer.cli import BENCH, COMMANDS, main, parse
 from particle_explorer.configs import ClassMapConfig, Config, SpatialVAEConfig
+from particle_explorer.files import UserError
 from particle_explorer.io.mrc import MrcFile
 from particle_explorer.io.reading import read
 from particle_explorer.io.star import StarFile
@@ -231,7 +232,7 @@ def test_what_another_seed_keeps_together_is_a_column(trained, say):
     record = trained.column_record("stays-together")["config"]
     again = trained.session.run(record["found"][0]["run"])
     assert again.config.train.seed == trained.config.train.seed + 1 and again.config.parent == trained.name
-    from particle_explorer.commands.judging import staying
+    from particle_explorer.membership import staying
 
     label, other = np.array([0, 0, 0, 1, 1, -1]), np.array([5, 5, 6, 7, -1, 5])
     np.testing.assert_array_equal(staying(label, other), [0.5, 0.5, 0, np.nan, np.nan, np.nan])
@@ -552,6 +553,12 @@ def test_the_overview_lists_every_command_but_the_hidden(say):
 def run_program(*words: object, code: str = "") -> subprocess.CompletedProcess[str]:
     program = ["-c", code] if code else ["-m", "particle_explorer.cli", *map(str, words)]
     return subprocess.run([sys.executable, *program], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", [["examine"], ["amend"], ["report-classes", "--out", "a.html"]])
+def test_averages_that_are_not_there_are_a_sentence(words, tiny_session, say):
+    with pytest.raises(UserError, match="no class averages yet; make some with particle-explorer average"):
+        parse([words[0], str(tiny_session.path), *words[1:]]).execute()
 
 
 def test_exit_status_tells_whose_fault_it_is():

@@ -90,19 +90,25 @@ def export_aligned(
                 progress(min(1.0, (start + BLOCK) / len(rows)))
 
     size = float(np.median(table["pixel_size_A"]))
+    is_new = not stack_file.exists()
     write_stack_in_batches(stack_file, moved(), len(rows), int(boxes[0]), size, overwrite=overwrite)
     table["stack_path"], table["stack_index"] = str(stack_file), np.arange(len(table))
     table["source_row"] = np.arange(len(table))
     if "defocus_angle_deg" in table:
         table["defocus_angle_deg"] = (table["defocus_angle_deg"] - angle) % 180.0  # psi is -angle
-    notes = export_particles(
-        out,
-        table=table,
-        source=None,
-        kind="mrc",
-        class_id=class_id[members["average"].to_numpy(np.int64)],
-        angle_deg=np.zeros(len(table)),
-        shift_yx_px=np.zeros((len(table), 2)),
-        overwrite=overwrite,
-    )
+    try:
+        notes = export_particles(
+            out,
+            table=table,
+            source=None,
+            kind="mrc",
+            class_id=class_id[members["average"].to_numpy(np.int64)],
+            angle_deg=np.zeros(len(table)),
+            shift_yx_px=np.zeros((len(table), 2)),
+            overwrite=overwrite,
+        )
+    except BaseException:
+        if is_new:  # a stack without its star file is half an export
+            stack_file.unlink(missing_ok=True)
+        raise
     return [WARNING, *notes]

@@ -51,25 +51,37 @@ def ctf_2d(
         )
     )  # fmt: skip
     # Δf(θ) q² = mean q² + half difference · q² cos 2(θ - angle), the double angle written without arctan
-    wave = wavelength_A(volt)
-    scale, half = np.pi * wave / size**2, 0.5 * (u - v)
-    factors = [
-        scale * 0.5 * (u + v),
-        scale * half * np.cos(2 * angle),
-        scale * half * np.sin(2 * angle),
-        -0.5 * np.pi * cs * 1e7 * wave**3 / size**4,
-        phase + np.arcsin(contrast),
-    ]
-    chi = np.stack(np.broadcast_arrays(*factors), 1) @ _terms(n)
-    return np.sin(chi).astype(np.float32).reshape(len(chi), n, n // 2 + 1)
+    factors = _factors(u, v, angle, volt, cs, size)
+    chi = (factors @ _phase_pictures(n)).reshape(-1, n, n // 2 + 1)
+    return np.sin(chi + (phase + np.arcsin(contrast))[:, None, None]).astype(np.float32)
+
+
+def _factors(
+    defocus_u_A: NDArray[np.float64],
+    defocus_v_A: NDArray[np.float64],
+    angle_rad: NDArray[np.float64],
+    voltage_kV: NDArray[np.float64],
+    cs_mm: NDArray[np.float64],
+    pixel_size_A: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """`(b, 4)` what each of `phase_pictures` counts in the phase of the sine."""
+    wave = wavelength_A(voltage_kV)
+    scale, half = np.pi * wave / pixel_size_A**2, 0.5 * (defocus_u_A - defocus_v_A)
+    factors = (
+        scale * 0.5 * (defocus_u_A + defocus_v_A),
+        scale * half * np.cos(2 * angle_rad),
+        scale * half * np.sin(2 * angle_rad),
+        -0.5 * np.pi * cs_mm * 1e7 * wave**3 / pixel_size_A**4,
+    )
+    return np.stack(np.broadcast_arrays(*factors), 1)
 
 
 @functools.lru_cache(maxsize=4)
-def _terms(n: int) -> NDArray[np.float64]:
-    """`(5, n * (n // 2 + 1))`: the pictures of `phase_pictures` in double precision, and ones."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(n), np.fft.rfftfreq(n), indexing="ij")
+def _phase_pictures(m: int) -> NDArray[np.float64]:
+    """`phase_pictures` in double precision."""
+    fy, fx = np.meshgrid(np.fft.fftfreq(m), np.fft.rfftfreq(m), indexing="ij")
     q2 = fx**2 + fy**2
-    return np.stack([q2, fx**2 - fy**2, 2 * fx * fy, q2**2, np.ones_like(q2)]).reshape(5, -1)
+    return np.stack([q2, fx**2 - fy**2, 2 * fx * fy, q2**2]).reshape(4, -1)
 
 
 class TableCTF:
@@ -89,14 +101,13 @@ class TableCTF:
     ) -> tuple[CTF, CTF]:
         """`(b, 4)` factors of `phase_pictures` and `(b,)` what is added to make the phase of the sine."""
         v = {name: values[rows] for name, values in self.values.items()}
-        angle = 2 * np.deg2rad(v["defocus_angle_deg"] + turn_deg)
-        wave = wavelength_A(v["voltage_kV"])
-        mean = 0.5 * (v["defocus_u_A"] + v["defocus_v_A"])
-        half = 0.5 * (v["defocus_u_A"] - v["defocus_v_A"])
-        scale = np.pi * wave / pixel_size_A**2
-        quartic = -0.5 * np.pi * v["spherical_aberration_mm"] * 1e7 * wave**3 / pixel_size_A**4
-        factors = np.stack(
-            [scale * mean, scale * half * np.cos(angle), scale * half * np.sin(angle), quartic], 1
+        factors = _factors(
+            v["defocus_u_A"],
+            v["defocus_v_A"],
+            np.deg2rad(v["defocus_angle_deg"] + turn_deg),
+            v["voltage_kV"],
+            v["spherical_aberration_mm"],
+            np.asarray(pixel_size_A, np.float64),
         )
         added = np.deg2rad(v["phase_shift_deg"]) + np.arcsin(v["amplitude_contrast"])
         return factors.astype(np.float32), added.astype(np.float32)
@@ -119,9 +130,7 @@ class TableCTF:
 @functools.lru_cache(maxsize=4)
 def phase_pictures(m: int) -> CTF:
     """`(4, m * (m // 2 + 1))`: q², q² cos 2θ, q² sin 2θ and q⁴ on the frequencies of `rfft2`, q per pixel."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(m), np.fft.rfftfreq(m), indexing="ij")
-    q2 = fx**2 + fy**2
-    return np.stack([q2, fx**2 - fy**2, 2 * fx * fy, q2**2]).reshape(4, -1).astype(np.float32)
+    return _phase_pictures(m).astype(np.float32)
 
 
 def ctf_mode(table: pd.DataFrame | None, wanted: str) -> str:

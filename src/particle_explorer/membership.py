@@ -175,6 +175,22 @@ def together(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     return {"n": n, "both": float(pairs / in_first) if in_first else float("nan"), "rand": float(rand)}
 
 
+def staying(label: NDArray[np.integer], other: NDArray[np.integer]) -> NDArray[np.float64]:
+    """`(N,)` of the particles in the class of a particle, the share that is with it in `other` too."""
+    used = (label >= 0) & (other >= 0)
+    share = np.full(len(label), np.nan)
+    _, a = np.unique(label[used], return_inverse=True)
+    _, b = np.unique(other[used], return_inverse=True)
+    a, b = a.reshape(-1), b.reshape(-1)
+    if not len(a):
+        return share
+    table = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(table, (a, b), 1)
+    size = table.sum(1)[a] - 1
+    share[used] = np.divide(table[a, b] - 1, size, out=np.full(len(a), np.nan), where=size > 0)
+    return share
+
+
 def matched(first: ArrayLike, second: ArrayLike) -> list[tuple[int, int, int]]:
     """`(class of the first, class of the second, particles in both)`, each class of the first once."""
     a, b = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)

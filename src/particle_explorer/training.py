@@ -123,7 +123,7 @@ class SessionBatches:
             self._ctf = torch.from_numpy(self._read_ctf(rows))
         self._pose = None
         if with_pose:
-            self._pose = _carried_pose(session.table.iloc[rows], session.plan.cached_box_px)
+            self._pose = _carried_pose(session.table.iloc[rows], session.plan)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,14 +147,14 @@ class SessionBatches:
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
-def _carried_pose(table: pd.DataFrame, cached_box_px: int) -> Tensor | None:
+def _carried_pose(table: pd.DataFrame, plan: preprocess.Plan) -> Tensor | None:
     """`(n, 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles.
 
     Files that were never aligned often carry the columns with nothing but zeros in them.
     """
     if "angle_deg" not in table or not table["angle_deg"].notna().all() or not table["angle_deg"].any():
         return None
-    original_px = table["box_px"].to_numpy(np.float64) / cached_box_px
+    original_px = preprocess.original_pixels(table, plan)
     shift = [
         table[name].fillna(0).to_numpy(np.float64) / original_px if name in table else np.zeros(len(table))
         for name in ("shift_y_px", "shift_x_px")
@@ -224,7 +224,7 @@ class _ParticleBatches:
         with_pose: bool = False,
     ) -> None:
         self.particles, self.plan, self.device, self.with_ctf = particles, plan, device, with_ctf
-        self._pose = _carried_pose(particles.table, plan.cached_box_px) if with_pose else None
+        self._pose = _carried_pose(particles.table, plan) if with_pose else None
 
     def __len__(self) -> int:
         return len(self.particles)

@@ -9,9 +9,9 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from particle_explorer.commands.averaging import average_members_of
-from particle_explorer.commands.command import PROGRAM, JobCommand
+from particle_explorer.commands.command import JobCommand
 from particle_explorer.commands.options import path_or_none
-from particle_explorer.commands.runs import PoseSource, column_of, grouped, poses_of
+from particle_explorer.commands.runs import PoseSource, averages_of, column_of, grouped, poses_of
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError
 
@@ -89,7 +89,7 @@ class Export(JobCommand):
             for path in files:
                 _check_writable(path, session, self.overwrite)
             if out.suffix.lower() in PICTURE_SUFFIXES:
-                stored = session.classes(self.members or _newest_classes(session))
+                stored = averages_of(session, self.members)
                 for note in export_pictures(out, stored, overwrite=self.overwrite):
                     job.note(note)
                 job.result(out)
@@ -273,11 +273,10 @@ class ExportClasses(JobCommand):
 
         with self.job("exporting class averages") as job:
             session = Session.open(self.session)
-            name = self.averages or _newest_classes(session)
             notes = export_classes(
                 self.out,
                 session,
-                name,
+                averages_of(session, self.averages).name,
                 project_dir=path_or_none(self.project_dir),
                 progress=job.tell,
                 stop=job.stop,
@@ -285,13 +284,6 @@ class ExportClasses(JobCommand):
             for note in notes:
                 job.note(note)
             job.result(self.out)
-
-
-def _newest_classes(session: Session) -> str:
-    name = session.newest_classes()
-    if not name:
-        raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
-    return name
 
 
 def _class_numbers(session: Session, run: Run | None, classes: str) -> NDArray[np.int64] | None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from particle_explorer.commands.command import Job, JobCommand
-from particle_explorer.commands.runs import labels_of, latents_of, open_run
+from particle_explorer.commands.runs import averages_of, labels_of, latents_of, open_run
 from particle_explorer.files import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Examine(JobCommand):
 
         with self.job("examining the averages") as job:
             session = Session.open(self.session)
-            stored = session.classes(self.averages or session.newest_classes())
+            stored = averages_of(session, self.averages)
             z, drawn = _middle_pictures(session, stored, job)
             found = examine(
                 session,
@@ -125,9 +125,9 @@ class Amend(JobCommand):
 
         with self.job("changing the averages") as job:
             session = Session.open(self.session)
-            name = self.averages or session.newest_classes()
-            change = self._change([str(one["label"]) for one in session.classes(name).classes])
-            used = amend(session, name, change, progress=job.tell_share("averaging"), stop=job.stop)
+            stored = averages_of(session, self.averages)
+            change = self._change([str(one["label"]) for one in stored.classes])
+            used = amend(session, stored.name, change, progress=job.tell_share("averaging"), stop=job.stop)
             job.result(session.path / "classes" / f"{used}.mrcs")
 
     def _change(self, labels: list[str]) -> Change:
@@ -155,7 +155,10 @@ class Amend(JobCommand):
             divide[i] = int(parts)
         uids = np.zeros(0, np.uint64)
         if self.leave_out:
-            words = Path(self.leave_out).read_text(encoding="utf-8").split()
+            try:
+                words = Path(self.leave_out).read_text(encoding="utf-8").split()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{self.leave_out} cannot be read as a list of uids: {error}") from error
             wrong = next((word for word in words if not word.isdecimal()), None)
             if wrong is not None:
                 raise UserError(f"{self.leave_out} holds {wrong!r}; uids of particles are whole numbers")
@@ -198,7 +201,7 @@ class ReportClasses(JobCommand):
             raise UserError(f"{out} does not end in .html")
         with self.job("writing the report") as job:
             session = Session.open(self.session)
-            stored = session.classes(self.averages or session.newest_classes())
+            stored = averages_of(session, self.averages)
             with replacing(out, overwrite=self.overwrite) as temporary:
                 temporary.write_text(report(session, stored), encoding="utf-8")
             job.result(out)
@@ -226,7 +229,7 @@ class ExportAligned(JobCommand):
 
         with self.job("turning the particles") as job:
             session = Session.open(self.session)
-            stored = session.classes(self.averages or session.newest_classes())
+            stored = averages_of(session, self.averages)
             numbers = class_numbers([str(one["label"]) for one in stored.classes])
             notes = export_aligned(
                 Path(self.out),
@@ -292,7 +295,7 @@ class Reproduce(JobCommand):
         from particle_explorer import latents
         from particle_explorer.configs import ClusterConfig
         from particle_explorer.files import Stopped
-        from particle_explorer.membership import together
+        from particle_explorer.membership import staying, together
         from particle_explorer.training import fit, stand_back
 
         with self.job("training from other seeds") as job:
@@ -329,21 +332,3 @@ class Reproduce(JobCommand):
             table = pd.DataFrame({"stays-together": column.astype(np.float32)}, index=session.table.index)
             record = {"by": name, "n_clusters": k, "found": found}
             job.result(run.write_column("stays-together", table, record, replace=True))
-
-
-def staying(label: NDArray[np.integer], other: NDArray[np.integer]) -> NDArray[np.float64]:
-    """`(N,)` of the particles in the class of a particle, the share that is with it in `other` too."""
-    import numpy as np
-
-    used = (label >= 0) & (other >= 0)
-    share = np.full(len(label), np.nan)
-    _, a = np.unique(label[used], return_inverse=True)
-    _, b = np.unique(other[used], return_inverse=True)
-    a, b = a.reshape(-1), b.reshape(-1)
-    if not len(a):
-        return share
-    table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a, b), 1)
-    size = table.sum(1)[a] - 1
-    share[used] = np.divide(table[a, b] - 1, size, out=np.full(len(a), np.nan), where=size > 0)
-    return share

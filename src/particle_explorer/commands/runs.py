@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from particle_explorer.latents import Latents
-    from particle_explorer.session import Run, Session
+    from particle_explorer.session import Run, Session, StoredClasses
 
 
 PoseSource = Literal["run", "held", "refined", "file"]
@@ -35,6 +35,14 @@ def open_run(path: Path, needs: Literal["", "weights"] = "") -> Run:
     if needs == "weights" and not run.has_weights:
         raise UserError(f"run {run.name} has no weights yet; its state is {run.state!r}")
     return run
+
+
+def averages_of(session: Session, name: str) -> StoredClasses:
+    """The averages of that name, or the newest."""
+    name = name or session.newest_classes()
+    if not name:
+        raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
+    return session.classes(name)
 
 
 def latents_of(run: Run) -> Latents:

@@ -23,11 +23,13 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from particle_explorer.io.joining import micrograph_pixel_size
 from particle_explorer.state import AppState
 from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
+from particle_explorer.widgets.latent_axes import varies
 from particle_explorer.widgets.latent_plot import follow
 
 if TYPE_CHECKING:
@@ -357,8 +359,9 @@ class ExportPanel(QWidget):
         self.every_column.setEnabled(wanted and suffix in TABLES)
         can_recentre = wanted and suffix == ".star" and "rlnCoordinateX" in self.state.features
         self.recentre.setEnabled(can_recentre)
-        says = bool({"rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize"} & set(self.state.features))
-        self.micrograph_size.setVisible(self._asked(self.recentre) and not says)
+        recentred = self._asked(self.recentre)
+        says = recentred and bool(np.isfinite(micrograph_pixel_size(self.state.features)).all())
+        self.micrograph_size.setVisible(recentred and not says)
         for box in self._boxes()[1:]:
             box.setEnabled(self.stored is not None)
         reason = self._why_not()
@@ -536,7 +539,7 @@ def groupings(features: Any) -> list[str]:
     found = []
     for name in map(str, features.columns):
         column = features[name]
-        if name.startswith("cluster") or (name == "class_id" and column.nunique() > 1):
+        if name.startswith("cluster") or (name == "class_id" and varies(column)):
             found.append(name)
     return found
 
