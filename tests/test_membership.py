@@ -66,6 +66,6 @@ def test_agreement_is_one_for_renamed_classes_and_none_for_random_ones() -> None
     renamed = np.array([3, 5, 0, 1, 2, 4])[label]
     same = together(label, renamed)
     assert same["both"] == 1 and same["rand"] == pytest.approx(1)
-    assert all(count == (label == a).sum() for a, _, count in matched(label, renamed))
+    assert all((count, share) == ((label == a).sum(), 1) for a, _, count, share in matched(label, renamed))
     random = together(label, rng.integers(0, 6, 3000))
     assert abs(random["rand"]) < 0.01 and random["both"] == pytest.approx(1 / 6, abs=0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
 from particle_explorer.files import UserError
+from particle_explorer.latents import rand_index
 from particle_explorer.summing import Members
 
 Floats = NDArray[np.float64]
@@ -150,6 +151,32 @@ def labels_of_members(uid: pd.Index, members: pd.DataFrame) -> NDArray[np.int64]
     return label
 
 
+class _Crossed(NamedTuple):
+    """Two groupings `(N,)`, negative for none, over the `n` particles that have a class in both."""
+
+    used: NDArray[np.bool_]
+    """`(N,)`"""
+    first: NDArray[np.int64]
+    """`(k,)` classes of the first"""
+    second: NDArray[np.int64]
+    row: NDArray[np.intp]
+    """`(n,)` place of each particle's class in `first`"""
+    column: NDArray[np.intp]
+    table: NDArray[np.float64]
+    """`(k, l)` particles in both"""
+
+
+def _crossed(first: ArrayLike, second: ArrayLike) -> _Crossed:
+    a, b = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
+    used = (a >= 0) & (b >= 0)
+    classes, row = np.unique(a[used], return_inverse=True)
+    others, column = np.unique(b[used], return_inverse=True)
+    row, column = row.reshape(-1), column.reshape(-1)
+    counts = np.bincount(row * len(others) + column, minlength=len(classes) * len(others))
+    table = counts.reshape(len(classes), len(others)).astype(np.float64)
+    return _Crossed(used, classes, others, row, column, table)
+
+
 def together(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     """How often two particles that share a class in one set share one in the other.
 
@@ -157,47 +184,34 @@ def together(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     of pairs of the first set that stay together in the second, `rand` the adjusted Rand index (0 by chance,
     1 for the same classes).
     """
-    a, b = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
-    used = (a >= 0) & (b >= 0)
-    if not used.any():
+    found = _crossed(first, second)
+    n = float(len(found.row))
+    if not n:
         return {"n": 0.0, "both": float("nan"), "rand": float("nan")}
-    _, a = np.unique(a[used], return_inverse=True)
-    _, b = np.unique(b[used], return_inverse=True)
-    table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a, b), 1)
-    pairs = (table * (table - 1)).sum() / 2
-    in_first, in_second = ((s * (s - 1)).sum() / 2 for s in (table.sum(1), table.sum(0)))
-    n = float(used.sum())
-    every = n * (n - 1) / 2
-    by_chance = in_first * in_second / max(every, 1.0)
-    most = (in_first + in_second) / 2
-    rand = (pairs - by_chance) / (most - by_chance) if most > by_chance else 1.0
-    return {"n": n, "both": float(pairs / in_first) if in_first else float("nan"), "rand": float(rand)}
+    pairs = (found.table * (found.table - 1)).sum()
+    size = found.table.sum(1)
+    in_first = (size * (size - 1)).sum()
+    both = float(pairs / in_first) if in_first else float("nan")
+    return {"n": n, "both": both, "rand": rand_index(found.row, found.column)}
 
 
-def staying(label: NDArray[np.integer], other: NDArray[np.integer]) -> NDArray[np.float64]:
+def staying(label: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
     """`(N,)` of the particles in the class of a particle, the share that is with it in `other` too."""
-    used = (label >= 0) & (other >= 0)
-    share = np.full(len(label), np.nan)
-    _, a = np.unique(label[used], return_inverse=True)
-    _, b = np.unique(other[used], return_inverse=True)
-    a, b = a.reshape(-1), b.reshape(-1)
-    if not len(a):
-        return share
-    table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a, b), 1)
-    size = table.sum(1)[a] - 1
-    share[used] = np.divide(table[a, b] - 1, size, out=np.full(len(a), np.nan), where=size > 0)
+    found = _crossed(label, other)
+    share = np.full(len(found.used), np.nan)
+    size = found.table.sum(1)[found.row] - 1
+    kept = found.table[found.row, found.column] - 1
+    share[found.used] = np.divide(kept, size, out=np.full(len(size), np.nan), where=size > 0)
     return share
 
 
-def matched(first: ArrayLike, second: ArrayLike) -> list[tuple[int, int, int]]:
-    """`(class of the first, class of the second, particles in both)`, each class of the first once."""
-    a, b = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
-    used = (a >= 0) & (b >= 0)
-    table: dict[int, dict[int, int]] = {}
-    for one, other in zip(a[used].tolist(), b[used].tolist(), strict=True):
-        row = table.setdefault(one, {})
-        row[other] = row.get(other, 0) + 1
-    best = {one: max(row, key=lambda other: row[other]) for one, row in sorted(table.items())}
-    return [(one, other, table[one][other]) for one, other in best.items()]
+def matched(first: ArrayLike, second: ArrayLike) -> list[tuple[int, int, int, float]]:
+    """Each class of the first once, with the class of the second that shares most particles with it, how many
+    these are, and their share of all that the first has."""
+    found = _crossed(first, second)
+    size = np.bincount(np.asarray(first, dtype=np.int64)[np.asarray(first) >= 0], minlength=1)
+    matches = []
+    for one, counts in zip(found.first.tolist(), found.table, strict=True):
+        best = int(counts.argmax())
+        matches.append((one, int(found.second[best]), int(counts[best]), float(counts[best] / size[one])))
+    return matches

@@ -197,6 +197,15 @@ _COMPARE: dict[str, Callable[..., Any]] = {
 }
 
 
+def carries_angles(table: pd.DataFrame) -> bool:
+    """Whether the file gives an angle in the plane to every particle.
+
+    Files that were never aligned often carry the column with nothing but zeros in it.
+    """
+    angle = table.get("angle_deg")
+    return angle is not None and bool(angle.notna().all() and angle.any())
+
+
 def where_mask(table: pd.DataFrame, text: str) -> NDArray[np.bool_]:
     """Rows for which `COLUMN OP VALUE [and …]` holds → `(N,)` bool; an empty text takes every row.
 

@@ -39,7 +39,7 @@ from particle_explorer.io.inspecting import guessed_sign
 from particle_explorer.latents import Latents
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Share
 from particle_explorer.models.build import build_model
-from particle_explorer.particles import Particles
+from particle_explorer.particles import Particles, carries_angles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.session import Run, Session
 from particle_explorer.status import StatusWriter
@@ -148,11 +148,8 @@ class SessionBatches:
 
 
 def _carried_pose(table: pd.DataFrame, plan: preprocess.Plan) -> Tensor | None:
-    """`(n, 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles.
-
-    Files that were never aligned often carry the columns with nothing but zeros in them.
-    """
-    if "angle_deg" not in table or not table["angle_deg"].notna().all() or not table["angle_deg"].any():
+    """`(n, 3)` angle (rad) and shift (cached px, y, x) of the source; None where it has no angles."""
+    if not carries_angles(table):
         return None
     original_px = preprocess.original_pixels(table, plan)
     shift = [

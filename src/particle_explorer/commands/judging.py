@@ -267,8 +267,7 @@ class CompareClasses(JobCommand):
             captions = [[str(one["label"]) for one in stored.classes] for stored in sets]
             both = together(labels[0], labels[1])
             lines = [f"{self.averages:24} {self.beside:24} in both, of the first"]
-            for one, other, count in matched(labels[0], labels[1]):
-                share = count / max(1, int((labels[0] == one).sum()))
+            for one, other, count, share in matched(labels[0], labels[1]):
                 lines.append(f"{captions[0][one]:24} {captions[1][other]:24} {count} ({share:.0%})")
             lines.append(
                 f"of two particles that share a class of {self.averages}, {both['both']:.0%} share one of "

@@ -78,7 +78,6 @@ class ClassesDock(QWidget):
         self.layer: Any = None
         self.montage: Montage | None = None
         self.stored: StoredClasses | None = None
-        self._marks: list[str] = []
         self._after: Callable[[], None] | None = None
 
         self.no_run = QLabel("Train a map first (tab Train); averages are aligned with the poses it infers.")
@@ -585,7 +584,6 @@ class ClassesDock(QWidget):
 
     def _show_classes(self, stored: StoredClasses) -> None:
         self.stored = stored
-        self._marks = [str(each.get("mark", "")) for each in stored.classes]
         self.exporting.show_averages(stored)
         self.results.setVisible(True)
         self.one.blockSignals(True)
@@ -674,6 +672,11 @@ class ClassesDock(QWidget):
 
     # --- judging ----------------------------------------------------------------------------------
 
+    @property
+    def _marks(self) -> list[str]:
+        """ "good", "bad" or nothing for each average that is shown."""
+        return [] if self.stored is None else [str(each.get("mark", "")) for each in self.stored.classes]
+
     def _key_for(self, mark: str) -> Callable[[object], None]:
         """What a key on the layer does; napari wants a function with a name."""
 
@@ -685,12 +688,11 @@ class ClassesDock(QWidget):
     def mark(self, mark: str, *_: object) -> None:
         """Mark the average that is looked at "good" or "bad"; the same mark again takes it back."""
         session, stored, index = self.state.session, self.stored, self.one.currentIndex()
-        if session is None or stored is None or self.montage is None or not 0 <= index < len(self._marks):
+        if session is None or stored is None or self.montage is None or not 0 <= index < len(stored.classes):
             return
-        marks = self._marks
-        marks[index] = "" if marks[index] == mark else mark
         one = stored.classes[index]
-        one["mark"] = marks[index]
+        one["mark"] = "" if one.get("mark") == mark else mark
+        marks = self._marks
         draw_tile(self.montage, self.tools.order.index(index), stored.images[index], caption_lines(one))
         self.tools.redraw(index)
         self.layer.refresh()
@@ -806,8 +808,7 @@ def comparison_words(session: Session, first: StoredClasses, second: StoredClass
         f"Of two particles that share a class here, {both['both']:.0%} share one there; adjusted Rand index"
         f" {both['rand']:.2f}, over {number(int(both['n']))} particles."
     ]
-    for one, other, count in matched(labels[0], labels[1]):
-        share = count / max(1, int((labels[0] == one).sum()))
+    for one, other, count, share in matched(labels[0], labels[1]):
         names = first.classes[one]["label"], second.classes[other]["label"]
         lines.append(f"{names[0]} → {names[1]}: {number(count)} ({share:.0%})")
     return "\n".join(lines)

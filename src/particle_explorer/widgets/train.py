@@ -34,6 +34,7 @@ from particle_explorer.configs import (
     TrainConfig,
 )
 from particle_explorer.latents import angle_leak
+from particle_explorer.particles import carries_angles
 from particle_explorer.plugin import plugin_setting
 from particle_explorer.status import Status, read_status, request_pause, request_stop
 from particle_explorer.widgets.ask import ask_path
@@ -147,8 +148,8 @@ class TrainDock(QWidget):
         self.table: RunsWindow | None = None
         self._estimates: dict[str, float] = {}
         self._has_angles = False
-        self._from = ""
-        """run whose weights the next one starts from"""
+        self._from = self._from_kind = ""
+        """run whose weights the next one starts from, and its kind of model"""
 
         self.no_session = QLabel("Open and prepare particles first: tab Particles.")
         self.no_session.setWordWrap(True)
@@ -379,9 +380,7 @@ class TrainDock(QWidget):
 
     def _offer_shape(self, session: Session) -> None:
         """Filaments where the file says how they lie."""
-        table = session.table
-        angles = table["angle_deg"] if "angle_deg" in table else None
-        self._has_angles = angles is not None and bool(angles.notna().all() and angles.any())
+        self._has_angles = carries_angles(session.table)
         form = self.forms["class-map"]
         if not self._has_angles:
             form.setValue(form.value().model_copy(update={"psi_prior_deg": 0.0}))
@@ -456,8 +455,6 @@ class TrainDock(QWidget):
         self.forms[config.model.kind].setValue(config.model)
         self.train_form.setValue(config.train)
         self.complaint.clear()
-
-    _from_kind = ""
 
     def go_on_from(self, name: str) -> None:
         """Let the next training start from the weights of a run, with settings to change; "" starts anew."""
