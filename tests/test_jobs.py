@@ -18,6 +18,8 @@ import torch
 
 from particle_explorer import status
 from particle_explorer.configs import RunConfig, SpatialVAEConfig, TrainConfig
+from particle_explorer.devices import autocast
+from particle_explorer.encoding import load_model
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.jobs import (
     DecodeClient,
@@ -30,7 +32,7 @@ from particle_explorer.jobs import (
     start,
 )
 from particle_explorer.session import Run, Session
-from particle_explorer.training import autocast, fit, load_model
+from particle_explorer.training import fit
 
 
 def wait_for(folder: Path, seconds: float = 120) -> Status:

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from particle_explorer.averaging import average_classes
 from particle_explorer.configs import AverageConfig, Config, DataSpec, PreprocessConfig
+from particle_explorer.encoding import encode
 from particle_explorer.exporting import export_classes
 from particle_explorer.io.reading import read
 from particle_explorer.io.writing import export_particles
 from particle_explorer.models.base import Batch, Encoding, ParticleModel
 from particle_explorer.session import Session
 from particle_explorer.spectra import align
-from particle_explorer.training import encode
 
 K = 12
 APIX = 2.5

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from particle_explorer import status, training
+from particle_explorer import encoding, status, training
 from particle_explorer.configs import (
     ClassMapConfig,
     Config,
@@ -24,21 +24,14 @@ from particle_explorer.configs import (
     TrainConfig,
     VAEConfig,
 )
+from particle_explorer.devices import choose_device
+from particle_explorer.encoding import encode, encode_stack, load_model, weights_to_start_from
 from particle_explorer.files import UserError, locked
 from particle_explorer.io.reading import read_array
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.session import Run, Session
 from particle_explorer.status import read_status, request_pause
-from particle_explorer.training import (
-    NotFinite,
-    Progress,
-    choose_device,
-    encode,
-    encode_stack,
-    fit,
-    load_model,
-    weights_to_start_from,
-)
+from particle_explorer.training import NotFinite, Progress, fit
 
 
 class TinyModel(ParticleModel):
@@ -125,7 +118,8 @@ def use(monkeypatch, model: type[TinyModel]) -> list[TinyModel]:
         built.append(model(config, data))
         return built[-1]
 
-    monkeypatch.setattr(training, "build_model", build)
+    for module in (training, encoding):
+        monkeypatch.setattr(module, "build_model", build)
     return built
 
 
@@ -226,7 +220,7 @@ def test_every_epoch_sees_every_particle_once_in_another_order(tiny_session, mon
 def test_reading_from_disk_gives_the_same_fit(tiny_session, monkeypatch):
     in_memory, from_disk = new_run(tiny_session), new_run(tiny_session)
     last(fit(in_memory))
-    monkeypatch.setattr(training, "free_memory_bytes", lambda: 0)
+    monkeypatch.setattr(encoding, "free_memory_bytes", lambda: 0)
     last(fit(from_disk))
     assert_same_results(in_memory, from_disk)
 

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from particle_explorer.configs import MOST_DIMS_OF_A_GRID, ClassMapConfig, DataSpec, TrainConfig
+from particle_explorer.devices import choose_device
+from particle_explorer.encoding import SessionBatches
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.class_map import FITTING, ClassMap
 from particle_explorer.session import Session
-from particle_explorer.training import SessionBatches, choose_device, seed_everything
+from particle_explorer.training import seed_everything
 
 N_FITTED, N_HELD_OUT = 4000, 2000
 """At most so many particles are fitted by each candidate, and so many ask it."""

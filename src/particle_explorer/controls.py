@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from particle_explorer import averaging
 from particle_explorer.averaging import ClassAverage
 from particle_explorer.configs import AverageConfig
+from particle_explorer.encoding import encode_prepared, load_model
 from particle_explorer.files import UserError
 from particle_explorer.particles import Particles
 from particle_explorer.preprocess import Plan
 from particle_explorer.session import Run
 from particle_explorer.summing import Event, Members
-from particle_explorer.training import encode_prepared, load_model
 
 MEMBERS = 1000
 """Twins of at most so many members of every average: the control needs no more, and takes as long as they."""

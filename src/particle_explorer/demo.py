@@ -388,8 +388,8 @@ def _decoded(run: Run, z: NDArray[Any]) -> NDArray[np.float32]:
     """The model's own pictures at `z` `(k,)`, the most rigid part held still."""
     import torch
 
+    from particle_explorer.encoding import load_model
     from particle_explorer.gauge import Gauge
-    from particle_explorer.training import load_model
 
     held = run.gauge()
     assert held is not None

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from particle_explorer.configs import ModelConfig, PreprocessConfig, RunConfig, TrainConfig
+from particle_explorer.encoding import encode_stack, load_model
 from particle_explorer.files import UserError
 from particle_explorer.io.reading import read_array
 from particle_explorer.session import Run, Session
-from particle_explorer.training import encode_stack, fit, load_model
+from particle_explorer.training import fit
 
 SMALL: dict[str, dict[str, object]] = {
     "class-map": {"latent_dim": 1, "nodes_per_dim": 3, "angle_step_deg": 30},

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from particle_explorer import gauge, metrics, training
+from particle_explorer import devices, encoding, gauge, metrics, training
 from particle_explorer.bench.machine import describe
 from particle_explorer.bench.stacks import Stack, make, placed
 from particle_explorer.configs import AccuracyConfig, ModelConfig, RunConfig, TrainConfig
@@ -228,9 +228,9 @@ def _epochs(session: Session, model: Any, seed: int, config: AccuracyConfig) -> 
 def _images_per_second(session: Session, model: Any, seed: int) -> float:
     """Of training, from four steps after a first."""
     training.seed_everything(seed)
-    device = training.choose_device("auto")
+    device = devices.choose_device("auto")
     built = build_model(model, session.data_spec()).to(device).train()
-    batches = training.SessionBatches(
+    batches = encoding.SessionBatches(
         session, session.rows_where("split == 0")[:4096], device, with_ctf=built.uses_ctf
     )
     size = min(built.batch_size, len(batches))
@@ -241,7 +241,7 @@ def _images_per_second(session: Session, model: Any, seed: int) -> float:
             began = time.monotonic()
         batch = batches.take(torch.randint(len(batches), (size,)))
         for part, optimiser in parts.items():
-            with training.autocast(built, device, "auto"):
+            with devices.autocast(built, device, "auto"):
                 losses = built(batch, part)
             if not losses:
                 continue
@@ -374,7 +374,7 @@ def _scored_digits(
     new: Run, upright: NDArray[np.float32], latents: Latents, n_turned: int
 ) -> dict[str, float]:
     """What needs the upright digits: calibrated angles, `N_TURNS` turns, and images drawn in their frame."""
-    model = training.load_model(new, training.choose_device("auto"))
+    model = encoding.load_model(new, devices.choose_device("auto"))
     truth = new.session.table
     rows = np.flatnonzero(truth["split"] == 1)
     truth = truth.iloc[rows]
@@ -431,7 +431,7 @@ def calibrated(truth: pd.DataFrame, found: Latents, upright: Latents) -> dict[st
 
 
 def _encoded(model: Any, session: Session, images: NDArray[np.float32]) -> Latents:
-    *_, (_, latents) = training.encode_stack(model, session, read_array(images, "upright"))
+    *_, (_, latents) = encoding.encode_stack(model, session, read_array(images, "upright"))
     assert latents is not None
     return latents
 
@@ -462,7 +462,7 @@ def _drawn_upright(
     parts = []
     for i in range(0, len(rows), 256):
         some = slice(i, i + 256)
-        with training.autocast(model, device, "auto"):
+        with devices.autocast(model, device, "auto"):
             drawn = model.decode(
                 z[some], None if angle is None else angle[some], None if shift is None else shift[some]
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from particle_explorer import __version__, training
+from particle_explorer import __version__, devices
 
 
 def describe() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "avx512_bf16": bool(features.get("avx512_bf16")),
         "amx_bf16": bool(features.get("amx_bf16")),
-        "device": training.describe_device(training.choose_device("auto")),
+        "device": devices.describe_device(devices.choose_device("auto")),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

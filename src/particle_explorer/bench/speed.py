@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from particle_explorer import averaging, training
+from particle_explorer import averaging, devices, encoding
 from particle_explorer.bench.machine import describe
 from particle_explorer.configs import (
     AverageConfig,
@@ -170,7 +170,7 @@ class _InMemory:
 def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     """Start the model on simulated particles, then time steps of the kind that `training.fit` makes."""
     torch.manual_seed(0)
-    device = training.choose_device("auto")
+    device = devices.choose_device("auto")
     n = 300 if config.quick else N_IMAGES
     data = DataSpec(box_px=box, n_channels=1, diameter_px=0.8 * box, n_particles=n)
     model = build_model(MODELS.get(name) or PAPER_TARGET[box], data).to(device)
@@ -189,7 +189,7 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     def train() -> int:
         batch = batches.take(torch.randint(n, (size,)))
         for part in model.parts():
-            with training.autocast(model, device, "auto"):
+            with devices.autocast(model, device, "auto"):
                 losses = model(batch, part)
             if not losses:
                 continue
@@ -199,8 +199,8 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
         return size
 
     def encode() -> int:
-        some = min(training.ENCODE_AT_ONCE, n)
-        with torch.no_grad(), training.autocast(model, device, "auto"):
+        some = min(encoding.ENCODE_AT_ONCE, n)
+        with torch.no_grad(), devices.autocast(model, device, "auto"):
             model.encode(batches.take(torch.arange(some)))
         return some
 

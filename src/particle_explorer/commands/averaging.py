@@ -66,7 +66,7 @@ class Average(JobCommand):
             averages = average_members_of(run, members, names, source, self.average, job)
             if self.noise_control:
                 from particle_explorer.controls import noise_control
-                from particle_explorer.training import stand_back
+                from particle_explorer.devices import stand_back
 
                 if self.status:
                     stand_back()
@@ -112,7 +112,7 @@ class Independent(JobCommand):
     def execute(self) -> None:
         """Fit what is missing, average, and print the path of the averages."""
         from particle_explorer import halves
-        from particle_explorer.training import stand_back
+        from particle_explorer.devices import stand_back
 
         with self.job("splitting the particles") as job:
             run = open_run(self.run, needs="weights")
@@ -233,7 +233,7 @@ def _decoded_places(run: Run, selection: str, held: bool) -> tuple[NDArray[np.in
     import numpy as np
     from scipy.cluster.vq import kmeans2
 
-    from particle_explorer.training import Drawer
+    from particle_explorer.encoding import Drawer
 
     session = run.session
     mask = session.selection(selection) if selection else np.ones(session.n_particles, bool)

@@ -99,7 +99,7 @@ class Train(JobCommand):
             version=__version__,
         )
         if parent is not None and self.warm_start:
-            from particle_explorer.training import weights_to_start_from
+            from particle_explorer.encoding import weights_to_start_from
 
             weights_to_start_from(config, parent)  # before there is a run that cannot begin
         run = session.new_run(config)
@@ -110,7 +110,7 @@ class Train(JobCommand):
     def _choose(self, session: Session, model: ClassMapConfig) -> Choice:
         """The dimensions of a class map that leaves them open."""
         from particle_explorer.choosing import choose
-        from particle_explorer.training import stand_back
+        from particle_explorer.devices import stand_back
 
         if self.status:
             stand_back()
@@ -175,7 +175,8 @@ class Encode(JobCommand):
 
     def execute(self) -> None:
         """Encode, and print the path of the table."""
-        from particle_explorer.training import choose_device, encode, encode_stack, load_model, stand_back
+        from particle_explorer.devices import choose_device, stand_back
+        from particle_explorer.encoding import encode, encode_stack, load_model
 
         with self.job("loading the model") as job:
             run = open_run(self.run, needs="weights")
@@ -215,8 +216,8 @@ class PoseMap(JobCommand):
 
     def execute(self) -> None:
         """Weigh, and print the path of the stack."""
+        from particle_explorer.encoding import load_model, pose_posterior
         from particle_explorer.io.mrc import write_stack
-        from particle_explorer.training import load_model, pose_posterior
 
         with self.job("weighing poses") as job:
             run = open_run(self.run, needs="weights")

@@ -90,7 +90,7 @@ def _middle_pictures(
     z = table[latent_columns(table)].to_numpy(np.float64)
     if not run.has_weights or how.get("poses", "run") not in ("run", "held"):
         return z, None
-    from particle_explorer.training import Drawer
+    from particle_explorer.encoding import Drawer
 
     job.tell("drawing")
     rows = session.table.index.get_indexer(stored.members.index)
@@ -293,9 +293,10 @@ class Reproduce(JobCommand):
 
         from particle_explorer import latents
         from particle_explorer.configs import ClusterConfig
+        from particle_explorer.devices import stand_back
         from particle_explorer.files import Stopped
         from particle_explorer.membership import staying, together
-        from particle_explorer.training import fit, stand_back
+        from particle_explorer.training import fit
 
         with self.job("training from other seeds") as job:
             run = open_run(self.run, needs="weights")

@@ -93,7 +93,7 @@ class DecodeServer(Command):
         try:
             import torch
 
-            from particle_explorer.training import Drawer
+            from particle_explorer.encoding import Drawer
 
             torch.set_num_threads(1)
             drawer = Drawer(open_run(self.run, needs="weights"))

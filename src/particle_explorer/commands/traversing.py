@@ -49,10 +49,10 @@ class Traverse(TraverseConfig, JobCommand):
 
         import numpy as np
 
+        from particle_explorer.encoding import Drawer
         from particle_explorer.files import write_text
         from particle_explorer.io.writing import export_averages
         from particle_explorer.spectra import frc
-        from particle_explorer.training import Drawer
         from particle_explorer.traversals import members
 
         formats = _formats(self.formats)

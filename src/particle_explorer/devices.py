@@ -1,0 +1,89 @@
+"""Where a model is computed: the device, its precision, and what is free of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from particle_explorer.files import UserError
+from particle_explorer.models.base import ParticleModel
+
+FREE_MEMORY_UNKNOWN = 2 * 2**30
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """`cpu`, `mps`, `cuda:N`, or `auto`: the CUDA device with most free memory, else MPS, else CPU."""
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted == "mps" or (wanted == "auto" and n_cuda == 0 and torch.backends.mps.is_available()):
+        if not torch.backends.mps.is_available():
+            raise UserError("there is no Apple GPU that torch can use here; choose --device auto or cpu")
+        return torch.device("mps")
+    if wanted in ("auto", "cuda"):
+        if n_cuda:
+            free = [torch.cuda.mem_get_info(i)[0] for i in range(n_cuda)]
+            return torch.device("cuda", int(np.argmax(free)))
+        if wanted == "auto":
+            return torch.device("cpu")
+    number = wanted.removeprefix("cuda:")
+    if wanted == "cuda" or (wanted.startswith("cuda:") and number.isdigit()):
+        if wanted == "cuda" or int(number) >= n_cuda:
+            there = f"{n_cuda} CUDA devices" if n_cuda else "no CUDA device"
+            raise UserError(f"--device {wanted}: torch finds {there} here; choose --device auto or cpu")
+        return torch.device("cuda", int(number))
+    raise UserError(f"--device {wanted} is not known; choose auto, cpu, mps or cuda:N")
+
+
+def describe_device(device: torch.device) -> str:
+    """In the words of a user: the name of the GPU, or the number of CPU threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (cuda:{device.index or 0})"
+    threads = torch.get_num_threads()
+    return "Apple GPU" if device.type == "mps" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than float32 here: the hardware has them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # emulated bf16 would be slower
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return False
+
+
+def autocast(model: ParticleModel, device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context that steps and encoding of `model` run in."""
+    if not model.autocast or precision == "float32" or (precision == "auto" and not has_bf16(device)):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def stand_back() -> None:
+    """Leave one core for others."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), n_cores - 1)))
+
+
+def free_memory_bytes() -> int:
+    """Memory that could be had now, by the system's count."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        try:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            free = FREE_MEMORY_UNKNOWN
+    group = Path("/sys/fs/cgroup")  # a container may have less than the computer
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such limit ("max")
+        return free
+    return min(free, max(0, limit - used))
