@@ -27,7 +27,9 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Session
 from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
-from particle_explorer.widgets.classes import SHARED, ClassesDock, groupings, montage
+from particle_explorer.widgets.classes import SHARED, ClassesDock
+from particle_explorer.widgets.exporting import groupings
+from particle_explorer.widgets.montage import montage
 
 SLOW = 20_000
 

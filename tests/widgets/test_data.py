@@ -23,7 +23,8 @@ from particle_explorer import jobs, plugin
 from particle_explorer.io.reading import read
 from particle_explorer.particles import Particles
 from particle_explorer.session import Session
-from particle_explorer.widgets.data import ParticlesDock, free_folder, in_short
+from particle_explorer.widgets.data import ParticlesDock
+from particle_explorer.widgets.looking import free_folder, in_short
 
 SLOW = 20_000
 

@@ -26,8 +26,8 @@ from qtpy.QtWidgets import (
 from particle_explorer.configs import ClusterConfig, EmbedConfig
 from particle_explorer.status import Status
 from particle_explorer.widgets.background import Tasks
-from particle_explorer.widgets.classes import groupings
 from particle_explorer.widgets.colours import colour_by, recoloured, rgb, title_of
+from particle_explorer.widgets.exporting import groupings
 from particle_explorer.widgets.form import ConfigForm
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_plot import follow
