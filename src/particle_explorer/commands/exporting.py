@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from particle_explorer.commands.averaging import average_members_of
-from particle_explorer.commands.command import JobCommand
+from particle_explorer.commands.command import Job, JobCommand
 from particle_explorer.commands.options import path_or_none
 from particle_explorer.commands.runs import PoseSource, averages_of, column_of, grouped, poses_of
 from particle_explorer.configs import AverageConfig
@@ -17,8 +18,11 @@ from particle_explorer.files import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
+    from particle_explorer.averaging import ClassAverage
+    from particle_explorer.exporting import Chosen
     from particle_explorer.session import Run, Session
 
 
@@ -66,20 +70,8 @@ class Export(JobCommand):
 
     def execute(self) -> None:
         """Export, and print the paths of the files."""
-        import numpy as np
-
-        from particle_explorer.exporting import (
-            PICTURE_SUFFIXES,
-            TABLE_SUFFIXES,
-            choose,
-            export,
-            export_pictures,
-            latent_columns,
-            recentred,
-        )
-        from particle_explorer.exporting import averaged as behind_averages
+        from particle_explorer.exporting import PICTURE_SUFFIXES, export, export_pictures
         from particle_explorer.io.writing import export_averages
-        from particle_explorer.membership import by_class
         from particle_explorer.session import Session
 
         with self.job("exporting") as job:
@@ -90,69 +82,14 @@ class Export(JobCommand):
                 _check_writable(path, session, self.overwrite)
             if out.suffix.lower() in PICTURE_SUFFIXES:
                 stored = averages_of(session, self.members)
-                for note in export_pictures(out, stored, overwrite=self.overwrite):
-                    job.note(note)
+                self._say(job, export_pictures(out, stored, overwrite=self.overwrite))
                 job.result(out)
                 return
-            if self.members and (self.selection or self.classes or self.averages):
-                raise UserError(
-                    "--members says which particles and classes are written; leave out --selection, "
-                    "--classes and --averages"
-                )
-            run = session.run(self.run) if self.run else session.newest_finished_run()
-            if self.latents and run is None:
-                raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
-            with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
-            further = latent_columns(run) if run is not None and with_latents else None
-            averages, shown, config = None, None, self.average
-            if self.members:
-                behind = behind_averages(
-                    session,
-                    session.classes(self.members),
-                    good=self.good,
-                    further=further,
-                    every_column=self.every_column,
-                )
-                chosen, shown, config = behind.chosen, behind.shown, behind.config
-            else:
-                mask = np.ones(session.n_particles, bool)
-                if self.selection:
-                    mask = session.selection(self.selection)
-                if not mask.any():
-                    raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
-                number = _class_numbers(session, run, self.classes)
-                source: PoseSource | None = (
-                    "held" if self.held else None if self.poses == "none" else self.poses
-                )
-                angle, shift = (None, None)
-                if run is not None and source is not None:
-                    angle, shift = poses_of(run, source)
-                if self.averages:  # first, because they take long and can be stopped
-                    if number is None or run is None:
-                        raise UserError(
-                            "--averages needs classes: cluster a run first, or give --classes COLUMN"
-                        )
-                    members, classes = by_class(np.where(mask, number, -1))
-                    captions = [str(c) for c in classes]
-                    averages = average_members_of(run, members, captions, source or "run", self.average, job)
-                chosen = choose(
-                    session,
-                    mask,
-                    class_id=number,
-                    angle_deg=angle,
-                    shift_yx_px=shift,
-                    further=further,
-                    every_column=self.every_column,
-                )
+            chosen, averages, shown, config = self._chosen(session, out, job)
             job.tell("writing")
             coordinates = None
             if self.recentre:
-                if out.suffix.lower() != ".star":
-                    raise UserError(f"--recentre writes a .star file, not {out.name}")
-                chosen, coordinates = recentred(chosen, self.micrograph_pixel_size_A)
-                job.note(
-                    "coordinates are where the particles are: extract them anew before using the origins"
-                )
+                chosen, coordinates = self._recentred(chosen, out, job)
             notes = export(
                 out,
                 chosen,
@@ -163,13 +100,96 @@ class Export(JobCommand):
                 progress=job.tell,
                 stop=job.stop,
             )
-            for note in notes:
-                job.note(note)
-            if averages is not None:
-                images = np.stack([average.image for average in averages])
-                grey = images if images.ndim == 3 else images.mean(1)  # an MRC stack has no colours
+            self._say(job, notes)
+            if averages:
+                grey = pictures_of(averages)
                 export_averages(files[1], grey, averages[0].pixel_size_A, overwrite=self.overwrite)
             job.result(" ".join(map(str, files)))
+
+    def _chosen(
+        self, session: Session, out: Path, job: Job
+    ) -> tuple[Chosen, list[ClassAverage], Mapping[int, NDArray[np.float32]] | None, AverageConfig]:
+        """The particles and what is said of them; averages made of them; averages that they must give again,
+        and how those were made."""
+        from particle_explorer.exporting import TABLE_SUFFIXES, averaged, latent_columns
+
+        if self.members and (self.selection or self.classes or self.averages):
+            raise UserError(
+                "--members says which particles and classes are written; leave out --selection, --classes and"
+                " --averages"
+            )
+        run = session.run(self.run) if self.run else session.newest_finished_run()
+        if self.latents and run is None:
+            raise UserError(f"{session.path} has no finished run yet, so there are no latents to write")
+        with_latents = run is not None and (self.latents or out.suffix.lower() in TABLE_SUFFIXES)
+        further = latent_columns(run) if run is not None and with_latents else None
+        if not self.members:
+            chosen, averages = self._by_columns(session, run, further, job)
+            return chosen, averages, None, self.average
+        behind = averaged(
+            session,
+            session.classes(self.members),
+            good=self.good,
+            further=further,
+            every_column=self.every_column,
+        )
+        return behind.chosen, [], behind.shown, behind.config
+
+    def _by_columns(
+        self, session: Session, run: Run | None, further: pd.DataFrame | None, job: Job
+    ) -> tuple[Chosen, list[ClassAverage]]:
+        """Particles of a selection, with classes and poses of columns; and their averages where asked for."""
+        import numpy as np
+
+        from particle_explorer.exporting import choose
+        from particle_explorer.membership import by_class
+
+        mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
+        if not mask.any():
+            raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
+        number = _class_numbers(session, run, self.classes)
+        source: PoseSource | None = "held" if self.held else None if self.poses == "none" else self.poses
+        angle, shift = (None, None)
+        if run is not None and source is not None:
+            angle, shift = poses_of(run, source)
+        averages: list[ClassAverage] = []
+        if self.averages:  # first, because they take long and can be stopped
+            if number is None or run is None:
+                raise UserError("--averages needs classes: cluster a run first, or give --classes COLUMN")
+            members, classes = by_class(np.where(mask, number, -1))
+            captions = [str(c) for c in classes]
+            averages = average_members_of(run, members, captions, source or "run", self.average, job)
+        chosen = choose(
+            session,
+            mask,
+            class_id=number,
+            angle_deg=angle,
+            shift_yx_px=shift,
+            further=further,
+            every_column=self.every_column,
+        )
+        return chosen, averages
+
+    def _recentred(self, chosen: Chosen, out: Path, job: Job) -> tuple[Chosen, NDArray[np.float64]]:
+        from particle_explorer.exporting import recentred
+
+        if out.suffix.lower() != ".star":
+            raise UserError(f"--recentre writes a .star file, not {out.name}")
+        job.note("coordinates are where the particles are: extract them anew before using the origins")
+        return recentred(chosen, self.micrograph_pixel_size_A)
+
+    @staticmethod
+    def _say(job: Job, notes: Sequence[str]) -> None:
+        for note in notes:
+            job.note(note)
+
+
+def pictures_of(averages: Sequence[ClassAverage]) -> NDArray[np.float32]:
+    """`(k, n, n)`; an MRC stack has no colours."""
+    import numpy as np
+
+    images = np.stack([average.image for average in averages])
+    return images if images.ndim == 3 else images.mean(1)
 
 
 class Merge(JobCommand):
