@@ -174,6 +174,12 @@ def test_package_files_do_nothing_on_import() -> None:
         assert all(isinstance(node, ast.Expr | ast.Assign) for node in body), file
 
 
+def test_only_one_file_waits_for_the_end_of_widgets() -> None:
+    """A function connected to `destroyed` elsewhere may be emptied by the collector before Qt calls it."""
+    waiting = [file.name for file in FILES if "destroyed.connect" in file.read_text()]
+    assert waiting == ["lifetime.py"]
+
+
 def test_few_tests_need_a_window() -> None:
     """The others run where there is no Qt."""
     wrong = []

@@ -19,6 +19,7 @@ from qtpy.QtCore import QObject, Qt, QTimer, Signal
 from qtpy.QtWidgets import QWidget
 
 from particle_explorer.files import UserError
+from particle_explorer.widgets.lifetime import when_destroyed
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Tasks:
         self._relay = _relay()
         self._latest: dict[str, int] = {}
         self._alive = True
-        owner.destroyed.connect(partial(_stop, self))
+        when_destroyed(owner, self.stop)
 
     def stop(self) -> None:
         self._alive = False
@@ -185,7 +186,7 @@ class Mailbox:
         self._turn.timeout.connect(self._deliver)
         self._thread = threading.Thread(target=self._loop, name=f"particle-explorer {name}", daemon=True)
         self._thread.start()
-        owner.destroyed.connect(partial(_stop, self))
+        when_destroyed(owner, self.stop)
 
     def submit(self, *request: Any) -> None:
         with self._condition:
@@ -238,10 +239,6 @@ class Mailbox:
         if answer is not None and not stopped:
             slot, value = answer
             slot(value)
-
-
-def _stop(worker: Tasks | Mailbox, *_: object) -> None:
-    worker.stop()
 
 
 class JobFollower:

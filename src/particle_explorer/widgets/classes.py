@@ -32,7 +32,7 @@ from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.exporting import ExportPanel, groupings
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.montage import Montage, caption_lines, draw_tile, montage
 from particle_explorer.widgets.moving import TransferPanel
 from particle_explorer.widgets.painted import Curve, CurveView

@@ -28,7 +28,7 @@ from particle_explorer.widgets.ask import ask_path, ask_paths
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.looking import (
     MAX_CHOICES,
     Found,

@@ -14,7 +14,7 @@ from particle_explorer.status import Status
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import Folded
 from particle_explorer.widgets.job_bar import Complaint, JobBar
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.workspace import state_of, unwrapped
 
 if TYPE_CHECKING:

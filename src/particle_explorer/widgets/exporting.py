@@ -30,7 +30,7 @@ from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
 from particle_explorer.widgets.latent_axes import varies
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 
 if TYPE_CHECKING:
     from particle_explorer.session import Session, StoredClasses

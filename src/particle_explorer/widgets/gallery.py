@@ -42,7 +42,7 @@ from particle_explorer.widgets.colours import number as figure
 from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_axes import Choice, varies
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow, follow_event
 from particle_explorer.widgets.painted import to_qimage
 from particle_explorer.widgets.pictures import (
     SHORT,
@@ -429,9 +429,7 @@ class Gallery(QWidget):
         follow(self, state.selection.active_changed, self.strip.set_active)
         follow(self, state.preview_changed, self.average.show_preview)
         if viewer is not None:
-            theme = viewer.events.theme
-            theme.connect(self._on_theme)
-            self.destroyed.connect(lambda *_: theme.disconnect(self._on_theme))
+            follow_event(self, viewer.events.theme, self._on_theme)
         self._on_theme()
         self._on_session(state.session)
         self.average.show_preview(state.preview)

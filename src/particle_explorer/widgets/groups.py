@@ -30,7 +30,7 @@ from particle_explorer.widgets.colours import colour_by, recoloured, rgb, title_
 from particle_explorer.widgets.exporting import groupings
 from particle_explorer.widgets.form import ConfigForm
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.sets import NAMED_COLOURS
 from particle_explorer.widgets.workspace import state_of, unwrapped
 

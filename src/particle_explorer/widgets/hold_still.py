@@ -11,7 +11,7 @@ from qtpy.QtWidgets import QCheckBox, QHBoxLayout, QLabel, QPushButton, QVBoxLay
 
 from particle_explorer.status import Status
 from particle_explorer.widgets.background import Failure
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.workspace import fit_view, state_of, unwrapped
 
 if TYPE_CHECKING:

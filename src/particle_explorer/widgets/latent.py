@@ -47,7 +47,8 @@ from particle_explorer.widgets.latent_axes import (
     Seen,
     read_columns,
 )
-from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool, follow
+from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool
+from particle_explorer.widgets.lifetime import follow, follow_event
 from particle_explorer.widgets.painted import to_qimage
 from particle_explorer.widgets.picking import groups, micrographs, nearest, same
 from particle_explorer.widgets.pictures import Decoder, Pictures, displayed, thumbnail
@@ -168,9 +169,7 @@ class LatentDock(QWidget):
         for signal in (state.features_changed, state.run_changed, state.view_changed, state.held_changed):
             follow(self, signal, self._forget_pictures)
         if self.viewer is not None:
-            theme = self.viewer.events.theme
-            theme.connect(self._on_theme)
-            self.destroyed.connect(lambda *_: theme.disconnect(self._on_theme))
+            follow_event(self, self.viewer.events.theme, self._on_theme)
         self._on_theme()
         self._live = JobFollower(self, LiveReader(), self._on_live, every_ms=600)
         self._on_tool(self.canvas.tool)

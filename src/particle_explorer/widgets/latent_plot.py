@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from psygnal import SignalInstance
-from qtpy.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, QTimer, Signal
+from qtpy.QtCore import QEvent, QPointF, QRectF, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import (
     QColor,
     QContextMenuEvent,
@@ -39,6 +38,7 @@ from qtpy.QtWidgets import QSizePolicy, QWidget
 
 from particle_explorer.state import Mask, Selection
 from particle_explorer.widgets.colours import DENSITY, Colouring, plain
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.plot_frame import LOOKS, Look, paint_axes, paint_legend, plot_rect, swatches
 from particle_explorer.widgets.splat import (
     Owners,
@@ -1169,12 +1169,6 @@ _KEYS: set[int] = {
     Qt.Key.Key_F1,
     Qt.Key.Key_Question,
 }
-
-
-def follow(owner: QObject, signal: SignalInstance, slot: Callable[..., object]) -> None:
-    """Connect a signal of the state for as long as a widget lives: the state outlives its views."""
-    signal.connect(slot)
-    owner.destroyed.connect(lambda *_: signal.disconnect(slot, missing_ok=True))
 
 
 def _zoomed(low: float, high: float, share: float, factor: float, extent: float) -> tuple[float, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from qtpy.QtWidgets import QApplication, QDockWidget, QMainWindow
 from particle_explorer.files import UserError, replacing
 from particle_explorer.state import Mask, Opened, read
 from particle_explorer.widgets.background import Tasks
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow, when_destroyed
 from particle_explorer.widgets.pictures import SHORT
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Memory:
         application = QApplication.instance()
         if application is not None:
             application.aboutToQuit.connect(self.save)
-        workspace.destroyed.connect(partial(_gone, self))
+        when_destroyed(workspace, self._forget)
         self._on_session(self.state.session)
 
     def stop(self) -> None:
@@ -61,6 +60,10 @@ class Memory:
         self.save()
         self._timer.stop()
         self._tasks.stop()
+        self._session = None
+
+    def _forget(self) -> None:
+        """The window is no more: there is nothing left to look at when the program ends."""
         self._session = None
 
     # ---- keeping --------------------------------------------------------------------------------
@@ -221,11 +224,6 @@ class Memory:
             strip.setVisible(bool(gallery.get("visible", True)))
             if 0 < height <= main.height() // 2 and not gallery.get("folded"):
                 main.resizeDocks([strip], [height], Qt.Orientation.Vertical)
-
-
-def _gone(memory: Memory, *_: object) -> None:
-    """The window is no more: there is nothing left to look at when the program ends."""
-    memory._session = None
 
 
 def _recalled(session: Session, shown: Run | None) -> tuple[Session, dict[str, Any], Opened | None]:

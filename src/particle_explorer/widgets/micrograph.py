@@ -15,7 +15,7 @@ from particle_explorer.io.micrographs import Locations, Picture, find, read
 from particle_explorer.state import Mask
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, unwrapped
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from particle_explorer.widgets.exporting import (
     written_words,
 )
 from particle_explorer.widgets.job_bar import Complaint, JobBar, number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.number_box import Number
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from particle_explorer.status import Status
 from particle_explorer.widgets.background import Failure, Tasks
 from particle_explorer.widgets.form import Folded
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow, follow_event
 from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
@@ -159,8 +159,7 @@ class PathsPanel(QWidget):
         follow(self, self.state.run_changed, self._on_run)
         follow(self, self.state.handle_changed, self._on_handle)
         worker.when_changed(self._show_choice)
-        self.viewer.dims.events.current_step.connect(self._on_slider)
-        self.destroyed.connect(lambda *_: self.viewer.dims.events.current_step.disconnect(self._on_slider))
+        follow_event(self, self.viewer.dims.events.current_step, self._on_slider)
         from particle_explorer.movies import can_write_mp4
 
         if can_write_mp4():

@@ -13,7 +13,7 @@ from qtpy.QtWidgets import QWidget
 
 from particle_explorer.state import AppState, Mask, Preview
 from particle_explorer.widgets.background import Mailbox
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.pictures import Decoder, Pictures
 
 N_AVERAGED = 256

@@ -25,7 +25,7 @@ from particle_explorer.latents import Agreement, agreement
 from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks
 from particle_explorer.widgets.job_bar import duration, number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.workspace import state_of, unwrapped
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from qtpy.QtWidgets import QWidget
 
 from particle_explorer.widgets.background import Failure, Mailbox, notify
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.pictures import SHORT, Decoder, Pictures, displayed
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 

@@ -15,7 +15,7 @@ from particle_explorer.state import AppState, Mask
 from particle_explorer.widgets.background import Failure, Tasks, notify
 from particle_explorer.widgets.colours import CATEGORY_COLOURS, Colouring, rgb
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 
 if TYPE_CHECKING:
     from particle_explorer.session import Session

@@ -41,7 +41,7 @@ from particle_explorer.widgets.ask import ask_path
 from particle_explorer.widgets.background import Failure, JobFollower, Tasks
 from particle_explorer.widgets.form import ConfigForm, Folded, command_line
 from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number, progress_words
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.moving import CoordinatesPanel
 from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped

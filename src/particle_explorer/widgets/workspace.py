@@ -28,7 +28,7 @@ from qtpy.QtWidgets import (
 from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks, notify
 from particle_explorer.widgets.job_bar import JobBar
-from particle_explorer.widgets.latent_plot import follow
+from particle_explorer.widgets.lifetime import follow
 
 if TYPE_CHECKING:
     import napari
