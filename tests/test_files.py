@@ -34,6 +34,15 @@ def test_a_failure_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_failure_leaves_no_folder_that_it_made(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for folder in ("kept", "new/within"):
+        with pytest.raises(ZeroDivisionError), replacing(tmp_path / folder / "a.txt") as temporary:
+            temporary.write_text("new")
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+
+
 def test_never_overwrites_unless_told(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("precious")

@@ -14,7 +14,8 @@ from scipy import ndimage
 from particle_explorer.cli import main
 from particle_explorer.configs import PreprocessConfig
 from particle_explorer.exporting import choose, export, recentred, transfer
-from particle_explorer.files import UserError
+from particle_explorer.files import Stopped, UserError
+from particle_explorer.io import joining
 from particle_explorer.io.joining import merge_stars
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
@@ -229,3 +230,19 @@ def test_import_takes_several_star_files(tmp_path: Path, capsys: pytest.CaptureF
     assert "is no star file; of several files opened together all must be" in capsys.readouterr().err
     assert main(["import", str(b), str(a), "--session", str(tmp_path / "turned")]) == 2
     assert sorted(path.name for path in tmp_path.glob("*_joined*.star")) == joined
+
+
+def test_joining_tells_how_far_it_is_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (extract(tmp_path, name, 32, 2.0, COORDINATE_XY) for name in ("one", "two"))
+    monkeypatch.setattr(joining, "_WATCHED_ROWS", 3)
+    told: list[float] = []
+    merge_stars([one, two], tmp_path / "merged.star", progress=told.append)
+    assert told == sorted(told) and told[0] == 0 and 0.8 < told[-1] < 1
+
+    def stop(done: float) -> None:
+        if done > 0.5:
+            raise Stopped("stopped; nothing was written")
+
+    with pytest.raises(Stopped):
+        merge_stars([one, two], tmp_path / "new" / "merged.star", progress=stop)
+    assert not (tmp_path / "new").exists()

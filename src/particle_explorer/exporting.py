@@ -375,6 +375,8 @@ def transfer(
     *,
     tolerance_px: float = 2.0,
     overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Event | None = None,
 ) -> list[str]:
     """Write those particles of another extraction that lie where the chosen ones do, with their classes and
     poses; `tolerance_px` in pixels of the micrograph. Returns notes.
@@ -431,6 +433,8 @@ def transfer(
         group_file=cs_writing.group_file_of(other.source) if other.kind == "cs" else None,
         overwrite=overwrite,
         check=check,
+        progress=None if progress is None else lambda done: progress("writing", done),
+        stop=stop,
     )
     return [f"{len(here)} of {len(chosen.rows)} particles found in {other.source}", *notes]
 

@@ -57,6 +57,7 @@ def replacing_all(
                 raise _exists_already(path)
     temporaries: list[Path] = []
     new: list[Path] = []
+    folders = [folder for path in paths for folder in path.parents if not folder.exists()]
     try:
         for path in paths:
             temporaries.append(_temporary_beside(path))
@@ -84,6 +85,9 @@ def replacing_all(
         raise
     finally:
         _remove(temporaries)
+        for folder in sorted(set(folders), key=lambda folder: len(folder.parts), reverse=True):
+            with contextlib.suppress(OSError):  # it holds the new files, or what others put there
+                folder.rmdir()
     if sync:
         for folder in dict.fromkeys(path.parent for path in paths):
             sync_folder(folder)

@@ -210,7 +210,11 @@ class Merge(JobCommand):
 
         with self.job("joining star files") as job:
             notes = merge_stars(
-                self.stars, self.out, project_dir=path_or_none(self.project_dir), overwrite=self.overwrite
+                self.stars,
+                self.out,
+                project_dir=path_or_none(self.project_dir),
+                overwrite=self.overwrite,
+                progress=job.tell_share("writing"),
             )
             for note in notes:
                 job.note(note)
@@ -253,7 +257,12 @@ class Transfer(JobCommand):
             session = Session.open(self.session)
             run = session.run(self.run) if self.run else session.newest_finished_run()
             mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
-            other = read(self.to, project_dir=path_or_none(self.project_dir))
+            other = read(
+                self.to,
+                project_dir=path_or_none(self.project_dir),
+                progress=job.tell_share("reading"),
+            )
+            job.tell("finding particles")
             angle, shift = (None, None)
             if run is not None and self.poses != "none":
                 angle, shift = poses_of(run, self.poses)
@@ -265,7 +274,13 @@ class Transfer(JobCommand):
                 shift_yx_px=shift,
             )
             notes = transfer(
-                self.out, chosen, other, tolerance_px=self.tolerance_px, overwrite=self.overwrite
+                self.out,
+                chosen,
+                other,
+                tolerance_px=self.tolerance_px,
+                overwrite=self.overwrite,
+                progress=job.tell,
+                stop=job.stop,
             )
             for note in notes:
                 job.note(note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from particle_explorer.io.paths import resolve_stacks
 from particle_explorer.io.star import Block, StarFile, format_block, unquoted
 
 _CHUNK_ROWS = 50_000
+_WATCHED_ROWS = 1_000
 
 
 @contextlib.contextmanager
@@ -52,7 +53,12 @@ def joined(
 
 
 def merge_stars(
-    sources: Sequence[Path], out: Path, *, project_dir: Path | None = None, overwrite: bool = False
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    project_dir: Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[float], None] | None = None,
 ) -> list[str]:
     """Write the particles of several star files into one; returns notes.
 
@@ -86,6 +92,7 @@ def merge_stars(
         raise UserError("the particles of one of the files name no optics group (_rlnOpticsGroup)")
     seen: set[str] = set()
     n = twice = 0
+    whole = sum(block.n_rows for block in blocks)
     with replacing(out, overwrite=overwrite) as temporary:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             if optics is not None:
@@ -96,6 +103,8 @@ def merge_stars(
             for star, block, number in zip(stars, blocks, numbers, strict=True):
                 shown = _shown_names(star, block, out, project_dir, notes)
                 for cells in _rows(star, block, labels):
+                    if progress is not None and (n + twice) % _WATCHED_ROWS == 0:
+                        progress((n + twice) / whole)
                     place = labels.index("rlnImageName")
                     image = unquoted(cells[place])
                     index, _, stack = image.rpartition("@")
@@ -113,7 +122,7 @@ def merge_stars(
                     n += 1
             file.write("\n")
         back = StarFile(temporary)
-        if relion.particles_block(back).n_rows != n or n + twice != sum(block.n_rows for block in blocks):
+        if relion.particles_block(back).n_rows != n or n + twice != whole:
             raise RuntimeError(f"{out} does not hold the particles that were to be written")
     if twice:
         notes.append(f"{twice} particles are in more than one file and were taken once")
