@@ -39,6 +39,7 @@ def destroy_now() -> None:
 
 
 def test_a_destroyed_widget_hears_no_more(qapp) -> None:
+    destroy_now()  # what other tests have closed
     state, before = State(), set(_waiting)
     view = View(state)
     state.changed.emit(1)
