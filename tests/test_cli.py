@@ -77,7 +77,7 @@ def test_from_a_stack_to_a_star_file(tiny_stack, tmp_path, say):
     assert ((named == "open") == (merged == 1)).all()
     averages = Path(say("average", run.path, "--by", "cluster-kmeans")[-1])
     assert averages == path / "classes" / "cluster-kmeans.mrcs" and MrcFile(averages).shape == (1, 32, 32)
-    stored = session.classes("cluster-kmeans")
+    stored = session.classes.read("cluster-kmeans")
     assert [one["label"] for one in stored.classes] == ["1", "2", "3", "4"]
     assert sum(one["n"] for one in stored.classes) == 120 and stored.how["run"] == run.name
     out = tmp_path / "out.star"
@@ -136,19 +136,19 @@ def test_ways_through_the_map_are_drawn_and_averaged(trained, tmp_path, say, ref
 def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_path, say, refuse):
     session = trained.session
     mask = np.arange(120) % 7 == 0
-    session.save_selection("good", mask, "test")
+    session.selections.save("good", mask, "test")
     say("average", trained.path, "--selection", "good", "--average.ctf", "none")
-    stored = session.classes("good")
+    stored = session.classes.read("good")
     assert [one["n"] for one in stored.classes] == [mask.sum()] and stored.how["selection"] == "good"
     members = stored.members.loc[session.uid[mask]]
     assert (members["weight"] == 1).all() and members[["angle_deg", "shift_y_px"]].notna().all(axis=None)
     say("average", trained.path, "--by", "grid", "--cells", 3, "--weights", "posterior")
-    grid = session.classes("grid")
+    grid = session.classes.read("grid")
     assert len(grid.how["positions"]) == len(grid.classes) and (grid.members["weight"] > 0).all()
     say("traverse", trained.path, "--n-frames", 4, "--out", tmp_path / "way")
     way = ("--by", "near", "--positions", tmp_path / "way.json", "--n-near", 9, "--weights", "distance")
     say("average", trained.path, *way)
-    assert [one["n"] for one in session.classes("near").classes] == [9] * 4
+    assert [one["n"] for one in session.classes.read("near").classes] == [9] * 4
     few = ("--selection", "good", "--refine.n-iterations", 1)
     assert say("refine", trained.path, *few) == ["pose-refined"]
     assert say("refine", trained.path, *few, "--against", "decoded") == ["pose-refined"]
@@ -156,10 +156,10 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     assert np.isfinite(refined["angle_deg"].to_numpy()[mask]).all() and refined["angle_deg"].isna().sum() > 0
     assert trained.column_record("pose-refined")["config"]["against"] == "decoded"
     say("average", trained.path, "--selection", "good", "--poses", "refined")
-    by_refined = session.classes("good-2").members
+    by_refined = session.classes.read("good-2").members
     np.testing.assert_allclose(by_refined["angle_deg"], refined.loc[by_refined.index, "angle_deg"])
     say("average", trained.path, "--selection", "good", "--noise-control")
-    [one] = session.classes("good-3").classes
+    [one] = session.classes.read("good-3").classes
     assert one["control_n"] == mask.sum() and len(one["control_frc"]) == len(one["frc"])
     assert np.isfinite(one["control_frc"]).all() and "believable_radius_A" in one
     assert "carries no angles" in refuse("average", trained.path, "--selection", "good", "--poses", "file")
@@ -180,10 +180,10 @@ def test_independent_halves_have_a_model_each_and_alone_may_speak_of_a_resolutio
 ):
     session = trained.session
     say("average-independent", trained.path, "--classes", 2)
-    stored = session.classes("independent")
+    stored = session.classes.read("independent")
     assert all(one["halves_independent"] for one in stored.classes)
     runs = [session.run(name) for name in stored.how["runs"]]
-    first, second = (session.selection(run.config.selection) for run in runs)
+    first, second = (session.selections.mask(run.config.selection) for run in runs)
     assert (first ^ second).all() and runs[0].config.model == trained.config.model
     members = stored.members
     row = session.table.index.get_indexer(members.index)
@@ -202,7 +202,7 @@ def test_independent_halves_have_a_model_each_and_alone_may_speak_of_a_resolutio
         say("export-classes", session.path, "--averages", name, "--out", tmp_path / name)
         star = StarFile(tmp_path / name / "run_it000_model.star")
         written = star.table(star.block("model_classes"))["rlnEstimatedResolution"].astype(float)
-        found = [one["resolution_A"] for one in session.classes(name).classes]
+        found = [one["resolution_A"] for one in session.classes.read(name).classes]
         expected = [999.0 if value is None else value for value in found]
         np.testing.assert_allclose(written, expected, atol=0.01)
         assert known or found == [None] * 3
@@ -286,7 +286,7 @@ def test_a_cryosparc_source_goes_back_to_cryosparc(tiny_stack, tmp_path, say, ca
     say("train", path, *TINY)
     say("cluster", path, "--n-clusters", 3)
     session = Session.open(path)
-    session.save_selection("half", np.arange(120) % 2 == 0)
+    session.selections.save("half", np.arange(120) % 2 == 0)
     out = tmp_path / "half.cs"
     assert main(["export", str(path), "--out", str(out), "--selection", "half", "--latents"]) == 0
     assert "checked: 60 particles averaged again from what was written" in capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_a_cryosparc_source_goes_back_to_cryosparc(tiny_stack, tmp_path, say, ca
 def test_tables_and_lists_of_rows(trained, tiny_stack, tmp_path, say, refuse):
     session, latents = trained.session, trained.latents()
     mask = np.arange(120) % 3 == 1
-    session.save_selection("third", mask)
+    session.selections.save("third", mask)
     words = ("export", session.path, "--selection", "third", "--out")
     say(*words, tmp_path / "rows.txt")
     assert np.loadtxt(tmp_path / "rows.txt", int).tolist() == np.flatnonzero(mask).tolist()

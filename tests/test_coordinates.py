@@ -82,7 +82,7 @@ def test_they_are_explored_like_our_own(tiny_stack, tmp_path, capsys):
     say("average", run.path)
     labels = latents_module.cluster(Z, ClusterConfig(n_clusters=3))
     expected = average_classes(session, labels, angle, shift)
-    stored = session.classes("cluster-kmeans")
+    stored = session.classes.read("cluster-kmeans")
     for one, image in zip(expected, stored.images, strict=True):
         assert np.corrcoef(one.image.ravel(), image.ravel())[0, 1] > 0.9999
     say("export", session.path, "--out", tmp_path / "o.star", "--latents")

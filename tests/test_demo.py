@@ -107,7 +107,7 @@ def test_the_whole_chain_on_a_small_stack(tmp_path: Path, monkeypatch: pytest.Mo
     from particle_explorer.session import Session
 
     session = Session.open(out / "session")
-    assert session.class_sets() == ["demo"]
+    assert session.classes.names() == ["demo"]
     held = session.newest_finished_run()
     assert held is not None
     exported = read(out / "particles-classified.star").table

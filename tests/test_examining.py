@@ -58,13 +58,13 @@ def set_of(tiny_session: Session) -> tuple[Session, str]:
     )
     averages = average_classes(session, label, angle, shift, AverageConfig())
     how = {"run": run.name, "by": "thirds", "config": AverageConfig().model_dump(), "poses": "run"}
-    return session, session.save_classes("thirds", averages, ["0", "1", "2"], how)
+    return session, session.classes.save("thirds", averages, ["0", "1", "2"], how)
 
 
 def test_strangers_in_a_class_stand_out(set_of: tuple[Session, str]) -> None:
     """Members whose poses are wrong fit the average of the others worse than those whose are right."""
     session, name = set_of
-    members = session.classes(name).members.copy()
+    members = session.classes.read(name).members.copy()
     wrong = np.arange(len(members)) % 8 == 0
     members.loc[wrong, "angle_deg"] += 120.0
     found = examine(session, members, 3)
@@ -77,7 +77,7 @@ def test_strangers_in_a_class_stand_out(set_of: tuple[Session, str]) -> None:
 
 def test_variance_is_where_members_differ(set_of: tuple[Session, str]) -> None:
     session, name = set_of
-    members = session.classes(name).members
+    members = session.classes.read(name).members
     apart = members.copy()
     apart["angle_deg"] += np.where(np.arange(len(apart)) % 2, 20.0, -20.0)
     y, x = np.indices((N, N)) - N // 2
@@ -89,7 +89,7 @@ def test_variance_is_where_members_differ(set_of: tuple[Session, str]) -> None:
 def test_what_the_model_draws_is_taken_away(set_of: tuple[Session, str]) -> None:
     """A drawing in another box and grey scale leaves noise; one that lacks something leaves that."""
     session, name = set_of
-    stored = session.classes(name)
+    stored = session.classes.read(name)
     size = stored.images.shape[-1]
     drawn = 3 * stored.images + 1
     left = examine(session, stored.members, 3, drawn=drawn).residual
@@ -119,9 +119,9 @@ def test_a_disc_is_not_called_symmetric() -> None:
 
 def test_members_are_left_out_and_the_rest_is_averaged_anew(set_of: tuple[Session, str]) -> None:
     session, name = set_of
-    before = session.classes(name)
+    before = session.classes.read(name)
     gone = before.members.index[before.members["average"] == 1][:5].to_numpy(np.uint64)
-    after = session.classes(amend(session, name, Change(leave_out=gone)))
+    after = session.classes.read(amend(session, name, Change(leave_out=gone)))
     assert [one["n"] for one in after.classes] == [40, 35, 40]
     np.testing.assert_array_equal(after.images[[0, 2]], before.images[[0, 2]])
     table, kept = session.table, after.members.index[after.members["average"] == 1]
@@ -130,16 +130,16 @@ def test_members_are_left_out_and_the_rest_is_averaged_anew(set_of: tuple[Sessio
     (expected,) = average_classes(session, label, angle.to_numpy(float), shift.to_numpy(float))
     np.testing.assert_allclose(after.images[1], expected.image, atol=1e-5)
     assert after.how["from"] == name and len(after.how["changed"]["left_out"]) == 5
-    assert session.classes(name).classes == before.classes, "the old set stays"
+    assert session.classes.read(name).classes == before.classes, "the old set stays"
 
 
 def test_classes_are_joined_divided_renamed_and_removed(set_of: tuple[Session, str]) -> None:
     session, name = set_of
     none = np.zeros(0, np.uint64)
-    joined = session.classes(amend(session, name, Change(none, join=((0, 2),), rename={1: "bent"})))
+    joined = session.classes.read(amend(session, name, Change(none, join=((0, 2),), rename={1: "bent"})))
     assert [one["label"] for one in joined.classes] == ["0+2", "bent"]
     assert [one["n"] for one in joined.classes] == [80, 40]
-    divided = session.classes(amend(session, name, Change(none, divide={0: 2}, remove=(2,))))
+    divided = session.classes.read(amend(session, name, Change(none, divide={0: 2}, remove=(2,))))
     assert [one["label"] for one in divided.classes] == ["0.1", "0.2", "1"]
     row = pd.Index(session.uid).get_indexer(divided.members.index)
     odd = row % 2
@@ -166,17 +166,20 @@ def test_what_was_found_is_kept_with_the_set(set_of: tuple[Session, str]) -> Non
 
     session, name = set_of
     assert main(["examine", str(session.path), "--averages", name]) == 0
-    stored = session.classes(name)
+    stored = session.classes.read(name)
     assert {"correlation", "error", "distance"} <= set(stored.members)
     assert np.isfinite(stored.members["distance"]).all()
     assert all({"mirror", "symmetry", "residual_of"} <= set(one) for one in stored.classes)
-    variance = session.class_pictures(name, "variance")
+    variance = session.classes.pictures(name, "variance")
     assert variance is not None and variance.shape == (3, N, N)
     listed = session.path / "out.txt"
     listed.write_text("\n".join(map(str, stored.members.index[:3])))
     command = ["amend", str(session.path), "--averages", name, "--leave-out", str(listed), "--join", "0,1"]
     assert main([*command, "--rename", "2=closed"]) == 0
-    assert [one["label"] for one in session.classes(session.newest_classes()).classes] == ["0+1", "closed"]
+    assert [one["label"] for one in session.classes.read(session.classes.newest()).classes] == [
+        "0+1",
+        "closed",
+    ]
     assert main(["amend", str(session.path), "--averages", name, "--remove", "9"]) == 2
 
 
@@ -184,7 +187,7 @@ def test_a_report_shows_all_and_says_what_it_may(set_of: tuple[Session, str], tm
     from particle_explorer.cli import main
 
     session, name = set_of
-    session.mark_classes(name, ["good", "", "bad"])
+    session.classes.mark(name, ["good", "", "bad"])
     out = tmp_path / "report.html"
     command = ["report-classes", str(session.path), "--averages", name, "--out", str(out)]
     assert main(["examine", str(session.path), "--averages", name]) == 0
@@ -192,7 +195,7 @@ def test_a_report_shows_all_and_says_what_it_may(set_of: tuple[Session, str], tm
     text = out.read_text(encoding="utf-8")
     assert text.count("<figure>") == 9 and text.count("<svg") == 3  # averages, variances, residuals; curves
     assert "upper bound" in text and "may be called" not in text and "not known" in text
-    run = session.classes(name).how["run"]
+    run = session.classes.read(name).how["run"]
     for word in (run, "latent_dim", "thirds", "classes/thirds.parquet", "good", "&quot;ctf&quot;"):
         assert word in text, word
     assert main(command) == 2, "an existing page stays"
@@ -212,7 +215,7 @@ def test_an_aligned_stack_needs_no_poses_and_turns_its_ctf(
     assert main(command) == 0
     assert main(command) == 2, "existing files stay"
     written = read(out)
-    stored = session.classes(name)
+    stored = session.classes.read(name)
     table, label = written.table, written.table["class_id"].to_numpy(int) - 1
     assert len(table) == len(stored.members) and (table[["angle_deg", "shift_y_px"]] == 0).all(axis=None)
     before = session.table.sort_values("source_row")

@@ -29,7 +29,7 @@ def averaged(tiny_session):
     labels[:6] = -1
     angle, shift = rng.uniform(-180, 180, 120), rng.normal(size=(120, 2))
     averages = average_classes(tiny_session, labels, angle, shift)
-    tiny_session.save_classes("three", averages, [average.label for average in averages], {"config": {}})
+    tiny_session.classes.save("three", averages, [average.label for average in averages], {"config": {}})
     return tiny_session, labels, angle, shift
 
 
@@ -54,7 +54,7 @@ def test_relion_s_class_display_finds_everything(averaged, tiny_stack):
     assert any("relion_display in" in note for note in notes)
     assert any("averaged again from what was written" in note for note in notes)
     images, data = as_relion_reads(folder, session.path.parent)
-    stored = session.classes("three")
+    stored = session.classes.read("three")
     assert len(images) == 4 and not images[2].any()  # class 3 is empty, not left out
     for number, image in zip((1, 2, 4), stored.images, strict=True):
         np.testing.assert_array_equal(images[number - 1], image)
@@ -83,7 +83,7 @@ def test_cryosparc_gets_templates(averaged):
     folder = session.path.parent / "out"
     export_classes(folder, session, "three")
     records = cryosparc.load(folder / "templates.cs")
-    stored = session.classes("three")
+    stored = session.classes.read("three")
     with mrcfile.open(folder / "templates.mrc") as mrc:
         for record in records:
             assert record["blob/path"] == b">templates.mrc"
@@ -99,7 +99,7 @@ def test_marks_decide_which_classes_are_chosen(averaged):
     folder = session.path.parent
 
     def chosen(marks, name):
-        session.mark_classes("three", marks)
+        session.classes.mark("three", marks)
         export_classes(folder / name, session, "three")
         names = starfile.read(folder / name / "class_averages.star", always_dict=True)[""][
             "rlnReferenceImage"
@@ -111,7 +111,7 @@ def test_marks_decide_which_classes_are_chosen(averaged):
     assert chosen(["", "bad", ""], "a") == [1, 0, 0, 1]
     assert chosen(["", "bad", "good"], "b") == [0, 0, 0, 1]
     assert chosen(["", "", ""], "c") == [1, 1, 0, 1]
-    session.mark_classes("three", ["bad"] * 3)
+    session.classes.mark("three", ["bad"] * 3)
     with pytest.raises(UserError, match="every class of three is marked bad"):
         export_classes(folder / "d", session, "three")
     assert not (folder / "d").exists()
@@ -141,8 +141,8 @@ def test_a_class_set_is_whole_or_not_there(averaged, monkeypatch):
 def test_an_average_that_is_not_that_of_its_particles_is_noticed(averaged):
     session, labels, angle, shift = averaged
     wrong = average_classes(session, labels, angle + 90, shift)
-    right = session.classes("three")
-    session.save_classes("wrong", wrong, ["1", "2", "4"], {"config": {}})
+    right = session.classes.read("three")
+    session.classes.save("wrong", wrong, ["1", "2", "4"], {"config": {}})
     path = session.path / "classes" / "wrong.parquet"
     right.members.to_parquet(path)  # averages at one pose, members at another
     with pytest.raises(RuntimeError, match="averages by the written poses are not"):
@@ -164,7 +164,7 @@ def test_a_particle_of_several_averages_is_in_the_one_where_it_counts_most(tiny_
 
     members = Members(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), np.array([0.2, 0.8, 1.0, 1.0]))
     averages = average_members(tiny_session, members, ["a", "b"], np.zeros(120), np.zeros((120, 2)))
-    tiny_session.save_classes("shared", averages, ["a", "b"], {"config": {}})
+    tiny_session.classes.save("shared", averages, ["a", "b"], {"config": {}})
     folder = tiny_session.path.parent / "out"
     export_classes(folder, tiny_session, "shared")
     table = starfile.read(folder / "run_it000_data.star", always_dict=True)["particles"]

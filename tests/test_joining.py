@@ -191,7 +191,7 @@ def test_transfer_and_recentre_from_the_command_line(
     star = extract(tmp_path, "binned", 32, 2.0, COORDINATE_XY)
     full = extract(tmp_path, "full", 64, 1.0, COORDINATE_XY)
     session = Session.create(tmp_path / "s", read(star), PreprocessConfig())
-    session.save_selection("some", np.arange(K) < 4)
+    session.selections.save("some", np.arange(K) < 4)
     words = ["transfer", str(session.path), "--to", str(full), "--out", str(tmp_path / "o.star")]
     assert main([*words, "--selection", "some"]) == 0
     assert "4 of 4 particles found" in capsys.readouterr().err

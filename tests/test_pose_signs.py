@@ -305,7 +305,7 @@ def test_averages_of_two_pixel_sizes_and_fields(
     # one of the classes holds images of one group only, and is checked against what was shown all the same
     labels = np.where(np.arange(K) < half - 2, 0, 1)
     averages = average_classes(session, labels, -PSI_DEG, shift, config)
-    session.save_classes("two", averages, ["1", "2"], {"config": config.model_dump()})
+    session.classes.save("two", averages, ["1", "2"], {"config": config.model_dump()})
     notes = export_classes(tmp_path / "classes", session, "two")
     assert any("averaged again from what was written, r 0.99" in note or "r 1.0" in note for note in notes)
     written = starfile.read(tmp_path / "classes" / "run_it000_data.star")["particles"]

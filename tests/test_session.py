@@ -211,12 +211,12 @@ def test_preparing_again_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_what_is_there_is_never_lost(tiny_particles, tmp_path):
     path = tmp_path / "s"
     first = Session.create(path, tiny_particles)
-    first.save_selection("good", np.arange(120) < 5, "by hand")
+    first.selections.save("good", np.arange(120) < 5, "by hand")
     with pytest.raises(UserError, match="is a session already"):
         Session.create(path, tiny_particles)
     Session.create(path, tiny_particles, overwrite=True)
-    assert Session.open(path).selections() == []
-    assert Session.open(tmp_path / "s-replaced-1").selections() == ["good"]
+    assert Session.open(path).selections.names() == []
+    assert Session.open(tmp_path / "s-replaced-1").selections.names() == ["good"]
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.txt").write_text("precious")
@@ -410,26 +410,26 @@ def test_a_newer_run_is_refused(tiny_session):
 
 def test_selections_come_back(tiny_session):
     mask = np.random.default_rng(0).random(120) < 0.3
-    tiny_session.save_selection("good ones", mask, "lasso")
+    tiny_session.selections.save("good ones", mask, "lasso")
     again = Session.open(tiny_session.path)
-    np.testing.assert_array_equal(again.selection("good ones"), mask)
-    assert again.selections() == ["good ones"]
+    np.testing.assert_array_equal(again.selections.mask("good ones"), mask)
+    assert again.selections.names() == ["good ones"]
     with pytest.raises(UserError, match="there are: good ones"):
-        again.selection("bad")
+        again.selections.mask("bad")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a\x00b"])
 def test_names_cannot_leave_the_session(tiny_session, name):
     with pytest.raises(UserError, match="cannot be a name"):
-        tiny_session.save_selection(name, np.zeros(120, bool))
+        tiny_session.selections.save(name, np.zeros(120, bool))
 
 
 def test_averages_come_back_with_members_and_quality(tiny_session):
     labels = np.arange(120) % 3
     averages = average_classes(tiny_session, labels)
-    names = [tiny_session.save_classes("mine", averages, ["a", "b", "c"], {"by": "test"}) for _ in range(2)]
-    assert names == ["mine", "mine-2"] == tiny_session.class_sets()
-    found = Session.open(tiny_session.path).classes("mine-2")
+    names = [tiny_session.classes.save("mine", averages, ["a", "b", "c"], {"by": "test"}) for _ in range(2)]
+    assert names == ["mine", "mine-2"] == tiny_session.classes.names()
+    found = Session.open(tiny_session.path).classes.read("mine-2")
     np.testing.assert_allclose(found.images, [average.image for average in averages], rtol=1e-6)
     assert [one["label"] for one in found.classes] == ["a", "b", "c"] and found.classes[0]["n"] == 40
     assert found.members["average"].reindex(tiny_session.table.index).tolist() == labels.tolist()
@@ -581,7 +581,7 @@ def test_rows_of_a_named_selection_that_a_run_is_fitted_to(tiny_session: Session
     from particle_explorer.configs import ClassMapConfig, RunConfig
 
     n = tiny_session.n_particles
-    tiny_session.save_selection("some", np.arange(n) < 30)
+    tiny_session.selections.save("some", np.arange(n) < 30)
     assert list(tiny_session.rows_where("", "some")) == list(range(30))
     where = "stack_index >= 20"
     both = tiny_session.rows_where(where, "some")

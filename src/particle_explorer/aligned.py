@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from particle_explorer.class_sets import StoredClasses
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.io.mrc import write_stack_in_batches
 from particle_explorer.io.writing import export_particles
-from particle_explorer.session import Session, StoredClasses
+from particle_explorer.session import Session
 from particle_explorer.spectra import align, outside_circle
 from particle_explorer.summing import Event
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 
 from particle_explorer.averaging import ClassAverage, average_members
+from particle_explorer.class_sets import StoredClasses
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError
-from particle_explorer.session import Session, StoredClasses
+from particle_explorer.session import Session
 from particle_explorer.summing import Event, Members, Progress
 
 Floats = NDArray[np.float64]
@@ -122,7 +123,7 @@ def amend(
     stop: Event | None = None,
 ) -> str:
     """Make the changed set; returns its name, NAME-2 …"""
-    stored = session.classes(name)
+    stored = session.classes.read(name)
     if not {"angle_deg", "shift_y_px", "shift_x_px", "weight"} <= set(stored.members):
         raise UserError("these averages were made by an older version, without poses; average again")
     members, labels = amended(stored, change, _positions(session, stored))
@@ -138,7 +139,7 @@ def amend(
     made = _averaged(session, stored, members, anew, progress, stop) if anew else []
     averages = dict(zip(anew, made, strict=True))
     how = {**stored.how, "from": name, "changed": described(stored, change)}
-    return session.save_changed_classes(stored, members, labels, averages, copies, how)
+    return session.classes.save_changed(stored, members, labels, averages, copies, how)
 
 
 def _positions(session: Session, stored: StoredClasses) -> pd.DataFrame | None:

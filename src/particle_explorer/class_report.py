@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from particle_explorer import __version__
+from particle_explorer.class_sets import StoredClasses
 from particle_explorer.report import curves, figures, page
-from particle_explorer.session import Session, StoredClasses
+from particle_explorer.session import Session
 
 SHARED = (
     "Both halves of an average were aligned by one model: their correlation is self-consistency, an upper "
@@ -36,7 +37,7 @@ def report(session: Session, stored: StoredClasses) -> str:
     body.append(f'<p class="note">{len(stored.classes)} averages, {len(stored.members)} members</p>')
     body += rows
     for key, title in (("variance", "Where members differ"), ("residual", "What is left over")):
-        pictures = session.class_pictures(stored.name, key)
+        pictures = session.classes.pictures(stored.name, key)
         if pictures is not None:
             labels = [html.escape(str(one["label"])) for one in stored.classes]
             body.append(f"<h2>{title}</h2>")

@@ -292,7 +292,7 @@ def _average(
     column = pd.DataFrame({"cluster-kmeans": classes}, index=session.table.index)
     run.write_column("cluster-kmeans", column, config.model_dump())
     averages = averaging.average_classes(session, classes, held[:, 0], held[:, 1:], AverageConfig())
-    session.save_classes(
+    session.classes.save(
         "demo", averages, [average.label for average in averages], {"run": run.name, "held": True}
     )
     return classes, averages

@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from particle_explorer.averaging import average_classes
+from particle_explorer.class_sets import StoredClasses, kept_classes
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError, replacing, umask
 from particle_explorer.io import cs_writing, joining, writing
@@ -28,7 +29,7 @@ from particle_explorer.particles import ImageStack, Particles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.report import png_file
-from particle_explorer.session import Run, Session, StoredClasses, kept_classes
+from particle_explorer.session import Run, Session
 from particle_explorer.summing import Event
 
 PARTICLE_SUFFIXES = (".star", ".cs")
@@ -232,7 +233,7 @@ def export_classes(
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; choose a new folder for the class averages")
-    stored = session.classes(name)
+    stored = session.classes.read(name)
     images = stored.images if stored.images.ndim == 3 else stored.images.mean(1)
     number = class_numbers([str(one["label"]) for one in stored.classes])
     members = _members(session, stored.members, number)

@@ -44,9 +44,9 @@ class Paired(NamedTuple):
 
 def split(session: Session, seed: int = 0) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Two selections of the session, disjoint and together everything; made once, then read."""
-    there = session.selections()
+    there = session.selections.names()
     if all(name in there for name in HALVES):
-        a, b = (session.selection(name) for name in HALVES)
+        a, b = (session.selections.mask(name) for name in HALVES)
         if (a ^ b).all():
             return a, b
         raise UserError(
@@ -56,7 +56,7 @@ def split(session: Session, seed: int = 0) -> tuple[NDArray[np.bool_], NDArray[n
     chosen = np.random.default_rng(seed).permutation(session.n_particles)[: session.n_particles // 2]
     first[chosen] = True
     for name, mask in zip(HALVES, (first, ~first), strict=True):
-        session.save_selection(name, mask, how="at random, for two independent models")
+        session.selections.save(name, mask, how="at random, for two independent models")
     return first, ~first
 
 
@@ -94,7 +94,7 @@ def independent_averages(
 ) -> Paired:
     """Averages of two runs that were fitted to disjoint selections, see `runs_of_halves`."""
     session = runs[0].session
-    masks = [session.selection(run.config.selection) for run in runs]
+    masks = [session.selections.mask(run.config.selection) for run in runs]
     if any(not run.config.selection for run in runs) or (masks[0] & masks[1]).any():
         raise UserError(f"runs {runs[0].name} and {runs[1].name} were fitted to common particles")
     labels, angles, shifts = [], [], []

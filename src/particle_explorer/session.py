@@ -16,7 +16,6 @@ a killed writer leaves the session as it was.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import io
@@ -27,10 +26,10 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,6 +38,7 @@ from pydantic import ValidationError
 
 from particle_explorer import __version__, preprocess
 from particle_explorer.cache import BLOCK_BYTES, PLAN, Cache, CachedImages, ProgressCallback, inputs_key
+from particle_explorer.class_sets import ClassSets
 from particle_explorer.configs import Config, DataSpec, PreprocessConfig, RunConfig
 from particle_explorer.files import (
     Stopped,
@@ -54,16 +54,15 @@ from particle_explorer.files import (
     write_parquet,
     write_text,
 )
-from particle_explorer.io import cryosparc, cs_writing, mrc, reading
+from particle_explorer.io import cryosparc, cs_writing, reading
 from particle_explorer.io.inspecting import guessed_sign
 from particle_explorer.io.tables import join
 from particle_explorer.latents import Latents
 from particle_explorer.particles import ImageStack, Particles, where_mask
+from particle_explorer.records import LOCK, checked, json_number, names_in, now, unused
 from particle_explorer.resampling import Scale, common_scale
+from particle_explorer.selections import Selections
 from particle_explorer.status import Status, read_status
-
-if TYPE_CHECKING:
-    from particle_explorer.averaging import ClassAverage
 
 FORMAT_VERSION = 1
 
@@ -72,7 +71,6 @@ Rows = NDArray[np.intp]
 
 _UNKNOWN = ("pixel_size_A", "cached_pixel_size_A")
 """Numbers of a plan that may be NaN, for which JSON has no word"""
-_NAME = re.compile(r"\w[\w .+-]*")
 
 
 class SessionInfo(Config):
@@ -100,23 +98,6 @@ class SessionInfo(Config):
     """What `preprocess` came to for this table"""
     notes: tuple[str, ...] = ()
     """What the reader said of the source"""
-
-
-class StoredClasses(NamedTuple):
-    """Averages read back from `classes/NAME`."""
-
-    name: str
-    images: NDArray[np.float32]
-    """`(k, n, n)`, or `(k, c, n, n)` for images of several channels"""
-    pixel_size_A: float
-    """NaN where it is not known"""
-    classes: list[dict[str, Any]]
-    """per average: label, n, n_effective, frc, frc_label, ssnr, ssnr_radius_A, ctf, halves_independent,
-    and where it was judged, mark: good or bad"""
-    members: pd.DataFrame
-    """uid → index of the average, column `average`; a particle may be in several. `weight`, and the pose
-    it was moved back by: `angle_deg`, `shift_y_px`, `shift_x_px` (px of the original)"""
-    how: dict[str, Any]
 
 
 class Session:
@@ -180,7 +161,7 @@ class Session:
                 raise
             kept = particles[~left_out.mask]
             info = SessionInfo(
-                created=_now(),
+                created=now(),
                 source=_portable(particles.source, path),
                 source_kind=particles.kind,
                 source_copy=copy,
@@ -191,7 +172,7 @@ class Session:
                 n_channels=particles.images.n_channels,
                 preprocess=config,
                 plan={
-                    name: _json_number(value) for name, value in PLAN.dump_python(plan, mode="json").items()
+                    name: json_number(value) for name, value in PLAN.dump_python(plan, mode="json").items()
                 },
                 notes=(*particles.notes, *left_out.notes),
             )
@@ -366,7 +347,7 @@ class Session:
         """The rows that `COLUMN OP VALUE [and …]` takes, of a named selection; all for empty texts."""
         rows = np.flatnonzero(where_mask(self.table, where)) if where else np.arange(self.info.n)
         if selection:
-            rows = np.intersect1d(rows, np.flatnonzero(self.selection(selection)))
+            rows = np.intersect1d(rows, np.flatnonzero(self.selections.mask(selection)))
         if rows.size == 0:
             asked = (f"--where {where!r}" if where else "", f"--selection {selection!r}" if selection else "")
             raise UserError(f"no particle of {self.path} is left by {' and '.join(filter(None, asked))}")
@@ -419,245 +400,25 @@ class Session:
         folder = self.path / "jobs"
         return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
-    # ------------------------------------------------------------------ selections and classes
+    @property
+    def selections(self) -> Selections:
+        """Named sets of its particles."""
+        return Selections(self.path / "selections", lambda: self.uid)
 
-    def selections(self) -> list[str]:
-        """Names of the saved selections."""
-        return _stems(self.path / "selections")
+    def mask_of(self, selection: str) -> Mask:
+        """`(N,)` bool of a named selection; of all particles for the empty name."""
+        return self.selections.mask(selection) if selection else np.ones(self.info.n, bool)
 
-    def save_selection(
-        self, name: str, mask: Mask, how: str = "", colour: str = "", *, aside: bool = True
-    ) -> None:
-        """Keep which particles `(N,)` are selected, and how they were chosen.
-
-        A set of that name is put aside first (`bring_back_selection`), unless `aside` is off.
-        """
-        if mask.shape != (self.info.n,):
-            raise ValueError(f"mask of {mask.shape} for {self.info.n} particles")
-        folder = self.path / "selections"
-        with self._writing():
-            there = (folder / f"{_checked(name)}.json").is_file()
-            colour = colour or (str(self.selection_record(name).get("colour", "")) if there else "")
-            if there and aside:
-                self._put_selection_aside(name)
-            table = pd.DataFrame(index=pd.Index(self.uid[mask], name="uid"))
-            write_parquet(table, folder / f"{name}.parquet")
-            record = {"how": how, "n": int(mask.sum()), "made": _now()}
-            write_json(folder / f"{name}.json", record | ({"colour": colour} if colour else {}))
-
-    def selection_record(self, name: str) -> dict[str, Any]:
-        """How a selection was chosen: how, n, made, and its colour (RRGGBB) where it was given one."""
-        return read_json(self.path / "selections" / f"{_checked(name)}.json")
-
-    def colour_selection(self, name: str, colour: str) -> None:
-        """Give a selection another colour, RRGGBB."""
-        with self._writing():
-            path = self.path / "selections" / f"{_checked(name)}.json"
-            write_json(path, self.selection_record(name) | {"colour": colour})
-
-    def rename_selection(self, name: str, new: str) -> None:
-        """Give a selection another name, which must be free."""
-        folder = self.path / "selections"
-        with self._writing():
-            if (folder / f"{_checked(new)}.json").exists():
-                raise UserError(f"there is a set {new!r} already; choose another name")
-            for suffix in (".parquet", ".json"):  # the record last: it announces the rest
-                (folder / f"{_checked(name)}{suffix}").rename(folder / f"{new}{suffix}")
-
-    def remove_selection(self, name: str) -> None:
-        """Put a selection aside, into `selections/removed/`; `bring_back_selection` undoes it."""
-        self.selection_record(name)  # a wrong name is said before anything moves
-        with self._writing():
-            self._put_selection_aside(name)
-
-    def removed_selections(self) -> list[tuple[str, str]]:
-        """Name, and name of the files, of what was put aside, the latest last."""
-        folder = self.path / "selections" / "removed"
-        found = [(path.stem.partition(" ")[2], path.stem) for path in folder.glob("*.json")]
-        return sorted(found, key=lambda each: each[1])
-
-    def bring_back_selection(self) -> str:
-        """Bring back what was put aside last, under its name or NAME-2 …; returns the name."""
-        folder = self.path / "selections"
-        with self._writing():
-            removed = self.removed_selections()
-            if not removed:
-                raise UserError(f"no set of {self.path} was removed")
-            name, stem = removed[-1]
-            used = _unused(folder, name)
-            for suffix in (".parquet", ".json"):
-                (folder / "removed" / f"{stem}{suffix}").rename(folder / f"{used}{suffix}")
-        return used
-
-    def _put_selection_aside(self, name: str) -> None:
-        folder = self.path / "selections"
-        (folder / "removed").mkdir(exist_ok=True)
-        numbers = [int(stem.partition(" ")[0]) for _, stem in self.removed_selections()]
-        stem = f"{max(numbers, default=0) + 1:04d} {name}"
-        for suffix in (".json", ".parquet"):
-            (folder / f"{name}{suffix}").rename(folder / "removed" / f"{stem}{suffix}")
-
-    def selection(self, name: str) -> Mask:
-        """`(N,)` bool."""
-        path = self.path / "selections" / f"{_checked(name)}.parquet"
-        if not path.is_file():
-            there = ", ".join(self.selections()) or "none"
-            raise UserError(f"{self.path} has no selection {name!r}; there are: {there}")
-        return np.asarray(self.table.index.isin(read_parquet(path).index))
-
-    def class_sets(self) -> list[str]:
-        """Names of the saved sets of averages."""
-        return _stems(self.path / "classes")
-
-    def newest_classes(self) -> str:
-        """The set of averages that was made last, or an empty text."""
-        folder = self.path / "classes"
-        names = self.class_sets()
-        return max(
-            names, key=lambda name: str(read_json(folder / f"{name}.json").get("made", "")), default=""
-        )
-
-    def save_classes(
-        self, name: str, averages: Sequence[ClassAverage], labels: Sequence[str], how: Mapping[str, Any]
-    ) -> str:
-        """Keep averages of one box size, their members and quality; returns the name used (NAME, NAME-2, …).
-
-        The averages of images with several channels lie in the .mrcs channel by channel.
-        """
-        images = np.stack([average.image for average in averages]).astype(np.float32)
-        shift = np.concatenate([average.shift_yx_px for average in averages])
-        members = pd.DataFrame(
-            {
-                "average": np.repeat(np.arange(len(averages)), [average.n for average in averages]),
-                "weight": np.concatenate([average.weight for average in averages]),
-                "angle_deg": np.concatenate([average.angle_deg for average in averages]),
-                "shift_y_px": shift[:, 0],
-                "shift_x_px": shift[:, 1],
-            },
-            index=pd.Index(
-                np.concatenate([average.uid for average in averages]), dtype=np.uint64, name="uid"
-            ),
-        )
-        records = [_class_record(*each) for each in zip(averages, labels, strict=True)]
-        return self._put_classes(name, images, float(averages[0].pixel_size_A), members, records, how)
-
-    def save_changed_classes(
-        self,
-        stored: StoredClasses,
-        members: pd.DataFrame,
-        labels: Sequence[str],
-        averages: Mapping[int, ClassAverage],
-        copies: Mapping[int, int],
-        how: Mapping[str, Any],
-    ) -> str:
-        """Keep a changed set beside the one it was made of; returns the name used.
-
-        `members` are those of the new set, `averages` its classes that were made anew, `copies` those that
-        are as they were, with their place in `stored`.
-        """
-        images, records = [], []
-        for i, label in enumerate(labels):
-            if i in copies:
-                images.append(stored.images[copies[i]])
-                records.append({**stored.classes[copies[i]], "label": label})
-            else:
-                images.append(averages[i].image)
-                records.append(_class_record(averages[i], label))
-        order = np.argsort(members["average"].to_numpy(), kind="stable")
-        base = re.sub(r"-\d+$", "", stored.name)
-        table = members.iloc[order]
-        return self._put_classes(base, np.stack(images), stored.pixel_size_A, table, records, how)
-
-    def _put_classes(
-        self,
-        name: str,
-        images: NDArray[np.float32],
-        pixel_size_A: float,
-        members: pd.DataFrame,
-        records: list[dict[str, Any]],
-        how: Mapping[str, Any],
-    ) -> str:
-        folder = self.path / "classes"
-        record = {
-            "how": dict(how),
-            "made": _now(),
-            "pixel_size_A": _json_number(pixel_size_A),
-            "n_channels": 1 if images.ndim == 3 else images.shape[1],
-            "classes": records,
-        }
-        with self._writing():
-            used = _unused(folder, _checked(name))
-            mrc.write_stack(folder / f"{used}.mrcs", images.reshape(-1, *images.shape[-2:]), pixel_size_A)
-            write_parquet(members, folder / f"{used}.parquet")
-            write_json(folder / f"{used}.json", record)  # last: it announces the rest
-        return used
-
-    def save_examined(
-        self,
-        name: str,
-        columns: pd.DataFrame,
-        classes: Sequence[Mapping[str, Any]],
-        pictures: Mapping[str, NDArray[np.float32]],
-        pixel_size_A: float,
-    ) -> None:
-        """Keep what was found of a class set: `columns` beside its members, row by row, more words for each
-        of its `classes`, and stacks of `pictures` as NAME-KEY.mrcs."""
-        folder = self.path / "classes"
-        with self._writing():
-            members = read_parquet(folder / f"{_checked(name)}.parquet")
-            if not np.array_equal(members.index, columns.index):
-                raise ValueError(f"{len(columns)} rows do not fit the {len(members)} members of {name}")
-            record = read_json(folder / f"{name}.json")
-            for one, more in zip(record["classes"], classes, strict=True):
-                one.update(more)
-            for key, images in pictures.items():
-                mrc.write_stack(folder / f"{name}-{key}.mrcs", images, pixel_size_A, overwrite=True)
-            write_parquet(members.assign(**columns), folder / f"{name}.parquet")
-            write_json(folder / f"{name}.json", record)
-
-    def class_pictures(self, name: str, key: str) -> NDArray[np.float32] | None:
-        """`(k, m, m)` pictures that `save_examined` has kept, or None."""
-        path = self.path / "classes" / f"{_checked(name)}-{key}.mrcs"
-        if not path.is_file():
-            return None
-        file = mrc.MrcFile(path)
-        return file.read(np.arange(file.n_images))[:, 0]
-
-    def classes(self, name: str) -> StoredClasses:
-        """A saved set of averages."""
-        folder = self.path / "classes"
-        if not (folder / f"{_checked(name)}.json").is_file():
-            there = ", ".join(self.class_sets()) or "none"
-            raise UserError(f"{self.path} has no class averages {name!r}; there are: {there}")
-        record = read_json(folder / f"{name}.json")
-        k, c, size = len(record["classes"]), record["n_channels"], record["pixel_size_A"]
-        images = mrc.MrcFile(folder / f"{name}.mrcs").read(np.arange(k * c))
-        return StoredClasses(
-            name=name,
-            images=images.reshape(k, *((c,) if c > 1 else ()), *images.shape[-2:]),
-            pixel_size_A=math.nan if size is None else size,
-            classes=record["classes"],
-            members=read_parquet(folder / f"{name}.parquet"),
-            how=record["how"],
-        )
-
-    def mark_classes(self, name: str, marks: Sequence[str]) -> None:
-        """Keep how averages were judged: "good", "bad" or "", one for each.
-
-        `marks` is read once the lock is held, so of several writers of one list the last writes the newest.
-        """
-        path = self.path / "classes" / f"{_checked(name)}.json"
-        with self._writing():
-            record = read_json(path)
-            for one, mark in zip(record["classes"], list(marks), strict=True):
-                one["mark"] = mark
-            write_json(path, record)
+    @property
+    def classes(self) -> ClassSets:
+        """Sets of averages of its particles."""
+        return ClassSets(self.path / "classes")
 
     # ------------------------------------------------------------------ inside
 
     def _writing(self) -> Any:
         """The one writer lock of the session, held for the moment of a write."""
-        return locked(self.path / ".lock")
+        return locked(self.path / LOCK)
 
     def _new_folder(self, group: str, kind: str) -> Path:
         parent = self.path / group
@@ -768,12 +529,12 @@ class Run:
         """Names of the results in `columns/`, oldest first."""
         folder = self.path / "columns"
         return sorted(
-            _stems(folder), key=lambda name: (read_json(folder / f"{name}.json").get("made", ""), name)
+            names_in(folder), key=lambda name: (read_json(folder / f"{name}.json").get("made", ""), name)
         )
 
     def column(self, name: str) -> pd.DataFrame:
         """One result, indexed by uid."""
-        path = self.path / "columns" / f"{_checked(name)}.parquet"
+        path = self.path / "columns" / f"{checked(name)}.parquet"
         if not path.is_file():
             there = ", ".join(self.columns()) or "none"
             raise UserError(f"run {self.name} has no column {name!r}; there are: {there}")
@@ -781,7 +542,7 @@ class Run:
 
     def column_record(self, name: str) -> dict[str, Any]:
         """The config and time of one result."""
-        return read_json(self.path / "columns" / f"{_checked(name)}.json")
+        return read_json(self.path / "columns" / f"{checked(name)}.json")
 
     def group_colours(self, name: str) -> dict[str, str]:
         """Colours chosen for groups of a result, as {group: hexadecimal}; {} for columns of the file."""
@@ -795,7 +556,7 @@ class Run:
         with self.session._writing():
             record = self.column_record(name)
             record["colours"] = {**record.get("colours", {}), group: colour}
-            write_json(self.path / "columns" / f"{_checked(name)}.json", record)
+            write_json(self.path / "columns" / f"{checked(name)}.json", record)
 
     def newest_column(self, kind: str) -> str | None:
         """The newest result whose name starts with `kind`, e.g. "cluster"."""
@@ -828,11 +589,11 @@ class Run:
         """
         folder = self.path / "columns"
         with self.session._writing():
-            used = _checked(name) if replace else _unused(folder, _checked(name))
+            used = checked(name) if replace else unused(folder, checked(name))
             pattern = re.compile(rf"{re.escape(name)}(?=$|_)")
             table = table.rename(columns={old: pattern.sub(used, str(old), count=1) for old in table.columns})
             write_parquet(table, folder / f"{used}.parquet")
-            write_json(folder / f"{used}.json", {"config": dict(config), "made": _now()})
+            write_json(folder / f"{used}.json", {"config": dict(config), "made": now()})
         return used
 
     def metrics(self) -> pd.DataFrame:
@@ -860,43 +621,6 @@ class Run:
     def save_gauge(self, gauge: Mapping[str, Any]) -> None:
         """Write `gauge.json`."""
         write_json(self.path / "gauge.json", dict(gauge))
-
-
-def kept_classes(marks: Sequence[str]) -> NDArray[np.bool_]:
-    """`(k,)` averages to go on with: those marked good; where none is, those that are not marked bad."""
-    given = np.asarray(marks, dtype=str)
-    return given == "good" if (given == "good").any() else given != "bad"
-
-
-def _class_record(average: ClassAverage, label: str) -> dict[str, Any]:
-    return {
-        "label": str(label),
-        "n": average.n,
-        "n_effective": float(average.n_effective),
-        "frc": [_json_number(value) for value in np.asarray(average.frc, float).round(5).tolist()],
-        "frc_label": average.frc_label,
-        "halves_independent": average.halves_independent,
-        "resolution_A": _json_number(float(average.resolution_A)),
-        "ssnr": [_json_number(value) for value in np.asarray(average.ssnr, float).round(5).tolist()],
-        "ssnr_radius_A": _json_number(float(average.ssnr_radius_A)),
-        "ctf": average.ctf,
-        "settings": average.settings,
-        **_control_record(average),
-    }
-
-
-def _control_record(average: ClassAverage) -> dict[str, Any]:
-    """The curves of the noise control; nothing where there was none."""
-    if average.control_frc is None or average.control_ssnr is None:
-        return {}
-    side, ring = average.image.shape[-1], average.believable_ring
-    radius = side * average.pixel_size_A / ring if ring else math.inf
-    return {
-        "control_frc": np.asarray(average.control_frc, float).round(5).tolist(),
-        "control_ssnr": np.asarray(average.control_ssnr, float).round(5).tolist(),
-        "control_n": average.control_n,
-        "believable_radius_A": _json_number(float(radius)),
-    }
 
 
 def default_path(source: Path) -> Path:
@@ -1011,24 +735,6 @@ def _absolute(paths: pd.Series, session: Path) -> pd.Series:
     return paths.map(resolved)
 
 
-def _unused(folder: Path, name: str) -> str:
-    used, number = name, 1
-    while any((folder / f"{used}{suffix}").exists() for suffix in (".json", ".parquet")):
-        number += 1
-        used = f"{name}-{number}"
-    return used
-
-
-def _stems(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
-
-
-def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} cannot be a name; use letters, digits, space and . _ + - only")
-    return name
-
-
 def _check_version(found: Any, path: Path) -> None:
     version = found.get("format_version") if isinstance(found, dict) else None
     if not isinstance(version, int):
@@ -1044,11 +750,6 @@ def _first_problem(path: Path, error: ValidationError) -> str:
     return f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
-def _json_number(value: Any) -> Any:
-    """`value`, but None for a number that JSON has no word for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -1058,7 +759,3 @@ def _hash(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.blake2b(file.read(2**20) + str(_size(path)).encode(), digest_size=16).hexdigest()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

@@ -60,7 +60,7 @@ def _save_averages(session: Session) -> str:
     labels = np.arange(session.n_particles) % 3
     averages = average_classes(session, labels)
     how = {"run": "0001-class-map", "by": "cluster-kmeans", "selection": "", "held": False}
-    return session.save_classes("cluster-kmeans", averages, [average.label for average in averages], how)
+    return session.classes.save("cluster-kmeans", averages, [average.label for average in averages], how)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_the_selection_is_saved_and_averaged_by_a_worker(
     assert dock.state.run is not None
     assert line == ["average", str(dock.state.run.path), "--selection", "averaged-1"]
     assert folder.parent == tiny_session.path / "jobs"
-    np.testing.assert_array_equal(tiny_session.selection("averaged-1"), mask)
+    np.testing.assert_array_equal(tiny_session.selections.mask("averaged-1"), mask)
 
 
 def test_averages_become_one_layer_with_their_quality(
@@ -192,7 +192,7 @@ def test_every_choice_of_the_export_reaches_the_worker(
     [(line, _)] = started
     run = ["--run", "0001-class-map", "--classes", "cluster-kmeans", "--poses", "none"]
     assert line[4:] == [*run, "--every-column", "--selection", "exported-1"]
-    np.testing.assert_array_equal(tiny_session.selection("exported-1"), mask)
+    np.testing.assert_array_equal(tiny_session.selections.mask("exported-1"), mask)
 
 
 def test_recentring_asks_for_the_pixel_size_of_the_micrographs_where_it_is_not_known(
@@ -261,7 +261,7 @@ def test_averages_are_judged_by_keys_and_the_good_are_selected(
     before = dock.montage.pixels.copy()
 
     def stored() -> list[str]:
-        return [str(one.get("mark", "")) for one in tiny_session.classes(name).classes]
+        return [str(one.get("mark", "")) for one in tiny_session.classes.read(name).classes]
 
     dock.one.setCurrentIndex(1)
     dock.layer.keymap[next(key for key in dock.layer.keymap if str(key) == "G")](dock.layer)

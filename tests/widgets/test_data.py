@@ -209,7 +209,7 @@ def test_a_layer_can_be_taken(
 
 def test_sets_are_listed_and_select(dock: ParticlesDock, tiny_session: Session, qtbot: QtBot) -> None:
     mask = np.arange(tiny_session.n_particles) % 3 == 0
-    tiny_session.save_selection("every third", mask)
+    tiny_session.selections.save("every third", mask)
     dock.state.open_session(tiny_session)
     qtbot.waitUntil(lambda: dock.sets.count() == 1, timeout=SLOW)
     item = dock.sets.item(0)
@@ -218,7 +218,7 @@ def test_sets_are_listed_and_select(dock: ParticlesDock, tiny_session: Session, 
     qtbot.waitUntil(lambda: dock.state.selection.count == 40, timeout=SLOW)
     other: Any = np.zeros_like(mask)
     other[:7] = True
-    tiny_session.save_selection("first seven", other)
+    tiny_session.selections.save("first seven", other)
     dock.state.sets_changed.emit()
     qtbot.waitUntil(lambda: dock.sets.count() == 2, timeout=SLOW)
 

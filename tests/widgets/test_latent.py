@@ -566,8 +566,8 @@ def test_a_set_is_saved_by_keyboard(open_dock: Open, qtbot: QtBot, tiny_session:
     QTest.keyClicks(dock.set_name, "open ones")
     with qtbot.waitSignal(SignalBridge(dock.state.sets_changed, dock).told):
         QTest.keyClick(dock.set_name, Qt.Key.Key_Return)
-    assert tiny_session.selections() == ["open ones"]
-    assert np.array_equal(tiny_session.selection("open ones"), mask)
+    assert tiny_session.selections.names() == ["open ones"]
+    assert np.array_equal(tiny_session.selections.mask("open ones"), mask)
 
 
 def test_a_bad_name_for_a_set_is_refused_in_one_sentence(
@@ -580,7 +580,7 @@ def test_a_bad_name_for_a_set_is_refused_in_one_sentence(
     dock.save_set()
     qtbot.waitUntil(lambda: dock.complaint.isVisibleTo(dock))
     assert "evil" in dock.complaint.sentence.text()
-    assert tiny_session.selections() == []
+    assert tiny_session.selections.names() == []
 
 
 def SignalBridge(signal: object, owner: QWidget) -> object:

@@ -74,7 +74,7 @@ def test_a_session_opens_again_as_it_was_left(
     hand.wait(lambda: len(layer.data) == selection.count, "the layer")
     QTest.keyClick(canvas, Qt.Key.Key_S)
     hand.write(latent.set_name, "left side")
-    hand.wait(lambda: tiny_session.selections() == ["left side"], "the set")
+    hand.wait(lambda: tiny_session.selections.names() == ["left side"], "the set")
     kept = selection.mask.copy()
     canvas.zoom(2.0, QPointF(canvas.plot_rect().center()))
     workspace.state.set_handle(np.array([0.25, -0.5]))
@@ -93,7 +93,7 @@ def test_a_session_opens_again_as_it_was_left(
     state = again.state
     assert state.run.name == older.name
     assert np.array_equal(state.selection.mask, kept)
-    assert np.array_equal(tiny_session.selection("left side"), kept)
+    assert np.array_equal(tiny_session.selections.mask("left side"), kept)
     assert list(state.handle_z) == [0.25, -0.5] and state.view == "low-pass"
     axes = (again.latent.x, again.latent.y, again.latent.colour)
     assert [combo.currentData() for combo in axes] == ["pc_0", "log_likelihood", "angle_deg"]

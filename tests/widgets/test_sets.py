@@ -24,8 +24,8 @@ A, B = np.arange(120) < 10, (np.arange(120) >= 5) & (np.arange(120) < 25)
 
 @pytest.fixture
 def sets(qtbot: QtBot, tiny_session: Session) -> Iterator[SetsList]:
-    tiny_session.save_selection("a", A)
-    tiny_session.save_selection("b", B, colour="cc79a7")
+    tiny_session.selections.save("a", A)
+    tiny_session.selections.save("b", B, colour="cc79a7")
     state = AppState()
     state.open_session(tiny_session)
     widget = SetsList(state, QLabel(), lambda failure: pytest.fail(failure.sentence))
@@ -64,16 +64,18 @@ def test_a_set_that_was_removed_or_replaced_comes_back(sets: SetsList, qtbot: Qt
     sets.setCurrentRow(0)
     QTest.keyClick(sets, Qt.Key.Key_Delete)
     qtbot.waitUntil(lambda: sets.count() == 1)
-    assert session.selections() == ["b"]
+    assert session.selections.names() == ["b"]
     press(sets.menu("b"), "Bring back 'a'")
     qtbot.waitUntil(lambda: sets.count() == 2)
-    assert np.array_equal(session.selection("a"), A)
+    assert np.array_equal(session.selections.mask("a"), A)
     selection.set(~A)
     press(sets.menu("a"), "Replace by")
     qtbot.waitUntil(lambda: "110" in sets.item(0).text())
     press(sets.menu("a"), "Bring back 'a'")
     qtbot.waitUntil(lambda: sets.count() == 3)
-    assert np.array_equal(session.selection("a-2"), A) and np.array_equal(session.selection("a"), ~A)
+    assert np.array_equal(session.selections.mask("a-2"), A) and np.array_equal(
+        session.selections.mask("a"), ~A
+    )
 
 
 def test_renaming_in_place_and_recolouring(sets: SetsList, qtbot: QtBot) -> None:
@@ -85,12 +87,12 @@ def test_renaming_in_place_and_recolouring(sets: SetsList, qtbot: QtBot) -> None
     assert field is not None and field.text() == "a"
     field.setText("hinge open")
     QTest.keyClick(field, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: session.selections() == ["b", "hinge open"])
-    assert np.array_equal(session.selection("hinge open"), A)
+    qtbot.waitUntil(lambda: session.selections.names() == ["b", "hinge open"])
+    assert np.array_equal(session.selections.mask("hinge open"), A)
     with pytest.raises(UserError, match="already"):
-        session.rename_selection("hinge open", "b")
+        session.selections.rename("hinge open", "b")
     sets.recolour("hinge open", "0072b2")
-    qtbot.waitUntil(lambda: session.selection_record("hinge open").get("colour") == "0072b2")
+    qtbot.waitUntil(lambda: session.selections.record("hinge open").get("colour") == "0072b2")
     colouring = sets_colouring(session)
     assert colouring.labels == ("b", "hinge open")
     assert colouring.lut[0].tolist() == [0xCC, 0x79, 0xA7] and colouring.lut[1].tolist() == [0, 0x72, 0xB2]
@@ -116,15 +118,15 @@ def test_marks_are_sets_and_the_last_word_counts(qtbot: QtBot, tiny_session: Ses
     qtbot.waitUntil(lambda: bool(said) and said[-1] == "marked: good 1 · bad 2")
     with qtbot.waitSignal(_Bridge(state, owner).told, timeout=5000):
         pass
-    assert list(np.flatnonzero(tiny_session.selection("good"))) == [9]
-    assert list(np.flatnonzero(tiny_session.selection("bad"))) == [4, 7]
-    assert tiny_session.selection_record("good")["colour"] == GOOD_BAD["good"]
-    assert tiny_session.removed_selections() == []
+    assert list(np.flatnonzero(tiny_session.selections.mask("good"))) == [9]
+    assert list(np.flatnonzero(tiny_session.selections.mask("bad"))) == [4, 7]
+    assert tiny_session.selections.record("good")["colour"] == GOOD_BAD["good"]
+    assert tiny_session.selections.removed() == []
     state.selection.set_active(50)
     marks.mark("good")
     qtbot.waitUntil(lambda: "good 2" in said[-1])
     marks.flush()  # the window closes before the pause is over
-    assert tiny_session.selection("good")[50]
+    assert tiny_session.selections.mask("good")[50]
 
 
 class _Bridge(QObject):

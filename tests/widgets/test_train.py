@@ -408,11 +408,11 @@ def test_training_again_on_the_selection_keeps_it_as_a_set(
     monkeypatch.setattr(dock, "_start", started.append)
     mask = np.arange(tiny_session.n_particles) % 4 == 0
     state.train_asked.emit()
-    assert not started and not tiny_session.selections(), "nothing is selected"
+    assert not started and not tiny_session.selections.names(), "nothing is selected"
     state.selection.set(mask)
     state.train_asked.emit()
     qtbot.waitUntil(lambda: bool(started))
     assert started[0][started[0].index("--selection") + 1] == "trained on 1"
-    assert np.array_equal(tiny_session.selection("trained on 1"), mask)
+    assert np.array_equal(tiny_session.selections.mask("trained on 1"), mask)
     dock.tasks.stop()
     dock.stop_following()

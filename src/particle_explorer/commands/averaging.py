@@ -87,7 +87,7 @@ class Average(JobCommand):
                 "positions": None if positions is None else positions.round(6).tolist(),
                 "config": self.average.model_dump(),
             }
-            used = session.save_classes(name, averages, [average.label for average in averages], how)
+            used = session.classes.save(name, averages, [average.label for average in averages], how)
             job.result(session.path / "classes" / f"{used}.mrcs")
 
 
@@ -137,7 +137,7 @@ class Independent(JobCommand):
             }
             job.note(halves.summary(found.averages))
             labels = [average.label for average in found.averages]
-            used = session.save_classes("independent", found.averages, labels, how)
+            used = session.classes.save("independent", found.averages, labels, how)
             job.result(session.path / "classes" / f"{used}.mrcs")
 
 
@@ -236,7 +236,7 @@ def _decoded_places(run: Run, selection: str, held: bool) -> tuple[NDArray[np.in
     from particle_explorer.encoding import Drawer
 
     session = run.session
-    mask = session.selection(selection) if selection else np.ones(session.n_particles, bool)
+    mask = session.mask_of(selection)
     table = latents_of(run).table.reindex(session.table.index)
     z = table[[str(name) for name in table if re.fullmatch(r"z_\d+", str(name))]].to_numpy(float)
     rows = np.flatnonzero(mask & np.isfinite(z).all(1))
@@ -257,7 +257,7 @@ def members_of(command: Average, run: Run) -> tuple[Members, list[str], str, NDA
     from particle_explorer import membership
 
     session = run.session
-    mask = session.selection(command.selection) if command.selection else np.ones(session.n_particles, bool)
+    mask = session.mask_of(command.selection)
     if not mask.any():
         raise UserError(f"selection {command.selection!r} is empty; there is nothing to average")
     table = latents_of(run).table.reindex(session.table.index)

@@ -128,7 +128,7 @@ class Export(JobCommand):
             return chosen, averages, None, self.average
         behind = averaged(
             session,
-            session.classes(self.members),
+            session.classes.read(self.members),
             good=self.good,
             further=further,
             every_column=self.every_column,
@@ -144,7 +144,7 @@ class Export(JobCommand):
         from particle_explorer.exporting import choose
         from particle_explorer.membership import by_class
 
-        mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
+        mask = session.mask_of(self.selection)
         if not mask.any():
             raise UserError(f"selection {self.selection!r} is empty; there is nothing to export")
         number = _class_numbers(session, run, self.classes)
@@ -247,7 +247,6 @@ class Transfer(JobCommand):
 
     def execute(self) -> None:
         """Write, and print the path of the file."""
-        import numpy as np
 
         from particle_explorer.exporting import choose, transfer
         from particle_explorer.io.reading import read
@@ -256,7 +255,7 @@ class Transfer(JobCommand):
         with self.job("finding particles") as job:
             session = Session.open(self.session)
             run = session.run(self.run) if self.run else session.newest_finished_run()
-            mask = session.selection(self.selection) if self.selection else np.ones(session.n_particles, bool)
+            mask = session.mask_of(self.selection)
             other = read(
                 self.to,
                 project_dir=path_or_none(self.project_dir),

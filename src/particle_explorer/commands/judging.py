@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from particle_explorer.amending import Change
-    from particle_explorer.session import Session, StoredClasses
+    from particle_explorer.class_sets import StoredClasses
+    from particle_explorer.session import Session
 
 
 class Examine(JobCommand):
@@ -62,7 +63,7 @@ class Examine(JobCommand):
             size = field / found.variance.shape[-1]
             columns = pd.DataFrame(found.members, index=stored.members.index)
             pictures = {"variance": found.variance, "residual": found.residual}
-            session.save_examined(stored.name, columns, words, pictures, size)
+            session.classes.save_examined(stored.name, columns, words, pictures, size)
             for label, one in zip(labels, words, strict=True):
                 partner, r = one["mirror"]["of"], one["mirror"]["correlation"]
                 mirrored = f"its mirror image resembles {partner}" if r > MIRRORED else "no mirror partner"
@@ -262,7 +263,7 @@ class CompareClasses(JobCommand):
 
         with self.job("comparing the averages") as job:
             session = Session.open(self.session)
-            sets = [session.classes(name) for name in (self.averages, self.beside)]
+            sets = [session.classes.read(name) for name in (self.averages, self.beside)]
             labels = [labels_of_members(session.table.index, one.members) for one in sets]
             captions = [[str(one["label"]) for one in stored.classes] for stored in sets]
             both = together(labels[0], labels[1])

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from particle_explorer.class_sets import StoredClasses
     from particle_explorer.latents import Latents
-    from particle_explorer.session import Run, Session, StoredClasses
+    from particle_explorer.session import Run, Session
 
 
 PoseSource = Literal["run", "held", "refined", "file"]
@@ -39,10 +40,10 @@ def open_run(path: Path, needs: Literal["", "weights"] = "") -> Run:
 
 def averages_of(session: Session, name: str) -> StoredClasses:
     """The averages of that name, or the newest."""
-    name = name or session.newest_classes()
+    name = name or session.classes.newest()
     if not name:
         raise UserError(f"{session.path} has no class averages yet; make some with {PROGRAM} average")
-    return session.classes(name)
+    return session.classes.read(name)
 
 
 def latents_of(run: Run) -> Latents:
@@ -90,7 +91,7 @@ def labels_of(run: Run, by: str, selection: str) -> tuple[NDArray[np.int64], lis
     import numpy as np
 
     session = run.session
-    mask = session.selection(selection) if selection else np.ones(session.n_particles, bool)
+    mask = session.mask_of(selection)
     if selection and not by:
         if not mask.any():
             raise UserError(f"selection {selection!r} is empty; there is nothing to average")

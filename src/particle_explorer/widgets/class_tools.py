@@ -34,7 +34,8 @@ from particle_explorer.widgets.painted import ImageRows
 if TYPE_CHECKING:
     import pandas as pd
 
-    from particle_explorer.session import Session, StoredClasses
+    from particle_explorer.class_sets import StoredClasses
+    from particle_explorer.session import Session
     from particle_explorer.state import AppState
 
 SORTS = {
@@ -267,7 +268,7 @@ def load_members(session: Session, stored: StoredClasses, place: int, features: 
     if columns:
         z = features[columns].reindex(own.index).to_numpy(float)
         values["distance"] = np.linalg.norm(z - np.nanmean(z, axis=0), axis=1)
-    residual = session.class_pictures(stored.name, "residual")
+    residual = session.classes.pictures(stored.name, "residual")
     kept = None if residual is None else residual[place]
     return Loaded(
         stored.name, place, own.index.to_numpy(np.uint64), images, weight, values, variance, kept, n

@@ -41,7 +41,8 @@ from particle_explorer.widgets.workspace import fit_view, state_of, tile, unwrap
 if TYPE_CHECKING:
     import napari
 
-    from particle_explorer.session import Run, Session, StoredClasses
+    from particle_explorer.class_sets import StoredClasses
+    from particle_explorer.session import Run, Session
 
 LAYER = "class averages"
 SELECTION = "selection"
@@ -259,7 +260,7 @@ class ClassesDock(QWidget):
             return
         self.tasks.run(
             "compare",
-            lambda: comparison_words(session, stored, session.classes(name)),
+            lambda: comparison_words(session, stored, session.classes.read(name)),
             self.comparison.setText,
             self._on_failed,
         )
@@ -372,8 +373,8 @@ class ClassesDock(QWidget):
         def work() -> Path:
             arguments = ["average", str(run.path)]
             if by == SELECTION:
-                name = unused("averaged", session.selections())
-                session.save_selection(name, mask, how="averaged")
+                name = unused("averaged", session.selections.names())
+                session.selections.save(name, mask, how="averaged")
                 arguments += ["--selection", name]
             else:
                 arguments += ["--by", by]
@@ -545,7 +546,7 @@ class ClassesDock(QWidget):
     def _list_sets(self, name: str = "") -> None:
         session = self.state.session
         if session is not None:
-            self.tasks.run("class sets", session.class_sets, lambda names: self._on_sets(names, name))
+            self.tasks.run("class sets", session.classes.names, lambda names: self._on_sets(names, name))
 
     def _on_sets(self, names: list[str], wanted: str) -> None:
         self.sets.clear()
@@ -562,7 +563,7 @@ class ClassesDock(QWidget):
     def _show_chosen_set(self, *_: object) -> None:
         session, name = self.state.session, self.sets.currentText()
         if session is not None and name:
-            self.tasks.run("classes", lambda: session.classes(name), self._show_classes, self._on_failed)
+            self.tasks.run("classes", lambda: session.classes.read(name), self._show_classes, self._on_failed)
 
     def _show_classes(self, stored: StoredClasses) -> None:
         self.stored = stored
@@ -680,7 +681,7 @@ class ClassesDock(QWidget):
         self.layer.refresh()
         self._update_buttons()
         self.tasks.run(
-            "mark", lambda: session.mark_classes(stored.name, marks), lambda _: None, self._on_failed
+            "mark", lambda: session.classes.mark(stored.name, marks), lambda _: None, self._on_failed
         )
 
     def select_good(self) -> None:

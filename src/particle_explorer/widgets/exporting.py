@@ -33,7 +33,8 @@ from particle_explorer.widgets.latent_axes import varies
 from particle_explorer.widgets.lifetime import follow
 
 if TYPE_CHECKING:
-    from particle_explorer.session import Session, StoredClasses
+    from particle_explorer.class_sets import StoredClasses
+    from particle_explorer.session import Session
     from particle_explorer.status import Status
 
 ALL, SELECTED, SHOWN, GOOD, SET = "all", "selected", "shown", "good", "set:"
@@ -82,7 +83,7 @@ class WhichParticles(QComboBox):
     def _read_sets(self) -> None:
         session = self.state.session
         if session is not None:
-            self.tasks.run("sets to export", session.selections, self._on_sets, lambda _: None)
+            self.tasks.run("sets to export", session.selections.names, self._on_sets, lambda _: None)
 
     def _on_sets(self, names: list[str]) -> None:
         self._sets = names
@@ -556,14 +557,14 @@ def _is_particles(step: list[str]) -> bool:
 
 def saved_selection(session: Session, mask: NDArray[np.bool_]) -> str:
     """Keep what is selected under a name by which a worker finds it; the same selection again keeps its."""
-    names = [name for name in session.selections() if name.startswith("exported-")]
+    names = [name for name in session.selections.names() if name.startswith("exported-")]
     for name in names:
-        if np.array_equal(session.selection(name), mask):
+        if np.array_equal(session.selections.mask(name), mask):
             return name
     n = 1
     while f"exported-{n}" in names:
         n += 1
-    session.save_selection(f"exported-{n}", mask, how="exported")
+    session.selections.save(f"exported-{n}", mask, how="exported")
     return f"exported-{n}"
 
 

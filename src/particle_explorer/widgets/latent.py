@@ -489,7 +489,7 @@ class LatentDock(QWidget):
 
     def _offer_columns(self, columns: Columns) -> None:
         axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
-        if colours and self.state.session is not None and self.state.session.selections():
+        if colours and self.state.session is not None and self.state.session.selections.names():
             colours = (*colours[:1], Choice(SETS, "set"), *colours[1:])
         for combo, choices in ((self.x, axes), (self.y, axes), (self.colour, colours)):
             _offer(combo, choices)
@@ -932,7 +932,7 @@ class LatentDock(QWidget):
         if not self.state.selection.count or self.state.session is None:
             return
         self.actions_stack.setCurrentIndex(1)
-        taken = set(self.state.session.selections())
+        taken = set(self.state.session.selections.names())
         free = next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken)
         self.set_name.setText(free)
         self.set_name.selectAll()
@@ -954,7 +954,7 @@ class LatentDock(QWidget):
             self.state.sets_changed.emit()
 
         self.complaint.clear()
-        self.tasks.run("save set", lambda: session.save_selection(name, mask, how), done, self._complain)
+        self.tasks.run("save set", lambda: session.selections.save(name, mask, how), done, self._complain)
 
     # ---- look ------------------------------------------------------------------------
 

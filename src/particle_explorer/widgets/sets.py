@@ -48,10 +48,10 @@ class Named(NamedTuple):
 def read_sets(session: Session) -> list[Named]:
     """All sets with their size, colour and how they were chosen. A thread's work."""
     found = []
-    for i, name in enumerate(session.selections()):
-        record = session.selection_record(name)
+    for i, name in enumerate(session.selections.names()):
+        record = session.selections.record(name)
         n = record.get("n")
-        n = int(np.count_nonzero(session.selection(name))) if not isinstance(n, int) else n
+        n = int(np.count_nonzero(session.selections.mask(name))) if not isinstance(n, int) else n
         colour = str(record.get("colour") or CATEGORY_COLOURS[i % len(CATEGORY_COLOURS)])
         found.append(Named(name, n, colour, str(record.get("how", ""))))
     return found
@@ -62,7 +62,7 @@ def sets_colouring(session: Session) -> Colouring:
     sets = read_sets(session)
     level = np.full(session.n_particles, max(len(sets), 1), np.uint16)
     for i, each in enumerate(sets):
-        level[session.selection(each.name)] = i
+        level[session.selections.mask(each.name)] = i
     lut = rgb([each.colour for each in sets] or ["888888"])
     return Colouring(level, lut, "category", "set", labels=tuple(each.name for each in sets) or ("none",))
 
@@ -166,7 +166,7 @@ class SetsList(QListWidget):
             offer(words, partial(self.recolour, name, colour), into=colours)
             colours.actions()[-1].setIcon(_swatch(colour))
         offer("Remove (Del)", lambda: self.remove(name))
-        removed = [] if session is None else session.removed_selections()
+        removed = [] if session is None else session.selections.removed()
         menu.addSeparator()
         offer(
             f"Bring back {removed[-1][0]!r}" if removed else "Bring back",
@@ -182,7 +182,7 @@ class SetsList(QListWidget):
         session = self.state.session
         if session is not None:
             does = getattr(self.state.selection, how)
-            self.tasks.run("set", lambda: session.selection(name), does, self._failed)
+            self.tasks.run("set", lambda: session.selections.mask(name), does, self._failed)
 
     def compare(self, name: str) -> None:
         """Say in words how far a set overlaps with the selection and with the others."""
@@ -191,9 +191,11 @@ class SetsList(QListWidget):
             return
 
         def work() -> str:
-            mine = session.selection(name)
+            mine = session.selections.mask(name)
             others = {"the selection": selected} if selected.any() else {}
-            others |= {other: session.selection(other) for other in session.selections() if other != name}
+            others |= {
+                other: session.selections.mask(other) for other in session.selections.names() if other != name
+            }
             return overlap_words(name, mine, others)
 
         self.tasks.run("compare", work, self._words.setText, self._failed)
@@ -201,21 +203,21 @@ class SetsList(QListWidget):
     def replace(self, name: str) -> None:
         """Keep the selection under the name of this set; the set as it was is put aside."""
         mask = self.state.selection.mask
-        self._change(lambda session: session.save_selection(name, mask, "replaced by the selection"))
+        self._change(lambda session: session.selections.save(name, mask, "replaced by the selection"))
 
     def recolour(self, name: str, colour: str) -> None:
-        self._change(lambda session: session.colour_selection(name, colour))
+        self._change(lambda session: session.selections.colour(name, colour))
 
     def rename(self, name: str, new: str) -> None:
-        self._change(lambda session: session.rename_selection(name, new))
+        self._change(lambda session: session.selections.rename(name, new))
 
     def remove(self, name: str) -> None:
         """Put a set aside; it can be brought back."""
-        self._change(lambda session: session.remove_selection(name))
+        self._change(lambda session: session.selections.remove(name))
 
     def bring_back(self) -> None:
         """The set that was put aside last."""
-        self._change(lambda session: session.bring_back_selection())
+        self._change(lambda session: session.selections.bring_back())
 
     def rename_in_place(self, name: str) -> None:
         """Edit the name in the list."""
@@ -292,9 +294,11 @@ class Marks:
             return
 
         def work() -> dict[str, Mask]:
-            there = session.selections()
+            there = session.selections.names()
             empty = np.zeros(session.n_particles, bool)
-            return {name: session.selection(name) if name in there else empty.copy() for name in GOOD_BAD}
+            return {
+                name: session.selections.mask(name) if name in there else empty.copy() for name in GOOD_BAD
+            }
 
         def done(masks: dict[str, Mask]) -> None:
             if session is self.state.session:
@@ -337,8 +341,8 @@ class Marks:
 
 def _write(session: Session, masks: dict[str, Mask]) -> None:
     for name, mask in masks.items():
-        if mask.any() or name in session.selections():
-            session.save_selection(name, mask, "marked one by one", GOOD_BAD[name], aside=False)
+        if mask.any() or name in session.selections.names():
+            session.selections.save(name, mask, "marked one by one", GOOD_BAD[name], aside=False)
 
 
 def _swatch(colour: str) -> QIcon:

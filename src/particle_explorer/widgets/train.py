@@ -566,7 +566,7 @@ class TrainDock(QWidget):
         if session is None or not mask.any() or self.watch.isVisible():
             return
         number = 1
-        while (name := f"trained on {number}") in session.selections():
+        while (name := f"trained on {number}") in session.selections.names():
             number += 1
         arguments = [*self.arguments(), "--selection", name]
         arguments += [] if parent is None or self._from else ["--parent", parent.name]
@@ -576,7 +576,7 @@ class TrainDock(QWidget):
             self.state.sets_changed.emit()
             self._start(arguments)
 
-        save = lambda: session.save_selection(name, mask, how)  # noqa: E731
+        save = lambda: session.selections.save(name, mask, how)  # noqa: E731
         self.tasks.run("save set", save, saved, self.complaint.show_failure)
 
     def train(self) -> None:
