@@ -21,8 +21,8 @@ RANKS: dict[str, int] = {
     name: rank
     for rank, names in enumerate(
         [
-            ["configs", "pose", "files", "transforms", "shears", "ctf_sums", "resampling"],
-            ["particles", "ctf", "spectra", "status", "records"],
+            ["configs", "pose", "files", "transforms", "vectors", "ctf_sums", "resampling"],
+            ["particles", "ctf", "spectra", "shears", "status", "records"],
             ["summing"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["cache", "devices", "estimates", "selections", "class_sets"],
@@ -48,8 +48,8 @@ WINDOWED_TESTS = {"test_journey.py", "test_plugin.py", "test_interface.py"}
 
 # Packages that cost start-up time or a screen, and the only modules that may name them.
 ALLOWED: dict[str, set[str]] = {
-    "numba": {"shears", "ctf_sums"},
-    "llvmlite": {"shears"},
+    "numba": {"vectors", "shears", "ctf_sums"},
+    "llvmlite": {"vectors"},
     "torch": {
         "summing",
         "transforms",

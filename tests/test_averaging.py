@@ -482,7 +482,8 @@ def test_sheared_classes_equal_each_alone_and_may_share_members(monkeypatch: pyt
     row = np.concatenate([np.arange(25), np.arange(10, 40), np.arange(5)])
     which = np.repeat([0, 1, 2], [25, 30, 5])
     members = summing.Members(row, which, rng.uniform(0.2, 1, len(row)))
-    monkeypatch.setattr(summing, "SHEAR_BLOCK_BYTES", 7 * 4 * n * n)
+    monkeypatch.setattr(summing, "BLOCK_BYTES", 7 * 4 * n * n)
+    monkeypatch.setattr(summing, "STEP_BYTES", 3 * 4 * n * n)
     config = AverageConfig(interpolation="shears")
     names = ["a", "b", "c"]
     for sums in (2**30, 1):  # all together, and one class after the other

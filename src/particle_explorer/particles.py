@@ -59,6 +59,7 @@ class ImageStack:
             raise ValueError("file_index and index_in_file must be one-dimensional and of one length")
         shapes = np.array([file.shape for file in self._files], dtype=np.int64).reshape(-1, 3)
         self._shapes = shapes[self._file_index]
+        self._one_shape = not np.any(shapes != shapes[:1])
         counts = np.array([file.n_images for file in self._files], dtype=np.int64)
         if np.any(self._index_in_file < 0) or np.any(self._index_in_file >= counts[self._file_index]):
             raise ValueError("an image index lies outside its file")
@@ -85,14 +86,15 @@ class ImageStack:
         if len(rows) == 0:
             shape = self._shapes[0] if len(self) else (1, 0, 0)
             return np.empty((0, *(int(side) for side in shape)), np.float32)
-        shapes = self._shapes[rows]
-        if np.any(shapes != shapes[0]):
-            boxes = ", ".join(str(box) for box in np.unique(shapes[:, 2]))
-            raise ValueError(f"images of several shapes cannot be read together (boxes {boxes} px)")
+        if not self._one_shape:
+            shapes = self._shapes[rows]
+            if np.any(shapes != shapes[0]):
+                boxes = ", ".join(str(box) for box in np.unique(shapes[:, 2]))
+                raise ValueError(f"images of several shapes cannot be read together (boxes {boxes} px)")
         files, places = self._file_index[rows], self._index_in_file[rows]
-        if np.all(files == files[0]):
+        if len(self._files) == 1 or np.all(files == files[0]):
             return self._files[files[0]].read(places)
-        images = np.empty((len(rows), *(int(side) for side in shapes[0])), np.float32)
+        images = np.empty((len(rows), *(int(side) for side in self._shapes[rows[0]])), np.float32)
         order = np.argsort(files, kind="stable")
         starts = np.flatnonzero(np.diff(files[order], prepend=-1))
         for chosen in np.split(order, starts[1:]):
@@ -107,6 +109,7 @@ class ImageStack:
         taken._file_index = self._file_index[rows]
         taken._index_in_file = self._index_in_file[rows]
         taken._shapes = self._shapes[rows]
+        taken._one_shape = self._one_shape
         return taken
 
     @property
@@ -131,9 +134,12 @@ class ImageStack:
                 raise ValueError(f"mask of {rows.shape} for {len(self)} images")
             return np.flatnonzero(rows)
         rows = np.atleast_1d(rows).astype(np.int64)
-        if np.any(rows < -len(self)) or np.any(rows >= len(self)):
+        if not len(rows):
+            return rows
+        lowest, highest = int(rows.min()), int(rows.max())
+        if lowest < -len(self) or highest >= len(self):
             raise IndexError(f"rows outside 0 … {len(self) - 1}")
-        return rows % max(len(self), 1)
+        return rows if lowest >= 0 else rows % len(self)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ and the sums of some averages, never the stack.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,8 +37,8 @@ TRANSFORMS = 16
 """Images transformed in one go."""
 BLOCK_BYTES = 16 * 2**20
 """Original images read at once; with transforms and two threads about ten times this much is in memory."""
-SHEAR_BLOCK_BYTES = 4 * 2**20
-"""The same for sheared images: what fits into the cache."""
+STEP_BYTES = 2 * 2**20
+"""Images read and sheared in one go, by one of two threads: what stays in the cache of a core."""
 
 
 class Images(Protocol):
@@ -142,22 +144,26 @@ class ShearSums(Sums):
     Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; else their transforms.
     """
 
-    def __init__(self, turner: Turner, channels: int, m: int, mode: str) -> None:
+    def __init__(self, turner: Turner, channels: int, m: int, mode: str, turned: Float) -> None:
         n = turner.n
         self.n, self.m = n, m
         self.turner = turner
-        self.turned = turner.sums(2, 4, channels) if mode == "none" else np.zeros(0, dtype=np.float32)
+        self.turned = turned
+        """`(2, 4, c, ...)` of `Turner.sums`; empty where transforms are summed."""
         half = (2, m, m // 2 + 1)
         self.transforms = np.zeros((2, channels, *half[1:]) if mode != "none" else 0, dtype=np.complex64)
         self.gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
         self.noise_gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
         self.weight = np.zeros((2, 3))
-        self.power = np.zeros((2, m // 2 + 1))
-        self.power_gain = np.zeros((2, 2, m // 2 + 1))
+        self.power = np.zeros(m // 2 + 1)
+        self.power_gain = np.zeros((2, m // 2 + 1))
 
-    def merge_halves(self) -> None:
-        """The powers of both halves, which were added up by two threads, in one."""
-        self.power, self.power_gain = self.power.sum(0), self.power_gain.sum(0)
+    def merge(self, other: ShearSums) -> None:
+        """Add what another thread has summed."""
+        for name in ("turned", "transforms", "gain", "noise_gain", "weight", "power", "power_gain"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine += theirs
 
     def spectra(self) -> NDArray[np.complex128]:
         from particle_explorer.shears import quarter_turned, transfer
@@ -201,111 +207,155 @@ def spline_sums(work: Work, progress: Progress | None) -> list[Sums]:
 
 
 def shear_sums(work: Work, progress: Progress | None) -> list[Sums]:
-    """Images moved back by three shears: one thread for either half, which it alone adds to.
+    """Images moved back by three shears, in two threads with sums of their own.
 
     Averages are taken in groups whose sums fit into `SUMS_BYTES`, each in one pass over its images.
     """
-    from particle_explorer.shears import Turner
-
     n, m = int(work.boxes[0]), work.m
     channels = int(work.stack.read(work.rows[:1]).shape[1])
-    each = 2 * channels * (18 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
+    each = 4 * channels * (18 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
     per_group = max(1, SUMS_BYTES // each)
-    turner = Turner(n)
     done, total = 0, len(work.members.row)
     sums: list[Sums] = []
     for first in range(0, len(work.sizes), per_group):
         last = min(first + per_group, len(work.sizes))
-        group = [ShearSums(turner, channels, m, work.mode) for _ in range(first, last)]
-        for added in _add_group(work, group, first):
+        adders = [_Adder(work, first, last, channels) for _ in range(2)]
+        for added in _add_group(work, adders):
             done += added
             if progress is not None:
                 progress(done / total)
-        sums += group
+        for one, other in zip(adders[0].sums, adders[1].sums, strict=True):
+            one.merge(other)
+        sums += adders[0].sums
     return sums
 
 
-def _add_group(work: Work, sums: list[ShearSums], first: int) -> Iterator[int]:
-    from particle_explorer import shears
+class _Block(NamedTuple):
+    """Images that are neighbours in the stack, and the members that show them."""
 
-    n, size = int(work.boxes[0]), max(1, SHEAR_BLOCK_BYTES // int(4 * work.boxes[0] ** 2))
+    rows: NDArray[np.int64]
+    """`(b,)` of the session, rising"""
+    chosen: NDArray[np.int64]
+    """`(k,)` of the members"""
+    at: NDArray[np.int64]
+    """`(k,)` which of the images, rising"""
+
+
+def _blocks_of_group(work: Work, first: int, last: int) -> Iterator[_Block]:
+    size = max(1, BLOCK_BYTES // int(4 * work.boxes[0] ** 2))
     average = work.members.average
-    own = np.flatnonzero((average >= first) & (average < first + len(sums)))
-    own = own[np.argsort(work.rows[work.members.row[own]], kind="stable")]
-    at = work.members.row[own]
-    wanted, where = np.unique(at, return_inverse=True)  # in the order of the rows: `rows` rises
-    wanted = wanted[np.argsort(work.rows[wanted], kind="stable")]
-    where = np.searchsorted(work.rows[wanted], work.rows[at])
-    halves = [_HalfAdder(work, sums, first, half, n) for half in range(2)]
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(2) as pool:
-        for start in range(0, len(wanted), size):
-            if work.stop is not None and work.stop.is_set():
-                raise Stopped("stopped before all images were averaged; nothing was kept")
-            stop = min(start + size, len(wanted))
-            images = np.ascontiguousarray(work.stack.read(work.rows[wanted[start:stop]]), dtype=np.float32)
-            background = shears.backgrounds(images)
-            if not np.isfinite(background).all():
-                raise UserError(
-                    "an image holds numbers that are not finite; leave it out or repair the stack"
-                )
-            low, high = np.searchsorted(where, [start, stop])
-            for future in pending:
-                future.result()
-            pending = [
-                pool.submit(half.add, images, background, own[low:high], where[low:high] - start)
-                for half in halves
-            ]
-            yield int(high - low)
-        for future in pending:
+    own = np.flatnonzero((average >= first) & (average < last))
+    rows = work.rows[work.members.row[own]]
+    order = np.argsort(rows, kind="stable")
+    own, rows = own[order], rows[order]
+    wanted, where = np.unique(rows, return_inverse=True)
+    starts = np.arange(0, len(wanted), size)
+    bounds = np.searchsorted(where, [*starts, len(wanted)])
+    for start, low, high in zip(starts, bounds[:-1], bounds[1:], strict=True):
+        yield _Block(wanted[start : start + size], own[low:high], where[low:high] - start)
+
+
+def _add_group(work: Work, adders: list[_Adder]) -> Iterator[int]:
+    """Have every adder take its share of the blocks, by turns, so that sums do not depend on the timing."""
+    blocks = list(_blocks_of_group(work, adders[0].first, adders[0].last))
+    counts: SimpleQueue[int] = SimpleQueue()
+    halt = threading.Event()
+
+    def run(k: int) -> None:
+        try:
+            for block in blocks[k :: len(adders)]:
+                if halt.is_set():
+                    return
+                if work.stop is not None and work.stop.is_set():
+                    raise Stopped("stopped before all images were averaged; nothing was kept")
+                adders[k].add(block)
+                counts.put(len(block.chosen))
+        except BaseException:
+            halt.set()
+            raise
+        finally:
+            counts.put(0)
+
+    with ThreadPoolExecutor(len(adders)) as pool:
+        running = [pool.submit(run, k) for k in range(len(adders))]
+        try:
+            ended = 0
+            while ended < len(adders):
+                added = counts.get()
+                if added:
+                    yield added
+                else:
+                    ended += 1
+        finally:
+            halt.set()
+        for future in running:
             future.result()
-    for one in sums:
-        one.merge_halves()
 
 
-class _HalfAdder:
-    """Adds the members of one half; no other thread touches its part of the sums."""
+class _Adder:
+    """Adds images to the averages `first` … `last - 1`, one block after the other; its sums serve one
+    thread."""
 
-    def __init__(self, work: Work, sums: list[ShearSums], first: int, half: int, n: int) -> None:
-        from particle_explorer import shears
+    def __init__(self, work: Work, first: int, last: int, channels: int) -> None:
+        from particle_explorer.shears import Turner
 
-        self.work, self.sums, self.first, self.half, self.n = work, sums, first, half, n
-        self.turner = shears.Turner(n)
+        n = int(work.boxes[0])
+        self.work, self.first, self.last, self.n = work, first, last, n
+        self.turner = Turner(n)
+        plain = work.mode == "none"
+        self.turned = self.turner.sums(last - first, 2, 4, channels) if plain else None
+        nothing = np.zeros(0, dtype=np.float32)
+        self.sums = [
+            ShearSums(
+                self.turner, channels, work.m, work.mode, nothing if self.turned is None else self.turned[i]
+            )
+            for i in range(last - first)
+        ]
         self.stride = np.maximum(1, work.sizes // POWER_MEMBERS)
-        self.transform = _fast_transform(0.0 if work.mode == "none" else len(work.rows) * float(n) ** 2)
+        self.transform = _fast_transform(0.0 if plain else len(work.rows) * float(n) ** 2)
+        self.step = max(1, STEP_BYTES // (4 * channels * n * n)) if plain else TRANSFORMS
 
-    def add(self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]) -> None:
-        """The members `chosen` `(k,)`, which show the images `at` `(k,)` of this block."""
+    def add(self, block: _Block) -> None:
         from particle_explorer.shears import covered, split_angle
 
-        work = self.work
-        mine = work.half[chosen] == self.half
-        chosen, at = chosen[mine], at[mine]
-        if not len(chosen):
-            return
-        row, average = work.members.row[chosen], work.members.average[chosen]
+        work, chosen = self.work, block.chosen
+        row, average, half = work.members.row[chosen], work.members.average[chosen], work.half[chosen]
         weight = work.members.weight[chosen]
         quarter, angle = split_angle(work.angle_deg[row])
         shift = np.ascontiguousarray(work.shift_yx_px[row])
         share = covered(self.n, angle, shift)  # a quarter turn of a square is the square
         counts = np.stack([weight, weight**2, weight**2 * share], 1)
         for i in np.unique(average):
-            self.sums[i - self.first].weight[self.half] += counts[average == i].sum(0)
-        if work.mode == "none":
-            signed = (weight * work.signs[row]).astype(np.float32)
-            for i in np.unique(average):
-                own = np.flatnonzero(average == i)
-                out = self.sums[i - self.first].turned[self.half]
+            for h in range(2):
+                self.sums[i - self.first].weight[h] += counts[(average == i) & (half == h)].sum(0)
+        signed = (weight * work.signs[row]).astype(np.float32)
+        place = ((average - self.first) * 2 + half) * 4 + quarter
+        # of some of the members, evenly spread, the power: their mean is known well from a few hundred
+        powered = work.rank[chosen] // 2 % self.stride[average] == 0
+        edges = np.arange(0, len(block.rows) + self.step, self.step)
+        bounds = np.searchsorted(block.at, edges).tolist()
+        at, some_powered = block.at % self.step, powered.any()
+        turned = None if self.turned is None else self.turned.reshape(-1, *self.turned.shape[3:])
+        for start, low, high in zip(edges[:-1].tolist(), bounds[:-1], bounds[1:], strict=True):
+            rows, some = block.rows[start : start + self.step], slice(low, high)
+            images = np.ascontiguousarray(work.stack.read(rows), dtype=np.float32)
+            background = np.zeros(images.shape[:2], dtype=np.float32)
+            if turned is None:
+                for begin in range(low, high, TRANSFORMS):
+                    part = slice(begin, min(begin + TRANSFORMS, high))
+                    self._add_transforms(
+                        images, background, chosen[part], at[part], angle[part], quarter[part], share[part]
+                    )
+            else:
                 self.turner.add(
-                    images, background, at[own], angle[own], shift[own], signed[own], quarter[own], out
+                    images, background, at[some], angle[some], shift[some], signed[some], place[some], turned
                 )
-        else:
-            for start in range(0, len(chosen), TRANSFORMS):
-                some = slice(start, start + TRANSFORMS)
-                self._add_transforms(
-                    images, background, chosen[some], at[some], angle[some], quarter[some], share[some]
+            if not np.isfinite(background).all():
+                raise UserError(
+                    "an image holds numbers that are not finite; leave it out or repair the stack"
                 )
-        self._add_powers(images, background, chosen, at)
+            if some_powered and powered[some].any():
+                self._add_powers(images, background, chosen[some][powered[some]], at[some][powered[some]])
 
     def _add_transforms(
         self,
@@ -319,8 +369,7 @@ class _HalfAdder:
     ) -> None:
         from particle_explorer.ctf_sums import add_through_ctf, upright
 
-        work, half = self.work, self.half
-        row, n, m = work.members.row[chosen], self.n, work.m
+        work, row, n, m = self.work, self.work.members.row[chosen], self.n, self.work.m
         sums = self.turner.sums(len(chosen), images.shape[1])
         signed = work.signs[row].astype(np.float32)
         shift = np.ascontiguousarray(work.shift_yx_px[row])
@@ -336,7 +385,9 @@ class _HalfAdder:
         pictures = phase_pictures(m).reshape(4, m, m // 2 + 1)
         weight, line = work.members.weight[chosen], np.empty(m // 2 + 1, dtype=np.float32)
         nothing = np.zeros((0, 0), dtype=np.float32)
-        for i, average in enumerate(work.members.average[chosen]):
+        for i, (average, half) in enumerate(
+            zip(work.members.average[chosen], work.half[chosen], strict=True)
+        ):
             one = self.sums[average - self.first]
             add_through_ctf(
                 spectra[i],
@@ -357,18 +408,15 @@ class _HalfAdder:
     def _add_powers(
         self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
     ) -> None:
-        """Power of some of the members, evenly spread: their mean is known well from a few hundred."""
         work = self.work
-        some = np.flatnonzero(work.rank[chosen] // 2 % self.stride[work.members.average[chosen]] == 0)
-        for start in range(0, len(some), TRANSFORMS):
-            part = some[start : start + TRANSFORMS]
-            row, which = work.members.row[chosen[part]], at[part]
-            plain = images[which] - background[which][..., None, None]
+        for start in range(0, len(chosen), TRANSFORMS):
+            part = slice(start, start + TRANSFORMS)
+            plain = images[at[part]] - background[at[part]][..., None, None]
             spectra = cropped(self.transform(plain), self.n, work.m)
-            powers, gains = _powers(spectra, row, work, None)
+            powers, gains = _powers(spectra, work.members.row[chosen[part]], work, None)
             for average, power, gain in zip(work.members.average[chosen[part]], powers, gains, strict=True):
-                self.sums[average - self.first].power[self.half] += power
-                self.sums[average - self.first].power_gain[self.half] += gain
+                self.sums[average - self.first].power += power
+                self.sums[average - self.first].power_gain += gain
 
 
 def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
