@@ -32,6 +32,18 @@ def test_importing_the_plugin_is_light() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_a_menu_of_napari_says_what_made_a_layer(qtbot: Any) -> None:
+    napari = pytest.importorskip("napari")
+    from particle_explorer.widgets.provenance import ProvenanceDialog
+
+    viewer = napari.Viewer(show=False)
+    viewer.add_image(np.zeros((4, 4)), name="drawn", metadata={"run": "0001", "uid": [3, 4]})
+    plugin.what_made_this()
+    (dialog,) = viewer.window._qt_window.findChildren(ProvenanceDialog)
+    assert dialog.text.toPlainText() == "run: 0001\nuid: 3, 4"
+    viewer.close()
+
+
 @pytest.mark.parametrize("suffix", [".star", ".cs", ".mrcs"])
 def test_a_stack_becomes_a_lazy_layer_in_angstrom(
     tiny_stack: Path, suffix: str, tiny_particles: Particles

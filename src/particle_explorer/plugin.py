@@ -242,6 +242,17 @@ def open_sample_session() -> list[LayerData]:
     return [(data, {**attributes, "visible": not _open_workspace(folder)}, kind)]
 
 
+def what_made_this() -> None:
+    """Layers → Metadata → What made this picture?"""
+    import napari
+
+    from particle_explorer.widgets.provenance import show_layer_provenance
+
+    viewer = napari.current_viewer()
+    if viewer is not None:
+        show_layer_provenance(viewer)
+
+
 def _open_workspace(folder: Path) -> bool:
     """Show a session in the current viewer, if there is one with a window."""
     if importlib.util.find_spec("napari") is None:

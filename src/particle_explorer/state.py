@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -287,6 +287,8 @@ class Preview:
     of: int
     """particles it stands for"""
     aligned: bool
+    made: dict[str, Any] = field(default_factory=dict)
+    """session, run, poses, and the uids of the particles in it"""
 
 
 @dataclass(frozen=True)

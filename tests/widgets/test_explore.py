@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -83,6 +84,11 @@ def test_a_path_opens_the_hinge_and_so_do_the_particles_along_it(explorer: Any) 
     agreement = [np.mean(curve[2:5]) for curve in walk.frc if curve is not None]
     assert len(agreement) >= 6 and np.median(agreement) > 0.6, "what is drawn is what the particles show"
     assert not paths.agreement.isHidden() and not paths.average_button.isHidden()
+    made = viewer.layers["path, particles"].metadata
+    written = json.loads(Path(made["positions, uids of the particles"]).read_text(encoding="utf-8"))
+    assert made["run"] == state.run.name and made["config"]["along"] == "particles"
+    assert [len(uid) for uid in written["uid"]] == walk.n_particles.tolist()
+    assert np.isin(np.concatenate(written["uid"]), state.session.uid).all()
 
     # its slider walks, whatever particle the other one shows, and takes the handle along
     assert viewer.layers["path"].data.shape[:2] == (8, len(viewer.layers["selected particles"].data))
@@ -150,6 +156,8 @@ def pins_and_the_mean_of_particles(explorer: Any) -> None:
     second = explorer.reconstruction.image
     m = first.shape[0]
     shown = viewer.layers[pins.LAYER].data
+    made = viewer.layers[pins.LAYER].metadata
+    assert made["pin 1"]["position"] != made["below"]["position"] == explorer.state.handle_z.tolist()
     assert shown.shape == (2 * m + pins.GAP_PX, m)
     difference = shown[m + pins.GAP_PX :].ravel()
     assert np.corrcoef(difference, (second - first).ravel())[0, 1] > 0.99

@@ -14,13 +14,14 @@ pytest.importorskip("napari")
 from pytestqt.qtbot import QtBot
 from qtpy.QtCore import QPoint, QRect, Qt
 from qtpy.QtTest import QTest
-from qtpy.QtWidgets import QDockWidget, QWidget
+from qtpy.QtWidgets import QApplication, QDockWidget, QWidget
 
 from particle_explorer.session import Session
 from particle_explorer.state import AppState, Preview
-from particle_explorer.widgets.gallery import Gallery, ordered, sortable
+from particle_explorer.widgets.gallery import Average, Gallery, ordered, sortable
 from particle_explorer.widgets.pictures import Decoder, Pictures
 from particle_explorer.widgets.preview_average import N_AVERAGED, PreviewAverage, sampled
+from particle_explorer.widgets.provenance import ProvenanceDialog, provenance_words
 from particle_explorer.widgets.workspace import open_workspace
 
 LEFT = Qt.MouseButton.LeftButton
@@ -183,11 +184,34 @@ def test_the_average_is_that_of_the_aligned_images_and_says_of_how_many(
     wanted = pictures.read(np.flatnonzero(mask)).mean(axis=0)[0]
     assert isinstance(state.preview, Preview) and state.preview.of == 40 and state.preview.aligned
     np.testing.assert_allclose(state.preview.image, wanted, atol=2e-3)
+    np.testing.assert_array_equal(np.sort(state.preview.made["uid"]), np.sort(tiny_session.uid[mask]))
+    assert state.preview.made["poses"] == "of the run"
+    shown = Average()
+    qtbot.addWidget(shown)
+    shown.show_preview(state.preview)
+    qtbot.mouseClick(shown, LEFT)
+    dialog = shown.findChild(ProvenanceDialog)
+    words = dialog.text.toPlainText()
+    assert "uid (40): " in words and str(tiny_session.uid[0]) in words and "sample: 40 of 40" in words
+    dialog.copy()
+    assert QApplication.clipboard().text() == words
     state.selection.hint(None)
     assert state.preview is None, "nothing is selected after all"
     state.selection.set(np.arange(120) < 7)
     qtbot.waitUntil(lambda: state.preview is not None and state.preview.n == 7)
     average.stop()
+
+
+def test_a_record_reads_like_a_list() -> None:
+    record = {"run": "r", "empty": "", "positions": [[0.5, 1.0]], "how": {"by": "grid"}, "uid": np.arange(6)}
+    assert provenance_words(record).splitlines() == [
+        "run: r",
+        "positions: (0.5, 1)",
+        "how:",
+        "  by: grid",
+        "uid (6): 0, 1, 2, 3, 4, 5",
+    ]
+    assert "Nothing" in provenance_words({})
 
 
 def test_overlapping_selections_share_what_is_drawn_of_them() -> None:

@@ -102,6 +102,10 @@ class Traverse(TraverseConfig, JobCommand):
                 "held": self.held,
                 "positions": np.round(positions, 6).tolist(),
                 "n_particles": counts.tolist(),
+                "uid": [
+                    session.table.index[label == i].tolist() if count else []
+                    for i, count in enumerate(counts)
+                ],
                 "frc": agreement,
             }
             path = out.parent / f"{out.name}.json"

@@ -592,8 +592,10 @@ class ClassesDock(QWidget):
         self.layer.metadata = {
             "session": str(session.path) if session is not None else "",
             "averages": stored.name,
+            "members, weights, poses": str(Path("classes") / f"{stored.name}.parquet"),
             "order": [str(stored.classes[i]["label"]) for i in order],
             "how": stored.how,
+            "settings": stored.classes[order[0]].get("settings") or {},
         }
 
     def _on_listed(self, index: int) -> None:

@@ -55,6 +55,7 @@ from particle_explorer.widgets.pictures import (
     views_of,
 )
 from particle_explorer.widgets.plot_frame import LOOKS, Look
+from particle_explorer.widgets.provenance import show_provenance
 
 if TYPE_CHECKING:
     import napari
@@ -365,9 +366,13 @@ class Average(QWidget):
         self.setToolTip(
             f"<p>A preview: a sample of the selected particles, as prepared for the model, {how}, averaged "
             "without CTF correction. It follows the lasso while it is drawn. The tab Classes averages the "
-            "original images.</p>"
+            "original images. A click says which particles, poses and settings made it.</p>"
         )
         self.update()
+
+    def mouseReleaseEvent(self, event: QMouseEvent | None) -> None:
+        if event is not None and event.button() == Qt.MouseButton.LeftButton and self.preview is not None:
+            show_provenance(self.window(), "preview average", self.preview.made)
 
     def paintEvent(self, event: QPaintEvent | None) -> None:
         painter = QPainter(self)

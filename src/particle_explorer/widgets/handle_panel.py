@@ -20,6 +20,7 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.latents import PCA, latent_columns, pca
+from particle_explorer.preprocess import original_pixels
 from particle_explorer.widgets.background import Mailbox, Tasks, in_turn
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent import ValueSlider
@@ -107,6 +108,9 @@ class Wanted:
     angle_deg: NDArray[np.float64] | None
     shift_yx_px: NDArray[np.float64] | None
     """px of the originals"""
+    z: NDArray[np.float64]
+    """Where they are near to"""
+    held: bool
 
 
 class HandlePanel(QWidget):
@@ -351,7 +355,7 @@ class HandlePanel(QWidget):
             held = "pose-held " if state.held and "pose-held angle_deg" in features else ""
             angle = features[f"{held}angle_deg"].to_numpy(float)[rows]
             shift = np.stack([features[f"{held}shift_{axis}_px"].to_numpy(float)[rows] for axis in "yx"], 1)
-        self._mailbox.submit(Wanted(state.session, rows, angle, shift))
+        self._mailbox.submit(Wanted(state.session, rows, angle, shift, state.handle_z, state.held))
 
     def _show_mean(self, found: tuple[Wanted, NDArray[np.float32]]) -> None:
         wanted, image = found
@@ -378,6 +382,16 @@ class HandlePanel(QWidget):
             self.layer.contrast_limits = limits
             if not self.layer.visible:
                 self.layer.visible = True
+        run = self.state.run
+        self.layer.metadata = {
+            "session": str(wanted.session.path),
+            "run": str(run.path),
+            "settings": str(run.path / "config.json"),
+            "prepared": str(wanted.session.path / "session.json"),
+            "poses": "none" if wanted.angle_deg is None else "held" if wanted.held else "run",
+            "nearest to": wanted.z.tolist(),
+            "uid": wanted.session.uid[wanted.rows],
+        }
         caption(self.viewer, "near", f"near: {number(len(wanted.rows))} particles")
 
 
@@ -385,8 +399,8 @@ def _average(wanted: Wanted) -> tuple[Wanted, NDArray[np.float32]]:
     """The mean `(m, m)` or `(m, m, 3)` of some cached images, moved back by their poses."""
     images = wanted.session.images.read(wanted.rows)
     if wanted.angle_deg is not None and wanted.shift_yx_px is not None:
-        scale = images.shape[-1] / wanted.session.table["box_px"].to_numpy(float)[wanted.rows]
-        shifts = wanted.shift_yx_px * scale[:, None]
+        scale = original_pixels(wanted.session.table.iloc[wanted.rows], wanted.session.plan)
+        shifts = wanted.shift_yx_px / scale[:, None]
         for image, angle, shift in zip(images, wanted.angle_deg, shifts, strict=True):
             for channel in image:
                 channel[:] = to_reference(channel, angle, shift)

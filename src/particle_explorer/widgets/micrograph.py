@@ -208,6 +208,12 @@ class MicrographPanel(QWidget):
             low, high = picture.limits
             self.image.contrast_limits_range = (2 * low - high, 2 * high - low)
             self.image.contrast_limits = picture.limits
+            session = self.state.session
+            self.image.metadata = {
+                "micrograph": sheet.name,
+                "binned": picture.binning,
+                "uid": [] if session is None else session.uid[sheet.rows],
+            }
         self._show_points(size)
         self._mark()
         fit_view(self.viewer)

@@ -73,6 +73,8 @@ class Walk:
     frc: list[list[float] | None]
     """Of each picture with the average beside it, ring by ring"""
     pixel_size_A: float
+    made: dict[str, Any]
+    """Run and settings"""
 
 
 class PathsPanel(QWidget):
@@ -327,7 +329,8 @@ class PathsPanel(QWidget):
             layer.scale = (*layer.scale[:-2], size, size)
             layer.visible = True
         if self.walk is not None:  # positions, run and settings lie there
-            layer.metadata = {"written": str(self.walk.stem.with_name(f"{self.walk.stem.name}.json"))}
+            written = str(self.walk.stem.with_name(f"{self.walk.stem.name}.json"))
+            layer.metadata = {**self.walk.made, "positions, uids of the particles": written}
 
     def _fit_particle_axis(self, *_: object) -> None:
         """A path is to be seen whatever particle the other slider stands at: it repeats along that axis."""
@@ -448,6 +451,7 @@ def read_walk(path: Path) -> Walk:
         np.asarray(record["n_particles"], np.int64),
         record.get("frc") or [None] * len(record["positions"]),
         MrcFile(path).pixel_size_A,
+        {name: record[name] for name in ("run", "held", "config") if name in record},
     )
 
 

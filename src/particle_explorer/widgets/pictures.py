@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from particle_explorer.configs import ClassMapConfig, Config, SpatialVAEConfig
 from particle_explorer.latents import latent_columns
 from particle_explorer.pose import rotation_matrix
+from particle_explorer.preprocess import original_pixels
 from particle_explorer.state import AppState, View
 
 if TYPE_CHECKING:
@@ -238,7 +239,12 @@ def poses_of(state: AppState) -> Poses | None:
         return None
     held = "pose-held " if state.held and "pose-held angle_deg" in features else ""
     angle, y, x = (features[f"{held}{name}"].to_numpy() for name in POSE)
-    return Poses(angle, y, x, session.table["box_px"].to_numpy())
+    return Poses(angle, y, x, _boxes(session))
+
+
+def _boxes(session: Session) -> NDArray[np.float64]:
+    """`(N,)` pixels of the originals across what the cached images show."""
+    return original_pixels(session.table, session.plan) * session.plan.cached_box_px
 
 
 def _placed(state: AppState) -> Poses | None:
@@ -248,7 +254,7 @@ def _placed(state: AppState) -> Poses | None:
         return None
     none = np.zeros(len(features))
     angle, y, x = (features[name].to_numpy() if name in own else none for name in POSE)
-    return Poses(angle, y, x, session.table["box_px"].to_numpy())
+    return Poses(angle, y, x, _boxes(session))
 
 
 def draws_free_of_ctf(model: Config) -> bool:

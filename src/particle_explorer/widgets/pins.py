@@ -35,6 +35,7 @@ class Pins:
         self.layer: Any = None
         self.positions: list[NDArray[np.float64]] = []
         self._pictures: list[Picture] = []
+        self._made: list[dict[str, Any]] = []
         self._newest: Picture | None = None
         self._pending = QTimer(owner)
         self._pending.setSingleShot(True)
@@ -53,13 +54,14 @@ class Pins:
             self.clear()
         self.positions.append(np.array(z))
         self._pictures.append(np.array(picture, np.float32))
+        self._made.append(self._drawn())
         self._newest = self._pictures[-1]
         self._show()
         self.changed.emit()
 
     def clear(self) -> None:
         """Keep nothing."""
-        self.positions, self._pictures = [], []
+        self.positions, self._pictures, self._made = [], [], []
         if self.layer is not None and self.layer in self.viewer.layers:
             self.layer.visible = False
         self.changed.emit()
@@ -92,8 +94,23 @@ class Pins:
             self.layer.data = pixels
             self.layer.scale = self._scale(pixels)
             fit_view(self.viewer)
+        self.layer.metadata = {
+            **{f"pin {i + 1}": made for i, made in enumerate(self._made)},
+            "below": {"shows": "what the handle has more (bright) or less (dark)", **self._drawn()},
+        }
         if not self.layer.visible:
             self.layer.visible = True
+
+    def _drawn(self) -> dict[str, Any]:
+        """What made the reconstruction as it is."""
+        state = self.state
+        return {
+            "run": "" if state.run is None else str(state.run.path),
+            "position": state.handle_z.tolist(),
+            "angle_deg": float(state.angle_deg),
+            "shift_yx_px": [float(value) for value in state.shift_yx_px],
+            "held": bool(state.held),
+        }
 
     def _scale(self, pixels: Picture) -> tuple[float, float]:
         """As large on the canvas as one picture: tiles are as large as the largest layer."""

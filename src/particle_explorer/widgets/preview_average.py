@@ -116,9 +116,22 @@ class PreviewAverage:
         if answer.n < answer.request.rows.size:
             self._mailbox.submit(answer.request)  # the images read so far are kept, so this one gets further
         image = answer.image[0] if answer.image.shape[0] == 1 else np.moveaxis(answer.image, 0, -1)
-        self.state.set_preview(
-            Preview(image, answer.n, answer.request.of, answer.request.pictures.is_aligned)
-        )
+        session, run = self.state.session, self.state.run
+        if session is None:
+            return
+        aligned = answer.request.pictures.is_aligned
+        poses = ("that hold a part still" if self.state.held else "of the run") if aligned else "none"
+        made = {
+            "session": str(session.path),
+            "run": "" if run is None else str(run.path),
+            "settings": "" if run is None else str(run.path / "config.json"),
+            "prepared": str(session.path / "session.json"),
+            "averaged": "as prepared, no CTF correction, every particle counts once",
+            "poses": poses,
+            "sample": f"{answer.n} of {answer.request.of} selected particles",
+            "uid": session.uid[answer.request.rows[: answer.n]],
+        }
+        self.state.set_preview(Preview(image, answer.n, answer.request.of, aligned, made))
 
 
 def sampled(rows: NDArray[np.intp], n_all: int) -> NDArray[np.intp]:
