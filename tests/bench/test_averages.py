@@ -56,6 +56,6 @@ def test_discrete_classes_tell_two_pictures_apart():
     clean -= clean.mean((1, 2), keepdims=True)
     truth = np.arange(120) % 2
     images = 2.5 * clean[truth] + random.normal(size=(120, N, N)).astype(np.float32)
-    _, label = ml2d(images.astype(np.float32), 2, iterations=6, n_angles=12, reach=1)
+    _, label, _ = ml2d(images.astype(np.float32), 2, iterations=6, n_angles=12, reach=1)
     agree = (label == truth).mean()
     assert max(agree, 1 - agree) > 0.9
