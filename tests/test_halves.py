@@ -41,14 +41,13 @@ class _Session:
             {"pixel_size_A": 2.0, "box_px": images.shape[-1], "ctf_state": "none"},
             index=pd.Index(np.arange(n, dtype=np.uint64), name="uid"),
         )
-        self.images, self.masks = images, {"a": first, "b": ~first}
+        self.images = images
+        self.masks = {"a": first, "b": ~first}
+        self.selections = SimpleNamespace(mask=self.masks.__getitem__)
         self.n_particles = n
 
     def originals(self) -> _Stack:
         return _Stack(self.images)
-
-    def selection(self, name: str) -> NDArray[np.bool_]:
-        return self.masks[name]
 
 
 def _run(session: _Session, name: str, z: Any, angle: Any, shift: Any) -> Any:
