@@ -113,6 +113,18 @@ def fit(
         pass
 
 
+@pytest.mark.parametrize("n_particles", [60, 200, 1000, 1400, 2133, 4000, 100_000])
+def test_a_fit_takes_as_many_steps_on_a_small_stack(n_particles: int) -> None:
+    model = ClassMap(
+        ClassMapConfig(latent_dim=1), DataSpec(box_px=16, diameter_px=12, n_particles=n_particles)
+    )
+    steps = model.n_epochs * math.ceil(n_particles / model.batch_size)
+    # with half of them, lines of 200 particles were no good and a square seemed to explain more
+    assert steps >= 64 and model.n_epochs <= 64
+    if n_particles > 4000:
+        assert model.n_epochs == 2
+
+
 @pytest.fixture(scope="module")
 def fitted() -> tuple[ClassMap, Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)

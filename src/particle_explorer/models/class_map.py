@@ -66,10 +66,12 @@ class ClassMap(PosePosterior):
         super().__init__(config, data)
         self.warm_up = config.warm_up
         """Share of the fit in which the posterior is sharpened; 0 for one that starts from a map."""
-        n_steps = _N_STEPS
+        n_steps, most = _N_STEPS, 30
         if self.classes:  # shapes that have little in common take the decoder many steps
             n_steps, self.batch_size, self.learning_rate = _N_STEPS_OF_CLASSES, 500, 4e-3
-        self.n_epochs = max(2, min(30, math.ceil(n_steps * self.batch_size / data.n_particles)))
+        else:  # all of a small stack are one step
+            most = max(most, math.ceil(n_steps / math.ceil(data.n_particles / self.batch_size)))
+        self.n_epochs = max(2, min(most, math.ceil(n_steps * self.batch_size / data.n_particles)))
         if self.classes:
             self.n_proposals = len(self.angles)
         self._epoch = 0
