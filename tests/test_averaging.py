@@ -18,6 +18,7 @@ from particle_explorer.ctf import TableCTF, ctf_2d, ctf_mode
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import recentre, rotation_matrix
 from particle_explorer.refining import compare, refine
+from particle_explorer.resampling import Scale, common_scale
 from particle_explorer.spectra import align, frc, ssnr_ring
 
 PIXEL_A = 3.0
@@ -58,7 +59,7 @@ class Originals:
     ) -> None:
         self.stack, self.table = Stack(images), table
         self.plan = SimpleNamespace(sign=sign, ctf=ctf)
-        self.scale = None
+        self.scale: Scale | None = None
 
     def originals(self) -> Stack:
         return self.stack
@@ -571,6 +572,27 @@ def test_a_cropped_search_finds_the_same_poses() -> None:
     found = refine(Originals(images, make_table(30, BOX)), np.zeros(30), angle + 4.0, shift - 2.0, config)
     after = compare(angle, shift, found.angle_deg, found.shift_yx_px)
     assert after.median_deg < 1 and after.median_px < 0.4
+
+
+def test_poses_of_images_of_two_pixel_sizes_are_refined_in_the_pixels_of_each() -> None:
+    k = 60
+    angle, shift = poses(k, 2)
+    size = np.where(np.arange(k) % 2, 2.0, 3.0)
+    shift *= 3 / size[:, None]
+    images = phantom(64, angle, shift, width_px=2.0)
+    fine = size == 2  # the same molecule, closer, of which the box shows less
+    images[fine] = phantom(96, angle[fine], shift[fine], width_px=3.0)[:, 16:80, 16:80]
+    session = Originals(_noisy(images, 0.5, 1), make_table(k, 64, pixel_size_A=size))
+    session.scale = common_scale(session.table["box_px"].to_numpy(), size)
+    start = angle + 5.0, shift + 4 / size[:, None]
+    found = refine(session, np.zeros(k), *start, RefineConfig(n_iterations=2))
+    after = compare(angle, shift * size[:, None], found.angle_deg, found.shift_yx_px * size[:, None])
+    assert after.median_deg < 1 and after.median_px < 0.3 * 3
+    assert np.nanmedian(found.correlation[fine]) > 0.8 * np.nanmedian(found.correlation[~fine])
+    session.scale = None
+    session.table["box_px"] = np.where(fine, 96, 64)
+    with pytest.raises(UserError, match="one box; these have 64, 96 px"):
+        refine(session, np.zeros(k), *start)
 
 
 def test_a_common_change_of_frame_is_no_difference() -> None:

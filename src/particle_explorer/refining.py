@@ -22,8 +22,9 @@ from particle_explorer.configs import RefineConfig
 from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix, wrap_deg
+from particle_explorer.resampling import AtOneScale
 from particle_explorer.spectra import align, cropped, outside_circle
-from particle_explorer.summing import Event
+from particle_explorer.summing import Event, Images
 
 Floats = NDArray[np.float64]
 Float = NDArray[np.float32]
@@ -159,6 +160,8 @@ class _Reference:
 class _Job:
     """The particles of a refinement at their working size."""
 
+    stack: Images
+
     def __init__(
         self,
         session: Originals,
@@ -178,17 +181,30 @@ class _Job:
         self.rows = np.flatnonzero(good)
         if not len(self.rows):
             raise UserError("no particle of any class has a pose to refine")
-        boxes = np.unique(session.table["box_px"].to_numpy()[self.rows])
+        self.table, self.stack = session.table.iloc[self.rows], session.originals()
+        sizes, self.ratio = self.table["pixel_size_A"].to_numpy(float), np.ones(len(self.rows))
+        if session.scale is not None:
+            whole = session.table["pixel_size_A"].to_numpy(float)
+            self.stack, self.ratio = (
+                AtOneScale(self.stack, whole, session.scale),
+                sizes / session.scale.pixel_size_A,
+            )
+            self.table = self.table.assign(
+                pixel_size_A=session.scale.pixel_size_A, box_px=session.scale.box_px
+            )
+        boxes = np.unique(self.table["box_px"])
         if len(boxes) > 1:
             raise UserError(
-                f"poses are refined among images of one box; these have {', '.join(map(str, boxes))}"
+                f"poses are refined among images of one box; these have {', '.join(map(str, boxes))} px and "
+                "show one field; prepare those of one box by themselves"
             )
         self.n = int(boxes[0])
         self.m = min(self.n, WORKING_BOX) if not config.box_px else min(self.n, config.box_px)
         self.scale = self.m / self.n
         self.label = label[self.rows]
-        self.start = angle[self.rows].copy(), shift[self.rows] * self.scale
-        self.angle, self.shift = angle[self.rows].copy(), shift[self.rows] * self.scale
+        to_working = (self.ratio * self.scale)[:, None]
+        self.start = angle[self.rows].copy(), shift[self.rows] * to_working
+        self.angle, self.shift = angle[self.rows].copy(), shift[self.rows] * to_working
         self.correlation = np.full(len(self.rows), np.nan)
         order = np.lexsort((self.rows, self.label))
         rank = np.empty(len(order), np.int64)
@@ -201,7 +217,7 @@ class _Job:
 
     def _read(self, session: Originals) -> None:
         """All images cropped to the working size, in half precision: 20 000 of 80 px take 256 MB."""
-        m, table = self.m, session.table.iloc[self.rows]
+        m, table = self.m, self.table
         plan = session.plan
         wanted = "none" if plan.ctf == "none" else "auto"
         mode = ctf_mode(table, wanted)
@@ -209,11 +225,11 @@ class _Job:
             table = table.assign(ctf_state="raw")
         self.ctf = TableCTF(table) if mode == "wiener" else None
         self.pixel_size_A = table["pixel_size_A"].to_numpy(float) / self.scale
-        stack, self.images = session.originals(), np.empty((len(self.rows), m, m), np.float16)
+        self.images = np.empty((len(self.rows), m, m), np.float16)
         outside = outside_circle(self.n)
         for start in range(0, len(self.rows), BLOCK):
             self._check()
-            images = stack.read(self.rows[start : start + BLOCK]).mean(1) * np.float32(plan.sign)
+            images = self.stack.read(self.rows[start : start + BLOCK]).mean(1) * np.float32(plan.sign)
             background = images[:, outside]
             images = images - background.mean(1)[:, None, None]
             if self.m < self.n:
@@ -288,7 +304,7 @@ class _Job:
                     done += len(rows)
                     tell(0.3 + 0.7 * done / len(self.rows))
         turned = np.abs(wrap_deg(self.angle - before[0]))
-        moved = np.linalg.norm(self.shift - before[1], axis=1) / self.scale
+        moved = np.linalg.norm(self.shift - before[1], axis=1) / (self.ratio * self.scale)
         return {
             "median_deg": float(np.median(turned)),
             "p95_deg": float(np.quantile(turned, 0.95)),
@@ -420,9 +436,10 @@ class _Job:
             self._join_halves(*self._sums(lambda _: None))
         angle, shift = np.full(self.n_all, np.nan), np.full((self.n_all, 2), np.nan)
         moved_deg, moved_px, correlation = (np.full(self.n_all, np.nan) for _ in range(3))
-        angle[self.rows], shift[self.rows] = self.angle, self.shift / self.scale
+        to_working = self.ratio * self.scale
+        angle[self.rows], shift[self.rows] = self.angle, self.shift / to_working[:, None]
         moved_deg[self.rows] = np.abs(wrap_deg(self.angle - self.start[0]))
-        moved_px[self.rows] = np.linalg.norm(self.shift - self.start[1], axis=1) / self.scale
+        moved_px[self.rows] = np.linalg.norm(self.shift - self.start[1], axis=1) / to_working
         correlation[self.rows] = self.correlation
         return Refined(angle, shift, moved_deg, moved_px, correlation, history)
 

@@ -34,6 +34,10 @@ svg .grid { stroke: #e6e9ed; } table { border-collapse: collapse; background: #f
 td, th { border: 1px solid #dfe3e8; padding: 4px 12px; text-align: right; } th { background: #f0f2f5; }
 td:first-child, th:first-child { text-align: left; }
 pre { padding: 12px; font-size: 12px; overflow-x: auto; }
+@media print {
+  body { background: #fff; } pre { white-space: pre-wrap; overflow-wrap: anywhere; } h2 { break-after: avoid; }
+  .row { flex-wrap: wrap; overflow: visible; } figure, svg, tr { break-inside: avoid; }
+}
 """
 
 
