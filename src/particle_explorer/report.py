@@ -35,7 +35,8 @@ td, th { border: 1px solid #dfe3e8; padding: 4px 12px; text-align: right; } th {
 td:first-child, th:first-child { text-align: left; }
 pre { padding: 12px; font-size: 12px; overflow-x: auto; }
 @media print {
-  body { background: #fff; } pre { white-space: pre-wrap; overflow-wrap: anywhere; } h2 { break-after: avoid; }
+  body { background: #fff; } h2 { break-after: avoid; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   .row { flex-wrap: wrap; overflow: visible; } figure, svg, tr { break-inside: avoid; }
 }
 """

@@ -44,6 +44,9 @@ GALLERY_PX = 150
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
 VIEW_MARGIN = 0.23
+LARGEST_MARGIN = 0.5
+LINE_PX = 20
+"""Height of a line of words on the canvas"""
 CAPTION_CHARACTERS = 84
 """What fits into one line at the foot of the canvas of a small screen."""
 
@@ -87,7 +90,15 @@ def fit_view(viewer: napari.Viewer) -> None:
     Later in the event loop: the canvas lays its tiles out anew after a layer has come or gone.
     """
     viewer = unwrapped(viewer)
-    QTimer.singleShot(0, lambda: viewer.reset_view(margin=VIEW_MARGIN))
+    QTimer.singleShot(0, lambda: viewer.reset_view(margin=_margin(viewer)))
+
+
+def _margin(viewer: Any) -> float:
+    """What is left free of a tile, above and below together: no less than the words at the foot take."""
+    words = viewer.canvas.overlays.text.text
+    lines = words.count("\n") + 1 if words else 0
+    tile_px = max(1.0, float(viewer.canvas.viewbox_size(viewer.layers)[0]))
+    return min(LARGEST_MARGIN, max(VIEW_MARGIN, 2 * (LINE_PX * lines + 6) / tile_px))
 
 
 def tile(layer: Any) -> None:
