@@ -94,11 +94,12 @@ def fit_view(viewer: napari.Viewer) -> None:
 
 
 def _margin(viewer: Any) -> float:
-    """What is left free of a tile, above and below together: no less than the words at the foot take."""
+    """What is left free of a tile: below a square picture no less than the words at the foot take."""
     words = viewer.canvas.overlays.text.text
     lines = words.count("\n") + 1 if words else 0
-    tile_px = max(1.0, float(viewer.canvas.viewbox_size(viewer.layers)[0]))
-    return min(LARGEST_MARGIN, max(VIEW_MARGIN, 2 * (LINE_PX * lines + 6) / tile_px))
+    height, width = (max(1.0, float(side)) for side in viewer.canvas.viewbox_size(viewer.layers))
+    needed = 1 - (height - 2 * (LINE_PX * lines + 6)) / min(height, width)
+    return min(LARGEST_MARGIN, max(VIEW_MARGIN, needed))
 
 
 def tile(layer: Any) -> None:
