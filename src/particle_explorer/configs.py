@@ -595,8 +595,9 @@ class AccuracyConfig(Config):
     stacks: str = setting("all", "Stacks")
     """`all`, or some with commas between: `integrin-0.5` and `integrin-0.1` (simulated integrin at that
     signal-to-noise ratio), `hinge-0.1` and `hinge-0.03` (the package's own simulator, with CTF and junk),
-    `mnist-n`, `mnist-u` and `mnist-multi` (turned and shifted digits), `xyrcs` and `dsprites` (plain shapes).
-    Only `hinge-…` and `xyrcs` need no folder of large data."""
+    `mnist-n`, `mnist-u` and `mnist-multi` (turned and shifted digits), `mnist-posed` (turned digits whose
+    angles are given to models that learn from poses), `xyrcs` and `dsprites` (plain shapes). Only
+    `hinge-…` and `xyrcs` need no folder of large data."""
     models: str = setting("all", "Models")
     """`all`, or some kinds with commas between. `KIND-2d` and the like say the dimensions of the map;
     without, it is one for stacks with one motion and two for those with labels."""

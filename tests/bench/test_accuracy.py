@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from particle_explorer.bench import accuracy, stacks
 from particle_explorer.configs import AccuracyConfig, PreprocessConfig, SimulateConfig
@@ -128,6 +129,36 @@ def test_digits_are_where_the_truth_says(few_digits: Path, name: str) -> None:
     assert np.median(np.asarray(r)[away]) > (0.9 if name == "mnist-multi" else 0.97)
     spread = table["true_angle_deg"].std()
     assert 35 < spread < 55 if name == "mnist-n" else 85 < spread < 125
+
+
+def test_posed_digits_carry_the_truth(few_digits: Path) -> None:
+    stack = stacks.make("mnist-posed", AccuracyConfig(data=str(few_digits), n_particles=75), few_digits)
+    table = stack.particles.table
+    assert np.array_equal(table["angle_deg"], table["true_angle_deg"]) and table["true_angle_deg"].std() > 85
+    assert stack.upright is not None and stack.upright.shape == (15, 28, 28)
+    inside = np.hypot(*(np.indices((28, 28)) - 14)) < 10
+    for a, b in zip(brought_back(stack)[table["split"] == 1], stack.upright, strict=True):
+        assert np.corrcoef(a[inside], b[inside])[0, 1] > 0.97
+
+
+def test_what_a_taught_autoencoder_draws_is_compared_as_it_is(few_digits: Path, tmp_path: Path) -> None:
+    config = AccuracyConfig(data=str(few_digits), n_particles=75)
+    stack = stacks.make("mnist-posed", config, few_digits)
+    session = Session.create(tmp_path / "session", stack.particles, stack.preprocess)
+    settings = accuracy._settings("rotation-ae-3d", stack, config)
+    assert settings.poses == "file" and settings.pixels == "sigmoid"
+    model = accuracy.build_model(settings, session.data_spec())
+    model.supervised.fill_(True)
+    random = np.random.default_rng(0)
+    z = random.normal(0, 1, (75, 3)).astype(np.float32)
+    angle = random.uniform(-180, 180, 75).astype(np.float32)
+    rows = np.flatnonzero(session.table["split"] == 1)
+    latents = Latents(np.arange(75, dtype=np.uint64), z, angle_deg=angle)
+    drawn = accuracy._drawn_upright(model, session, latents, rows)
+    plain = model.decode(torch.from_numpy(z[rows]))[:, 0].numpy()
+    assert np.allclose(drawn, plain, atol=0.02)
+    model.supervised.fill_(False)
+    assert not np.allclose(accuracy._drawn_upright(model, session, latents, rows), plain, atol=0.02)
 
 
 def test_shapes_are_where_the_truth_says() -> None:

@@ -33,11 +33,12 @@ from particle_explorer.files import UserError, write_text
 from particle_explorer.io.reading import read_array
 from particle_explorer.latents import Latents
 from particle_explorer.models.build import build_model
+from particle_explorer.models.rotation_ae import RotationAE
 from particle_explorer.session import Run, Session
 
 STACKS = (
     "integrin-0.5", "integrin-0.1", "hinge-0.1", "hinge-0.03",
-    "mnist-n", "mnist-u", "mnist-multi", "xyrcs", "dsprites",
+    "mnist-n", "mnist-u", "mnist-multi", "mnist-posed", "xyrcs", "dsprites",
 )  # fmt: skip
 PAPER_EPOCHS = {"spatial-vae": 500, "target-vae": 500, "vae": 500, "beta-vae": 500, "rotation-ae": 200}
 """What `full` trains where the paper says it; other models take their own number."""
@@ -443,13 +444,14 @@ def _drawn_upright(
     """`(m, n, n)` decoded images of test particles, brought back by their true pose.
 
     What is decoded is the pose that was found relative to the true one, so that a model's own frame does not
-    count. A model without poses is compared with what it draws.
+    count. A model without poses is compared with what it draws, and so is one that was taught the true frame.
     """
     truth = session.table.iloc[rows]
     device = next(model.parameters()).device
     z = torch.from_numpy(latents.z[rows]).to(device)
     angle = shift = None
-    if latents.angle_deg is not None:
+    taught = isinstance(model, RotationAE) and bool(model.supervised)
+    if latents.angle_deg is not None and not taught:
         back = np.deg2rad(truth["true_angle_deg"].to_numpy())
         turn = np.deg2rad(latents.angle_deg[rows].astype(np.float64)) - back
         angle = torch.from_numpy(turn).float().to(device)
