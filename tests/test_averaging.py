@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from particle_explorer import averaging, spectra, summing
 from particle_explorer.averaging import average_classes, class_average
+from particle_explorer.commands.averaging import apart_words, poses_apart
 from particle_explorer.configs import AverageConfig, RefineConfig
 from particle_explorer.ctf import TableCTF, ctf_2d, ctf_mode
 from particle_explorer.files import Stopped, UserError
@@ -611,6 +612,23 @@ def test_a_common_change_of_frame_is_no_difference() -> None:
     )
     with pytest.raises(UserError, match="both sets"):
         compare(angle, shift, np.full(200, np.nan), shift)
+
+
+def test_poses_of_the_file_are_compared_in_pixels_of_one_size() -> None:
+    angle, shift = poses(200, 3)
+    size = np.where(np.arange(200) % 2, 1.5, 3.0)
+    table = make_table(200, 64, pixel_size_A=size, angle_deg=angle)
+    table[["shift_y_px", "shift_x_px"]] = shift * 3 / size[:, None]
+    run: Any = SimpleNamespace(session=SimpleNamespace(table=table))
+    label = np.arange(200) % 3
+    turned, moved = recentre(angle + 4.0 * (np.arange(200) % 2), shift, 31.0, np.array([1.5, -2.0]))
+    apart = poses_apart(run, (turned, moved * 3 / size[:, None]), "file", label)
+    assert apart is not None and apart["median_deg"] == pytest.approx(2.0, abs=0.2)
+    assert apart["within_10_deg"] == 1 and apart["median_px"] < 0.2
+    assert "particle" not in apart_words("file", apart) and "100% within 10°" in apart_words("file", apart)
+    assert poses_apart(run, (None, None), "file", label) is None
+    run.session.table = table.drop(columns="angle_deg")
+    assert poses_apart(run, (turned, moved), "file", label) is None
 
 
 def test_stopping_and_bad_input() -> None:

@@ -27,7 +27,7 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Session
 from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
-from particle_explorer.widgets.classes import SHARED, ClassesDock
+from particle_explorer.widgets.classes import SHARED, ClassesDock, made_words
 from particle_explorer.widgets.exporting import groupings
 from particle_explorer.widgets.montage import montage
 
@@ -492,6 +492,9 @@ def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: 
     qtbot.waitUntil(lambda: bool(dock.comparison.text()), timeout=SLOW)
     assert "100% share one there" in dock.comparison.text() and "2 → 2: 40 (100%)" in dock.comparison.text()
     assert dock.layer.metadata["averages"] == "cluster-kmeans" and dock.layer.metadata["how"]["run"]
+    assert dock.stored is not None and "away" not in made_words(dock.stored, 0)
+    dock.stored.how["apart"] = {"from": "file", "median_deg": 2.0, "within_10_deg": 1.0, "median_px": 0.3}
+    assert "those of the file are 2.0°, 0.30 px away" in made_words(dock.stored, 0)
 
 
 def test_halves_are_called_independent_by_their_models_alone() -> None:

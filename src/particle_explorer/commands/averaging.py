@@ -77,7 +77,7 @@ class Average(JobCommand):
                 averages = noise_control(run, same, averages, self.average, tell=job.tell, stop=job.stop)
             if positions is not None:  # a cell whose particles all count elsewhere has no average
                 positions = positions[[names.index(average.label) for average in averages]]
-            how = {
+            how: dict[str, Any] = {
                 "run": run.name,
                 "by": name if not self.selection or self.by else "",
                 "selection": self.selection,
@@ -87,8 +87,50 @@ class Average(JobCommand):
                 "positions": None if positions is None else positions.round(6).tolist(),
                 "config": self.average.model_dump(),
             }
+            other: PoseSource = "run" if source == "file" else "file"
+            classes = np.full(len(session.table), -1)
+            classes[members.row] = members.average
+            apart = poses_apart(run, poses_of(run, source), other, classes)
+            if apart is not None:
+                how["apart"] = {"from": other, **apart}
+                job.note(apart_words(other, apart))
             used = session.classes.save(name, averages, [average.label for average in averages], how)
             job.result(session.path / "classes" / f"{used}.mrcs")
+
+
+def poses_apart(
+    run: Run,
+    poses: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None],
+    other: PoseSource,
+    classes: NDArray[np.integer[Any]],
+) -> dict[str, float] | None:
+    """How far poses are from those of another source, frames joined class by class, shifts in pixels of the
+    largest; None where either are unknown."""
+    import numpy as np
+
+    from particle_explorer.refining import compare
+
+    session = run.session
+    if other == "file" and not {"angle_deg", "shift_y_px", "shift_x_px"} <= set(session.table.columns):
+        return None
+    theirs = poses_of(run, other)
+    if poses[0] is None or poses[1] is None or theirs[0] is None or theirs[1] is None:
+        return None
+    size = session.table["pixel_size_A"].to_numpy(float)
+    unit = (size / size.max() if np.isfinite(size).all() else np.ones(len(size)))[:, None]
+    try:
+        found = compare(theirs[0], theirs[1] * unit, poses[0], poses[1] * unit, classes)
+    except UserError:
+        return None
+    return found._asdict()
+
+
+def apart_words(other: str, apart: dict[str, float]) -> str:
+    """How far poses are from those of another source, in a line."""
+    return (
+        f"beside the poses of the {other}, frames joined class by class: angles {apart['median_deg']:.1f}° "
+        f"apart, {apart['within_10_deg']:.0%} within 10°, shifts {apart['median_px']:.2f} px"
+    )
 
 
 class Independent(JobCommand):
@@ -162,7 +204,7 @@ class Refine(JobCommand):
         import numpy as np
         import pandas as pd
 
-        from particle_explorer.refining import compare, refine
+        from particle_explorer.refining import refine
 
         with self.job("refining poses") as job:
             run = open_run(self.run, needs="weights" if self.against == "decoded" else "")
@@ -210,21 +252,12 @@ class Refine(JobCommand):
                     f"{step['p95_deg']:.1f}°), shifts by {step['median_px']:.2f} px "
                     f"({step['p95_px']:.1f}); correlation {step['correlation']:.3f}"
                 )
-            carried = {"angle_deg", "shift_y_px", "shift_x_px"} <= set(run.session.table.columns)
-            if carried and self.poses != "file":
-                their_angle, their_shift = poses_of(run, "file")
-                assert their_angle is not None and their_shift is not None
-                try:
-                    apart = compare(their_angle, their_shift, found.angle_deg, found.shift_yx_px, classes)
-                except UserError:
-                    apart = None
+            if self.poses != "file":
+                poses = found.angle_deg, found.shift_yx_px
+                apart = poses_apart(run, poses, "file", classes)
                 if apart is not None:
-                    record["from_the_file"] = apart._asdict()
-                    job.note(
-                        f"beside the poses of the file, frames joined class by class: angles "
-                        f"{apart.median_deg:.1f}° apart, {apart.within_10_deg:.0%} within 10°, shifts "
-                        f"{apart.median_px:.2f} px"
-                    )
+                    record["from_the_file"] = apart
+                    job.note(apart_words("file", apart))
             job.result(run.write_column("pose-refined", table, record, replace=True))
 
 

@@ -818,6 +818,10 @@ def made_words(stored: StoredClasses, index: int) -> str:
     parts += [f"changed from {how['from']}"] if how.get("from") else []
     poses = how.get("poses") or ("held" if how.get("held") else "run")
     parts.append(POSES.get(str(poses), str(poses)))
+    apart = how.get("apart")
+    if apart:
+        median = f"{apart['median_deg']:.1f}°, {apart['median_px']:.2f} px"
+        parts.append(f"those of the {apart['from']} are {median} away (medians)")
     if how.get("weights", "hard") != "hard":
         parts.append(f"weights by {how['weights']}")
     parts.append(f"CTF: {one['ctf']}")
