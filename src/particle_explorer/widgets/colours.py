@@ -186,6 +186,7 @@ TITLES = {
     "shift_x_px": "shift x (px)",
     "log_likelihood": "log-likelihood",
     "class_id": "class",
+    "residual": "reconstruction error",
     "angle_std_deg": "uncertainty of angle (°)",
     "shift_std_px": "uncertainty of shift (px)",
     "pose_entropy": "uncertainty of pose (entropy)",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from qtpy.QtCore import QPoint, QSignalBlocker, Qt
 from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import (
@@ -24,8 +27,9 @@ from qtpy.QtWidgets import (
 )
 
 from particle_explorer.configs import ClusterConfig, EmbedConfig
+from particle_explorer.state import Mask
 from particle_explorer.status import Status
-from particle_explorer.widgets.background import Tasks
+from particle_explorer.widgets.background import Tasks, in_turn
 from particle_explorer.widgets.colours import colour_by, recoloured, rgb, title_of
 from particle_explorer.widgets.exporting import groupings
 from particle_explorer.widgets.form import ConfigForm
@@ -208,37 +212,28 @@ class GroupsPanel(QWidget):
             self.split_button,
         ):
             part.setVisible(name is not None)
+        run, features = self.state.run, self.state.features
+        if name is None or run is None:
+            self.tasks.forget("groups")
+            self._fill([])
+            return
+        column = features[name]
+        self.tasks.run(
+            "groups", lambda: in_turn(groups_of, name, column, run.group_colours(name)), self._fill
+        )
+
+    def _fill(self, found: list[Group]) -> None:
         with QSignalBlocker(self.groups):
             self.groups.clear()
-            if name is not None:
-                self._fill(name, self.state.features[name])
+            for group in found:
+                item = QListWidgetItem(group.words)
+                item.setData(Qt.ItemDataRole.UserRole, group)
+                item.setIcon(_swatch(group.colour))
+                self.groups.addItem(item)
         self._show_buttons()
 
-    def _fill(self, name: str, column: pd.Series) -> None:
-        run = self.state.run
-        own = {} if run is None else run.group_colours(name)
-        colouring = recoloured(colour_by(name, column), own)
-        counts = column.astype(str).value_counts() if not pd.api.types.is_numeric_dtype(column) else None
-        values = (
-            np.asarray(colouring.labels)
-            if counts is not None
-            else np.unique(column.to_numpy(float)[np.isfinite(column.to_numpy(float))])
-        )
-        total = len(column)
-        for i, value in enumerate(values):
-            n = int(counts[str(value)]) if counts is not None else int((column == value).sum())
-            left_out = counts is None and value == 0
-            words = "in no group" if left_out else str(value) if counts is not None else f"{value:g}"
-            item = QListWidgetItem(f"{words}   {number(n)}  ({100 * n / max(total, 1):.0f} %)")
-            # text groups are numbered in the order of their names, as `regroup` counts them
-            number_ = i + 1 if counts is not None else int(value)
-            label = str(value) if counts is not None else f"{value:g}"
-            item.setData(Qt.ItemDataRole.UserRole, (number_, value, label))
-            item.setIcon(_swatch(colouring.lut[min(i, len(colouring.lut) - 1)]))
-            self.groups.addItem(item)
-
     def _numbers(self) -> list[int]:
-        return [int(item.data(Qt.ItemDataRole.UserRole)[0]) for item in self.groups.selectedItems()]
+        return [item.data(Qt.ItemDataRole.UserRole).number for item in self.groups.selectedItems()]
 
     def _show_menu(self, at: QPoint) -> None:
         item = self.groups.itemAt(at)
@@ -250,7 +245,7 @@ class GroupsPanel(QWidget):
     def colour_menu(self, item: QListWidgetItem) -> QMenu:
         """The colours that a group may have."""
         menu = QMenu(self)
-        group = str(item.data(Qt.ItemDataRole.UserRole)[2])
+        group = item.data(Qt.ItemDataRole.UserRole).label
         for words, colour in NAMED_COLOURS.items():
             action = menu.addAction(_swatch(rgb([colour])[0]), words)
             action.triggered.connect(lambda _=False, colour=colour: self.recolour(group, colour))
@@ -272,13 +267,14 @@ class GroupsPanel(QWidget):
         name = self.which.currentData()
         if name is None:
             return
-        values = [item.data(Qt.ItemDataRole.UserRole)[1] for item in self.groups.selectedItems()]
+        values = [item.data(Qt.ItemDataRole.UserRole).value for item in self.groups.selectedItems()]
         column = self.state.features[name]
-        if pd.api.types.is_numeric_dtype(column):
-            mask = np.isin(column.to_numpy(float), np.asarray(values, float))
-        else:
-            mask = column.astype(str).isin([str(value) for value in values]).to_numpy()
-        self.state.selection.set(mask)
+
+        def done(mask: Mask) -> None:
+            if mask.size == self.state.selection.mask.size:
+                self.state.selection.set(mask)
+
+        self.tasks.run("select", lambda: members(column, values), done)
         self._show_buttons()
 
     # --- look ---------------------------------------------------------------------------------------
@@ -314,6 +310,53 @@ class GroupsPanel(QWidget):
                 else "Choose two groups or more"
             )
             button.setToolTip(why or (tip if able else need))
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of a grouping, as it is listed."""
+
+    words: str
+    number: int
+    """What `regroup` calls it"""
+    value: float | str
+    """What stands in the column"""
+    label: str
+    """What its colour is kept under"""
+    colour: NDArray[np.float64]
+    """`(3,)` 0..255"""
+
+
+def groups_of(name: str, column: pd.Series, own: Mapping[str, str]) -> list[Group]:
+    """The groups of a column with their sizes; `own` are colours they were given. A thread's work."""
+    colouring = recoloured(colour_by(name, column), own)
+    total, colours = max(len(column), 1), colouring.lut
+
+    def group(i: int, words: str, number_: int, value: float | str, label: str, n: int) -> Group:
+        shown = f"{words}   {number(n)}  ({100 * n / total:.0f} %)"
+        return Group(shown, number_, value, label, colours[min(i, len(colours) - 1)])
+
+    if pd.api.types.is_numeric_dtype(column):
+        values = column.to_numpy(float)
+        there, counts = np.unique(values[np.isfinite(values)], return_counts=True)
+        return [
+            group(i, "in no group" if value == 0 else f"{value:g}", int(value), value, f"{value:g}", n)
+            for i, (value, n) in enumerate(zip(there.tolist(), counts.tolist(), strict=True))
+        ]
+    texts = column.astype(str).value_counts()
+    # text groups are numbered in the order of their names, as `regroup` counts them
+    return [
+        group(i, label, i + 1, label, label, int(texts[label]))
+        for i, label in enumerate(colouring.labels)
+        if label in texts.index
+    ]
+
+
+def members(column: pd.Series, values: Sequence[float | str]) -> Mask:
+    """`(n,)` particles that are in one of these groups; a thread's work."""
+    if pd.api.types.is_numeric_dtype(column):
+        return np.isin(column.to_numpy(float), np.asarray(values, float))
+    return column.astype(str).isin([str(value) for value in values]).to_numpy()
 
 
 def title(method: str) -> str:

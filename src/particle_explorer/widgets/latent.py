@@ -102,6 +102,7 @@ class LatentDock(QWidget):
         self._thumbnails = Mailbox(self, _thumbnail, self._on_thumbnail, lambda _: None, "thumbnail")
         self._columns = Columns(state.features, np.zeros((0, 0)))
         self._axes: HandleAxes | None = None
+        self._drawn: tuple[NDArray[np.float64], str, str] | None = None  # what the points were made of
         self._held: tuple[NDArray[np.float64], Place] | None = (
             None  # where the hand put the handle, and its z
         )
@@ -354,23 +355,26 @@ class LatentDock(QWidget):
         self._live.follow(None if session is None else session.path)
         self.canvas.set_density("auto")
         self.density.setCurrentIndex(0)
-        self._limits, self._remembered, self._part = None, None, None
+        self._limits, self._remembered, self._part, self._drawn = None, None, None, None
         self.canvas.clear_points()
         self.canvas.set_handle(None, None)
         self._view_of = None
         self._show_state()
 
     def _on_run(self, run: Run | None) -> None:
-        self._held, self._axes = None, None
+        self._held, self._axes, self._drawn = None, None, None
         if run is not None and self._live_run == run.path:
             self._live_run = None
         self._show_state()
 
     def _on_features(self) -> None:
         if not self._shows_live:
-            features = self.state.features
+            features, before = self.state.features, self._columns
             self.tasks.run(
-                "columns", lambda: in_turn(read_columns, features), self._on_columns, self._complain
+                "columns",
+                lambda: in_turn(read_columns, features, None, before),
+                self._on_columns,
+                self._complain,
             )
 
     @property
@@ -401,7 +405,8 @@ class LatentDock(QWidget):
         if len(columns.features) != self.state.selection.mask.size:
             return  # of a session that has been closed meanwhile
         self._columns = columns
-        self._axes = None  # of other columns; the new ones come with the points
+        if self._drawn is None or self._drawn[0] is not columns.z:
+            self._axes = None  # of other positions; the new ones come with the points
         first = columns.first_axes()
         self._offer_columns(columns)
         self._choose_asked()
@@ -499,7 +504,9 @@ class LatentDock(QWidget):
         if columns.n_dims == 0 or x is None or y is None:
             self.canvas.clear_points()
             self.canvas.set_handle(None, None)
-            self._axes = None
+            self._axes = self._drawn = None
+            return
+        if keep_view and self._part is None and self._is_drawn(columns, x, y):
             return
         titles = (columns.title(x), columns.title(y))
 
@@ -510,6 +517,7 @@ class LatentDock(QWidget):
             if len(columns.features) != self.state.selection.mask.size:
                 return
             points, self._axes = found
+            self._drawn = (columns.z, x, y)
             self.canvas.set_points(points, titles=titles, keep_view=keep_view)
             part, self._part = self._part, None
             if part is not None:
@@ -518,6 +526,13 @@ class LatentDock(QWidget):
             self._show_hint()
 
         self.tasks.run("points", work, done, self._complain)
+
+    def _is_drawn(self, columns: Columns, x: str, y: str) -> bool:
+        """Whether the points on the canvas are these positions on these axes, neither of them a column."""
+        drawn, axes = self._drawn, self._axes
+        if drawn is None or axes is None or drawn[0] is not columns.z or drawn[1:] != (x, y):
+            return False
+        return columns.is_of_map(x) and columns.is_of_map(y)
 
     def _on_axes_chosen(self, *_: object) -> None:
         self._held = None

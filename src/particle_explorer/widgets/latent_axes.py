@@ -97,9 +97,13 @@ class Columns:
         if key == ONE_COLOUR:
             return plain(len(self.features))
         title = self.title(key)
-        if key == DENSITY or re.fullmatch(r"(z|pc)_\d+", key):
+        if key == DENSITY or self.is_of_map(key):
             return colour_by(key, self.values(key), title)
         return colour_by(key, self.features[key], title)
+
+    def is_of_map(self, key: str) -> bool:
+        """Whether an axis is a latent dimension or a principal component, not a column of the table."""
+        return re.fullmatch(r"(z|pc)_\d+", key) is not None
 
     def first_axes(self) -> tuple[str, str] | None:
         """The two axes to show first: the map, or, of many dimensions, the two widest directions."""
@@ -131,8 +135,12 @@ class Columns:
         return component, -float(component @ self.pca.mean)
 
 
-def read_columns(features: pd.DataFrame, live: Live | None = None) -> Columns:
-    """Find out what a table offers; with `live`, the positions of a run that trains. A thread's work."""
+def read_columns(features: pd.DataFrame, live: Live | None = None, before: Columns | None = None) -> Columns:
+    """Find out what a table offers; with `live`, the positions of a run that trains. A thread's work.
+
+    What follows from the positions alone is taken from `before` where they are the same ones, as after a
+    clustering; `z` is then the very same array.
+    """
     n = len(features)
     if live is not None:
         z = np.full((n, live.z.shape[1]), np.nan)
@@ -140,10 +148,16 @@ def read_columns(features: pd.DataFrame, live: Live | None = None) -> Columns:
     else:
         z = features[latent_columns(features)].to_numpy(float)
     n_dims = z.shape[1]
-    known = z[np.isfinite(z).all(axis=1)] if n_dims else z
-    if not len(known):
-        return Columns(features, np.zeros((n, 0)))
-    components = pca(known.astype(np.float32)) if n_dims > 1 else None
+    if before is not None and before.n_dims and np.array_equal(before.z, z, equal_nan=True):
+        z, components, median, spread = before.z, before.pca, before.median, before.spread
+    else:
+        known = z[np.isfinite(z).all(axis=1)] if n_dims else z
+        if not len(known):
+            return Columns(features, np.zeros((n, 0)))
+        components = pca(known.astype(np.float32)) if n_dims > 1 else None
+        middle = np.median(known[: 10 * NEIGHBOUR_SAMPLE], axis=0)
+        median = known[int(np.argmin(((known - middle) ** 2).sum(axis=1)))]
+        spread = np.stack([known.min(axis=0), known.max(axis=0)], axis=1)
     latent = [Choice(f"z_{i}", title_of(f"z_{i}")) for i in range(n_dims)]
     if components is not None:
         latent += [
@@ -162,11 +176,11 @@ def read_columns(features: pd.DataFrame, live: Live | None = None) -> Columns:
         (others if numeric else words).append(choice)
     others.append(Choice(DENSITY, "local density on the map (log₁₀)"))
     others.sort(key=lambda choice: _rank(choice.key))
-    middle = np.median(known[: 10 * NEIGHBOUR_SAMPLE], axis=0)
-    nearest = int(np.argmin(((known - middle) ** 2).sum(axis=1)))
-    spread = np.stack([known.min(axis=0), known.max(axis=0)], axis=1)
     colours = (Choice(ONE_COLOUR, "one colour"), *others[:8], *latent, *words, *others[8:])
-    return Columns(features, z, components, (*latent, *others), colours, known[nearest], spread)
+    columns = Columns(features, z, components, (*latent, *others), colours, median, spread)
+    if before is not None and z is before.z and "density" in before.__dict__:
+        columns.__dict__["density"] = before.density
+    return columns
 
 
 class HandleAxes(Protocol):
