@@ -116,7 +116,7 @@ class Oracle(ParticleModel):
         return Encoding(torch.zeros(len(rows), 1), None, self.angle[rows], self.shift[rows], {})
 
     def decode(self, z: Tensor, angle: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        return torch.zeros(len(z), self.data.n_channels, self.data.box_px, self.data.box_px)
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         raise NotImplementedError

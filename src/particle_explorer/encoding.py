@@ -20,11 +20,14 @@ from particle_explorer.io.inspecting import guessed_sign
 from particle_explorer.latents import Latents
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel
 from particle_explorer.models.build import build_model
+from particle_explorer.models.layers import disc_pixels
 from particle_explorer.particles import Particles, carries_angles
 from particle_explorer.pose import wrap_deg
 from particle_explorer.session import Run, Session
 
 ENCODE_AT_ONCE = 512
+RESIDUAL = "residual"
+"""Name of the column that says how much of an image its model leaves unexplained"""
 PIXEL_SIZE_TOLERANCE = 0.01
 MEMORY_SHARE = 0.25
 """Images are held in memory when they take no more than this of what is free"""
@@ -196,10 +199,27 @@ def _encode_batches(
     for start in range(0, n, at_once):
         index = torch.arange(start, min(start + at_once, n))
         with autocast(model, device_of_model(model), precision):
-            encoding = model.encode(images.take(index))
+            batch = images.take(index)
+            encoding = model.encode(batch)
+            if RESIDUAL not in encoding.extras:  # the class maps find their own while they search
+                encoding.extras[RESIDUAL] = unexplained(model, batch, encoding)
         parts.append(_to_cpu(encoding))
         yield min(1.0, (start + at_once) / n), None
     yield 1.0, to_latents(uid, parts, original_px)
+
+
+@torch.no_grad()
+def unexplained(model: ParticleModel, batch: Batch, encoding: Encoding) -> Tensor:
+    """`(b,)` mean square of what is left of each image without what the model draws of it where it lies.
+
+    Over the disc of the particle, in units of the variance of the background.
+    """
+    drawn = model.decode(encoding.z, encoding.angle, encoding.shift).float()
+    if batch.ctf is not None:  # a model that asks for it draws without
+        drawn = torch.fft.irfft2(torch.fft.rfft2(drawn) * batch.ctf[:, None], s=drawn.shape[-2:])
+    disc = disc_pixels(model.data.box_px, model.data.diameter_px / 2).to(drawn.device)
+    off = (batch.images - drawn).flatten(2)[:, :, disc]
+    return off.square().mean((1, 2))
 
 
 def device_of_model(model: ParticleModel) -> torch.device:

@@ -51,7 +51,8 @@ class Latents:
     shift_yx_px: Array | None = None
     """`(n, 2)` placement shift"""
     extras: Mapping[str, Array] = field(default_factory=dict)
-    """`(n,)` each: `log_likelihood`, `angle_std_deg`, `shift_std_px`, `pose_entropy`, `junk_probability`"""
+    """`(n,)` each: `residual`, `log_likelihood`, `angle_std_deg`, `shift_std_px`, `pose_entropy`,
+    `junk_probability`"""
 
     def __len__(self) -> int:
         return len(self.uid)

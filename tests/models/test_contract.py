@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from particle_explorer import preprocess
 from particle_explorer.configs import DataSpec, ModelConfig
+from particle_explorer.encoding import encode, unexplained
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, ParticleModel
 from particle_explorer.models.build import build_model
+from particle_explorer.session import Session
+from particle_explorer.widgets.colours import title_of
 
 SETTINGS: dict[str, dict[str, object]] = {
     "vae": {"hidden": 32},
@@ -138,3 +142,38 @@ def test_the_likelihood_is_that_of_the_noise(n_channels: int) -> None:
     torch.testing.assert_close(unit, -torch.distributions.Normal(mean, 1).log_prob(pixels) - constant)
     binary = PixelNoise("bernoulli", n_channels)(mean, pixels.round())
     torch.testing.assert_close(binary, -torch.distributions.Bernoulli(logits=mean).log_prob(pixels.round()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_particle_gets_its_reconstruction_error(kind: str, tiny_session: Session) -> None:
+    spec = tiny_session.data_spec()
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[kind].model_validate(SETTINGS.get(kind, {})), spec).eval()
+    model.schedule(1.0, 1000)
+    *_, (_, latents) = encode(model, tiny_session)
+    error = latents.table["residual"].to_numpy()
+    # once more, from what the columns say
+    scale = preprocess.original_pixels(tiny_session.table, tiny_session.plan)
+    pose = [
+        None if latents.angle_deg is None else torch.deg2rad(torch.from_numpy(latents.angle_deg)),
+        None
+        if latents.shift_yx_px is None
+        else torch.from_numpy(latents.shift_yx_px / scale[:, None].astype(np.float32)),
+    ]
+    rows = np.arange(tiny_session.n_particles)
+    images = tiny_session.images.read(rows)
+    with torch.no_grad():
+        drawn = model.decode(torch.from_numpy(latents.z), *pose).numpy()
+    y, x = np.indices(images.shape[-2:]) - spec.box_px // 2
+    disc = np.hypot(x, y) <= spec.diameter_px / 2
+    again = ((images - drawn)[..., disc] ** 2).mean((1, 2))
+    np.testing.assert_allclose(error, again, rtol=0.02)
+    assert title_of("residual") == "reconstruction error"
+    # a stain over one of the images is nothing the model can draw
+    batch = batch_of(torch.from_numpy(images[:4]))
+    stained = batch._replace(images=batch.images.clone())
+    stained.images[2, :, 5:-5, 5:-5] += 20
+    encoding = model.encode(batch)
+    clean, worse = (unexplained(model, one, encoding) for one in (batch, stained))
+    others = torch.tensor([0, 1, 3])
+    assert worse[2] > 10 * clean[2] and torch.equal(worse[others], clean[others])

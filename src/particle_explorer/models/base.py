@@ -38,7 +38,8 @@ class Encoding(NamedTuple):
     """`(b, 2)` placement shift"""
     extras: dict[str, Tensor]
     """Further numbers per particle, `(b,)` each: `log_likelihood`, `angle_std` (rad), `shift_std` (px),
-    `pose_entropy` (nats), `junk_probability`."""
+    `pose_entropy` (nats), `junk_probability`, `residual` (mean square left unexplained, noise 1; computed
+    from the drawing where a model does not say it)."""
 
 
 class Share(NamedTuple):
