@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from particle_explorer.configs import ClassMapConfig, RunConfig
 from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
 from particle_explorer.widgets.memory import NAME, _dock_of, _put, read_memory
-from particle_explorer.widgets.screenshots import Hand
+from particle_explorer.widgets.screenshots import Camera, Hand
 from particle_explorer.widgets.workspace import Workspace, open_workspace
 
 
@@ -52,7 +53,7 @@ def choose(combo: Any, key: str) -> None:
 
 
 def test_a_session_opens_again_as_it_was_left(
-    make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot
+    make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot, tmp_path: Path
 ) -> None:
     older = encoded(tiny_session, 1)
     encoded(tiny_session, 2)
@@ -80,9 +81,18 @@ def test_a_session_opens_again_as_it_was_left(
     workspace.state.set_handle(np.array([0.25, -0.5]))
     workspace.state.set_view("low-pass")
     gallery.sort_by("log_likelihood", descending=True)
+    newest = workspace.state.session.newest_finished_run().name
+    second = workspace.train.second
+    second.show(newest)
+    hand.wait(lambda: second.is_open and second.dock.canvas.n_points == 120, "the second map")
+    choose(second.dock.x, "angle_deg")
+    choose(second.dock.colour, "log_likelihood")
+    second.twin.set_handle(np.array([-1.0, 0.5]))
+    second.holder.setGeometry(60, 50, 420, 480)
     hand.tab("Classes")
     view = canvas.view
     hand.rest(0.3)
+    placed = second.holder.geometry()
     workspace.shutdown()
     assert read_memory(tiny_session.path)["run"] == older.name
     viewer.close()
@@ -102,6 +112,21 @@ def test_a_session_opens_again_as_it_was_left(
     assert again.gallery.down_button.isChecked()
     assert again.tabs.tabText(again.tabs.currentIndex()) == "Classes"
     hand.wait(lambda: len(other.layers["selected particles"].data) == kept.sum(), "the layer")
+    second = again.train.second
+    hand.wait(lambda: second.is_open and second.dock.canvas.n_points == 120, "the second map")
+    hand.wait(lambda: not second.dock.is_recalling, "its axes")
+    assert second.twin.run.name == newest and list(second.twin.handle_z) == [-1.0, 0.5]
+    assert [box.currentData() for box in (second.dock.x, second.dock.colour)] == [
+        "angle_deg",
+        "log_likelihood",
+    ]
+    assert second.holder.isFloating() and second.holder.geometry() == placed
+    Camera(other, tmp_path).take_window(second.holder, "second")
+    hand.lasso((0.6, 0.5), 0.2)
+    np.testing.assert_array_equal(second.twin.selection.mask, state.selection.mask)
+    second.holder.destroyOnClose()
+    hand.rest(0.2)
+    assert again.memory.snapshot()["second"] == {} and second.dock is None
     again.shutdown()
     hand.rest(0.1)
 

@@ -342,15 +342,14 @@ def test_runs_stand_in_a_table_and_two_are_compared_and_shown_beside(
 
     window.table.selectRow(0)
     window.second_button.click()
-    qtbot.waitUntil(lambda: window.second is not None, timeout=10_000)
-    assert window.second is not None
-    _, twin = window.second
-    assert twin.run.name == second.name and dock.state.run.name == first.name
+    qtbot.waitUntil(lambda: dock.second.is_open, timeout=10_000)
+    twin = dock.second.twin
+    assert twin is not None and twin.run.name == second.name and dock.state.run.name == first.name
     mask = np.arange(120) < 30
     dock.state.selection.set(mask)
     np.testing.assert_array_equal(twin.selection.mask, mask)
     dock.state.show(read(None))
-    assert window.second is None, "it goes with the session"
+    assert not dock.second.is_open and dock.second.dock is None, "it goes with the session"
     dock.tasks.stop()
     dock.stop_following()
     window.tasks.stop()

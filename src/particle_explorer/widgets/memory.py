@@ -108,6 +108,7 @@ class Memory:
             "view": state.view,
             "held": state.held,
             "map": workspace.latent.remembered(),
+            "second": self._second(),
             "gallery": {
                 "folded": gallery.is_folded,
                 "sort": gallery.sort.currentData(),
@@ -124,6 +125,11 @@ class Memory:
                 if dock is not None
             },
         }
+
+    def _second(self) -> dict[str, Any]:
+        second = self._workspace.train.second
+        found = second.remembered()
+        return {**found, "dock": _place_of(second.holder)} if found and second.holder is not None else {}
 
     def _selection(self) -> str:
         mask = self.state.selection.mask
@@ -203,6 +209,9 @@ class Memory:
         if found.get("tab") in names:
             workspace.tabs.setCurrentIndex(names.index(found["tab"]))
         self._lay_out(found, gallery)
+        second = found.get("second")
+        if isinstance(second, dict) and isinstance(second.get("run"), str):
+            workspace.train.second.show(second["run"], second, lambda dock: _put_again(dock, second))
 
     def _lay_out(self, found: dict[str, Any], gallery: dict[str, Any]) -> None:
         workspace = self._workspace
@@ -285,6 +294,12 @@ def _put(dock: QDockWidget, main: QMainWindow, found: dict[str, Any]) -> None:
         wanted.moveLeft(min(max(wanted.left(), seen.left()), seen.right() + 1 - wanted.width()))
         wanted.moveTop(min(max(wanted.top(), seen.top()), seen.bottom() + 1 - wanted.height()))
         dock.setGeometry(wanted)
+
+
+def _put_again(dock: QDockWidget, found: dict[str, Any]) -> None:
+    main, place = dock.parentWidget(), found.get("dock")
+    if isinstance(main, QMainWindow) and isinstance(place, dict):
+        _put(dock, main, place)
 
 
 def _dock_of(workspace: Workspace) -> QDockWidget | None:

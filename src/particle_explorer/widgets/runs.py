@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,9 @@ from qtpy.QtWidgets import (
     QTableWidget,
     QTableWidgetItem,
     QVBoxLayout,
-    QWidget,
 )
 
 from particle_explorer.latents import Agreement, agreement
-from particle_explorer.state import AppState, Opened, read
 from particle_explorer.widgets.background import Tasks
 from particle_explorer.widgets.job_bar import duration, number
 from particle_explorer.widgets.lifetime import follow
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from particle_explorer.session import Run, Session
     from particle_explorer.widgets.train import TrainDock
 
-SECOND_PX = (400, 460)
 HEADS = {
     "run": "Run",
     "state": "State",
@@ -71,7 +68,6 @@ class RunsWindow(QDialog):
         self.state = state_of(self.viewer)
         self.train = train
         self.tasks = Tasks(self)
-        self.second: tuple[QWidget, AppState] | None = None
         self.setWindowTitle("Runs")
         self.resize(900, 340)
         self.table = QTableWidget(0, len(HEADS))
@@ -210,41 +206,9 @@ class RunsWindow(QDialog):
 
     def show_second(self) -> None:
         """Show the map of the run that is marked in a dock of its own, linked by the selection."""
-        from particle_explorer.widgets.latent import LatentDock
-
-        session = self.state.session
-        if session is None:
-            return
-        name = self.chosen()[0]
-
-        def done(opened: Opened) -> None:
-            if self.state.session is not session:
-                return
-            self._close_second()
-            twin = AppState()
-            twin.selection = self.state.selection  # the one link: a row is the same particle in every run
-            twin.session = session
-            dock = LatentDock(self.viewer, state=twin)
-            dock.groups_button.hide()  # the tab Explore is about the run that is shown in the column
-            twin.train_asked.connect(self.state.train_asked.emit)
-            twin.show(opened)
-            holder = self.viewer.window.add_dock_widget(dock, name=f"Map of {name}", area="right")
-            holder.setFloating(True)  # a small screen has no room for two maps in one column
-            holder.resize(*SECOND_PX)
-            self.second = (dock, twin)
-
-        self.tasks.run("second", lambda: read(session, session.run(name)), done)
-
-    def _close_second(self) -> None:
-        if self.second is not None:
-            dock: Any = self.second[0]
-            dock.shutdown()
-            if dock in self.viewer.window.dock_widgets.values():
-                self.viewer.window.remove_dock_widget(dock)
-            self.second = None
+        self.train.second.show(self.chosen()[0])
 
     def _on_session(self, *_: object) -> None:
-        self._close_second()
         self.table.setRowCount(0)
         self.words.clear()
         self.hide()

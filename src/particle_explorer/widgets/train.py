@@ -44,6 +44,7 @@ from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, numbe
 from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.moving import CoordinatesPanel
 from particle_explorer.widgets.painted import Curve, CurveView, ImageRows
+from particle_explorer.widgets.second_map import SecondMap
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class TrainDock(QWidget):
         self._live_seen = ""
         self._runs: list[Listed] = []
         self.table: RunsWindow | None = None
+        self.second = SecondMap(self.viewer, self)
         self._estimates: dict[str, float] = {}
         self._has_angles = False
         self._from = self._from_kind = ""

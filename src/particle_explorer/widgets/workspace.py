@@ -249,6 +249,7 @@ class Workspace(QWidget):
             self.tour = None
         self.marks.flush()
         self.memory.stop()
+        self.train.second.stop()
         self.latent.shutdown()
         self.reconstruction.stop()
         self.explore.shutdown()
