@@ -29,7 +29,7 @@ from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
 from particle_explorer.widgets.classes import SHARED, ClassesDock, made_words
 from particle_explorer.widgets.exporting import groupings
-from particle_explorer.widgets.montage import montage
+from particle_explorer.widgets.montage import caption_lines, montage
 
 SLOW = 20_000
 
@@ -483,6 +483,16 @@ def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
     assert "last of 2 iterations" in words and "0.50°" in words and "file" not in words
     apart = {"median_deg": 2.0, "within_10_deg": 0.9, "median_px": 0.3}
     assert "90% within 10°" in refined_words({"history": [step], "from_the_file": apart})
+
+
+def test_captions_say_the_class_its_particles_its_mark_and_its_signal() -> None:
+    one = {"label": "3", "n": 40, "ssnr_radius_A": 18.51, "mark": "good"}
+    assert caption_lines(one) == ("3 · N 40", "GOOD · SSNR 18.5 Å")
+    assert caption_lines({**one, "label": "row 1 column 2"}) == (
+        "row 1 column 2 · GOOD",
+        "N 40 · SSNR 18.5 Å",
+    )
+    assert caption_lines({"label": "3", "n": 40}) == ("3 · N 40", "")
 
 
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:

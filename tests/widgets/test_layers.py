@@ -124,6 +124,17 @@ def test_the_selection_is_the_layer(
     np.testing.assert_array_equal(made["uid"], tiny_session.uid[mask])
 
 
+def test_a_session_without_its_images_says_so(
+    qtbot: QtBot, viewer: ViewerModel, owner: QWidget, tiny_session: Session
+) -> None:
+    (tiny_session.path / "images.json").unlink()
+    _with_poses(viewer, Session.open(tiny_session.path))
+    shown = SelectedParticles(viewer, owner)
+    qtbot.waitUntil(lambda: "not prepared" in viewer.canvas.overlays.text.text)
+    assert shown.layer is None
+    shown.stop()
+
+
 def _aligned_slowly(session: Session, state: Any, row: int) -> NDArray[np.float32]:
     features = state.features
     shift = features[["shift_y_px", "shift_x_px"]].to_numpy(float)[row]

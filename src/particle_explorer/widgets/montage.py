@@ -16,6 +16,8 @@ from particle_explorer.widgets.job_bar import number
 TILE_PX = 168
 """Least side of one picture in the montage, so that its caption can be read."""
 CAPTION_PX = 64
+LONG = 8
+"""Characters of a name that share a line with the number of particles."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Montage:
 
 def caption_lines(one: dict[str, Any]) -> tuple[str, str]:
     """Class, number of particles, how it was judged, and how far the signal reaches."""
-    radius = one.get("ssnr_radius_A")
+    radius, label = one.get("ssnr_radius_A"), str(one["label"])
     reach = "" if radius is None else f"SSNR {radius:.3g} Å"
-    return f"{one['label']} · N {number(one['n'])}", " · ".join(
-        word for word in (str(one.get("mark", "")).upper(), reach) if word
-    )
+    mark, count = str(one.get("mark", "")).upper(), f"N {number(one['n'])}"
+    long = len(label) > LONG  # the number on the other line, or all would be written small
+    lines = ((label, mark), (count, reach)) if long else ((label, count), (mark, reach))
+    first, second = (" · ".join(word for word in line if word) for line in lines)
+    return first, second
 
 
 def montage(images: NDArray[np.floating], captions: list[tuple[str, str]]) -> Montage:

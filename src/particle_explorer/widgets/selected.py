@@ -128,10 +128,11 @@ class SelectedParticles:
 
     def _show(self) -> None:
         session = self.state.session
-        if session is None or self.state.selection.mask.size == 0:
+        if session is None or self.state.selection.mask.size == 0 or not session.has_images:
             if self.layer is not None:
                 self.layer.visible = False
-            caption(self.viewer, "selected", "")
+            there = session is None or session.has_images
+            caption(self.viewer, "selected", "" if there else "the images of this session are not prepared")
             return
         rows = self._rows()
         pictures = Pictures.of(self.state, self.state.view, self.decoder)
