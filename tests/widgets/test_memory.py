@@ -131,6 +131,21 @@ def test_a_session_opens_again_as_it_was_left(
     hand.rest(0.1)
 
 
+def test_a_session_whose_prepared_images_are_gone_opens_and_says_so(
+    make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot
+) -> None:
+    encoded(tiny_session, 1)
+    (tiny_session.path / "images.json").unlink()
+    viewer = make_napari_viewer(show=True)
+    workspace, hand = opened(viewer, Session.open(tiny_session.path), qtbot)
+    hand.lasso((0.5, 0.5), 0.3)
+    hand.rest(0.2)
+    assert workspace.state.selection.count and "selected particles" not in viewer.layers
+    assert "the next training makes them again" in workspace.gallery.strip.message
+    workspace.shutdown()
+    hand.rest(0.1)
+
+
 def test_docks_float_again_where_they_floated_and_undo_goes_on(
     make_napari_viewer: Callable[..., Any], tiny_session: Session, qtbot: QtBot
 ) -> None:

@@ -69,7 +69,7 @@ AT_ONCE = 16
 """Thumbnails read before they are shown."""
 N_KEPT = 3000
 EMPTY = "No particles yet: open a stack in the tab Particles."
-NOT_PREPARED = "The images of this session are not prepared."
+NOT_PREPARED = "The prepared images of this session are missing: the next training makes them again."
 
 
 class Words:

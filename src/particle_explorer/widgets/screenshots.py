@@ -207,6 +207,11 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     hand.lasso((0.3, 0.5), 0.22)
     hand.rest(0.8)
     camera.take("lasso")
+    QTest.keyClick(workspace.latent.canvas, Qt.Key.Key_S)
+    hand.write(workspace.latent.set_name, "left")
+    session = workspace.state.session
+    assert session is not None
+    hand.wait(lambda: session.selections.names() == ["left"], "the set")
 
     gallery = workspace.gallery
     hand.click(gallery.view_buttons["low-pass"])
@@ -263,6 +268,12 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     hand.write(train.forms["class-map"].editor("latent_dim").native, "1")
     hand.click(train.train_button)
     state = workspace.state
+    hand.wait(lambda: train.panel.isVisible() and train.panel.n_images > 0, "the second training", 300)
+    hand.click(train.stop_button)
+    hand.wait(train.resume_button.isVisible, "the stop", 120)
+    hand.rest(1.0)
+    camera.take("stopped")
+    hand.click(train.resume_button)
     hand.wait(lambda: state.run is not first and not train.bar.isVisible(), "the second map", 900)
     hand.rest(1.0)
     hand.click(train.table_button)
@@ -276,7 +287,33 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     hand.wait(lambda: "particles:" in runs.words.text(), "the comparison")
     hand.rest()
     camera.take_window(runs, "compare")
+    runs.table.clearSelection()
+    place = runs.table.visualItemRect(runs.table.item(1, 0)).center()
+    QTest.mouseClick(runs.table.viewport(), LEFT, PLAIN, place)
+    hand.click(runs.second_button)
+    second = train.second
+    hand.wait(lambda: second.dock is not None and second.dock.canvas.n_points > 0, "the map beside")
     runs.close()
+    hand.lasso((0.3, 0.5), 0.25)
+    hand.rest(0.8)
+    camera.take("second")
+    assert second.holder is not None
+    camera.take_window(second.holder, "beside")
+
+
+def reopened(viewer: napari.Viewer, session: Path, folder: Path) -> None:
+    """The session that was closed, opened again: as it was left."""
+    viewer.window.resize(*WINDOW)
+    workspace = open_workspace(viewer, session)
+    hand = Hand(workspace)
+    hand.wait(lambda: "reconstruction" in viewer.layers, "the map", 120)
+    second = workspace.train.second
+    hand.wait(lambda: second.dock is not None and second.dock.canvas.n_points > 0, "the map beside")
+    hand.rest(1.5)
+    hand.tab("Particles")
+    hand.rest()
+    Camera(viewer, folder).take("reopened")
+    workspace.shutdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -304,7 +341,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shutil.copy(file, folder)
         journey(viewer, Path(folder) / source.name, options.out)
         workspace = open_workspace(viewer)
+        session = workspace.state.session
+        assert session is not None
         workspace.shutdown()
+        viewer.close()
+        viewer = napari.Viewer(show=True)
+        viewer.theme = options.theme
+        reopened(viewer, session.path, options.out)
         viewer.close()
 
 
