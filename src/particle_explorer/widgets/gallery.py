@@ -505,9 +505,6 @@ class Gallery(QWidget):
 
     def _on_session(self, session: object) -> None:
         self.tasks.forget("order")
-        self.strip.pictures.clear()
-        has_images = self.state.session is not None and self.state.session.has_images
-        self.strip.message = NOT_PREPARED if session is not None and not has_images else EMPTY
         self._offer_columns()
         self._on_other_pictures()
         self._on_selection(self.state.selection.mask)
@@ -515,6 +512,11 @@ class Gallery(QWidget):
     def _on_other_pictures(self, *_: object) -> None:
         self._pictures = None
         self.strip.pictures.clear()
+        session = self.state.session
+        has_images = session is not None and session.has_images
+        self.strip.message = NOT_PREPARED if session is not None and not has_images else EMPTY
+        if has_images and not self.strip.rows.size:
+            self._arrange()  # a training has made them again
         there = views_of(self.state) if self.state.session is not None else []
         for view, button in self.view_buttons.items():
             button.setVisible(view in there)

@@ -288,10 +288,11 @@ class LatentDock(QWidget):
         return self.sliders
 
     def _fit_sliders(self) -> None:
-        """All sliders where there is room, else three rows of them and a scroll bar."""
+        """All sliders where there is room, else four rows of them and a scroll bar."""
         row = max(self.angle.sizeHint().height(), self.reset_pose.sizeHint().height()) + 1
-        room = max(3 * row, int(0.2 * self.height()))
-        self._slider_rows.invalidate()
+        room = max(4 * row, int(0.2 * self.height()))
+        for rows in (self._dimension_rows, self._slider_rows):
+            rows.invalidate()
         frame = 2 * self.sliders.frameWidth()  # napari's style draws one that was switched off
         self.sliders.setFixedHeight(min(self._slider_rows.totalSizeHint().height(), room) + frame)
 
@@ -880,6 +881,7 @@ class LatentDock(QWidget):
     def _show_handle(self, z: NDArray[np.float64]) -> None:
         if self._axes is None or z.size == 0 or z.size != self._columns.n_dims:
             self.canvas.set_handle(None, None)
+            self.canvas.set_hint("")  # of a handle that is not there, as on a live map of other dimensions
             self.state.set_off_data("axes", False)
             return
         if self._held is not None and np.array_equal(self._held[0], z):
@@ -914,6 +916,7 @@ class LatentDock(QWidget):
                 slider.moved.connect(lambda value, i=i: self._on_slider(i, value))
                 self._sliders[i] = slider
                 self._dimension_rows.addWidget(slider)
+                slider.show()  # now: the room for the rows is measured in a moment
         for i, slider in self._sliders.items():
             slider.set_range(*(float(value) for value in self._columns.spread[i]))
             slider.set_value(float(self.state.handle_z[i]))
