@@ -24,7 +24,7 @@ from particle_explorer.state import AppState
 from particle_explorer.status import STOP, StatusWriter
 from particle_explorer.widgets.explore import Worker
 from particle_explorer.widgets.groups import GroupsPanel
-from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock
+from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock, ValueSlider
 from particle_explorer.widgets.latent_axes import LiveReader, read_columns
 from particle_explorer.widgets.workspace import state_of
 
@@ -676,3 +676,29 @@ def test_numbers_of_the_histogram_select_and_its_handles_recolour(open_dock: Ope
     assert (dock.canvas._colouring.low, dock.canvas._colouring.high) == (-0.2, 0.2)
     QTest.mouseClick(dock.histogram.reset_button, LEFT)
     qtbot.waitUntil(lambda: dock.canvas._colouring.high > 1)
+
+
+def test_a_slider_has_the_digits_that_its_range_needs(qtbot: QtBot) -> None:
+    slider = ValueSlider("map 1", -0.02, 0.02)
+    qtbot.addWidget(slider)
+    got: list[float] = []
+    slider.moved.connect(got.append)
+    slider.slider.setValue(750)
+    assert got == [pytest.approx(0.01, abs=1e-4)] and slider.words.text() == "0.0100"
+    slider.set_value(-0.000001)
+    assert slider.words.text() == "0.0000"
+    slider.set_range(-30.0, 50.0)
+    slider.slider.setValue(1000)
+    assert got[-1] == 50.0 and slider.words.text() == "50.0"
+
+
+def test_a_new_column_leaves_what_follows_from_the_positions() -> None:
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"z_0": rng.normal(size=50), "z_1": rng.normal(size=50), "z_2": rng.normal(size=50)})
+    before = read_columns(table)
+    grouped = read_columns(table.assign(cluster=np.arange(50) % 3), None, before)
+    assert grouped.z is before.z and grouped.pca is before.pca
+    assert [choice for choice in grouped.axes if choice.key != "cluster"] == list(before.axes)
+    assert "cluster" in [choice.key for choice in grouped.colours]
+    moved = read_columns(table.assign(z_0=2 * table["z_0"]), None, before)
+    assert moved.z is not before.z and moved.spread[0, 1] == pytest.approx(2 * before.spread[0, 1])

@@ -269,7 +269,7 @@ class HandlePanel(QWidget):
             share = f" ({100 * space.components.share[i]:.0f} %)" if by_component else ""
             name = f"PC {i + 1}{share}" if by_component else f"map {i + 1}"
             tip = f"Move the handle along {'principal component' if by_component else 'coordinate'} {i + 1}"
-            slider = ValueSlider(name, *map(float, spread[i]), digits=2, tip=tip)
+            slider = ValueSlider(name, *map(float, spread[i]), tip=tip)
             slider.moved.connect(lambda value, i=i: self._on_slider(i, value))
             self.rows.addWidget(slider)
             self._sliders.append(slider)

@@ -912,7 +912,7 @@ class LatentDock(QWidget):
             self._sliders = {}
             for i in hidden:
                 tip = f"Move ◉ along dimension {i + 1} of the map"
-                slider = ValueSlider(f"map {i + 1}", 0, 1, digits=2, tip=tip)
+                slider = ValueSlider(f"map {i + 1}", 0, 1, tip=tip)
                 slider.moved.connect(lambda value, i=i: self._on_slider(i, value))
                 self._sliders[i] = slider
                 self._dimension_rows.addWidget(slider)
@@ -1015,7 +1015,8 @@ class ValueSlider(QWidget):
         self, name: str, low: float, high: float, *, unit: str = "", digits: int = 1, tip: str = ""
     ) -> None:
         super().__init__()
-        self._low, self._high, self._unit, self._digits = low, high, unit, digits
+        self._low, self._high, self._unit = low, high, unit
+        self._digits = digits if unit else _digits(low, high)
         self._value = 0.0
         self.slider = QSlider(Qt.Orientation.Horizontal)
         self._steps = min(SLIDER_STEPS, round((high - low) * 10**digits)) if unit else SLIDER_STEPS
@@ -1040,7 +1041,9 @@ class ValueSlider(QWidget):
         return self._value
 
     def set_range(self, low: float, high: float) -> None:
+        """Other ends, with the digits that a hundredth of the way needs."""
         self._low, self._high = low, high if high > low else low + 1
+        self._digits = _digits(self._low, self._high)
         self.set_value(self._value)
 
     def set_value(self, value: float) -> None:
@@ -1053,12 +1056,18 @@ class ValueSlider(QWidget):
 
     def _on_moved(self, step: int) -> None:
         value = self._low + step / self._steps * (self._high - self._low)
-        self._value = round(value, max(self._digits, 2)) if self._digits else float(round(value))
+        self._value = round(value, self._digits + 1) if self._digits else float(round(value))
         self._say()
         self.moved.emit(self._value)
 
     def _say(self) -> None:
-        self.words.setText(f"{self._value:.{self._digits}f}{self._unit}".replace("-", "−"))
+        value = round(self._value, self._digits) + 0.0  # no minus before a zero
+        self.words.setText(f"{value:.{self._digits}f}{self._unit}".replace("-", "−"))
+
+
+def _digits(low: float, high: float) -> int:
+    """Digits behind the point that show a hundredth of the way."""
+    return int(np.clip(math.ceil(-math.log10(max(high - low, 1e-9) / 100)), 0, 6))
 
 
 def look_of(theme: str) -> Look:

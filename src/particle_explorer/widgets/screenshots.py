@@ -268,7 +268,9 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     hand.write(train.forms["class-map"].editor("latent_dim").native, "1")
     hand.click(train.train_button)
     state = workspace.state
-    hand.wait(lambda: train.panel.isVisible() and train.panel.n_images > 0, "the second training", 300)
+    session = state.session
+    assert session is not None
+    hand.wait(lambda: session.runs()[-1].status.epoch > 0, "an epoch of the second training", 300)
     hand.click(train.stop_button)
     hand.wait(train.resume_button.isVisible, "the stop", 120)
     hand.rest(1.0)

@@ -723,7 +723,13 @@ class TrainDock(QWidget):
             self.show_run(path.name)
             self.trained.emit()
         elif status.state == "stopped":
-            self.complaint.show_failure(Failure("Stopped; choose the run below and press Resume to go on."))
+            there = (path / "resume.pt").is_file()
+            words = (
+                "Stopped; choose the run below and press Resume to go on."
+                if there
+                else "Stopped before the first checkpoint: there is nothing to resume, train again."
+            )
+            self.complaint.show_failure(Failure(words))
         else:
             words = (
                 status.error
