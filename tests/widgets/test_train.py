@@ -138,7 +138,7 @@ def test_a_training_is_followed_from_its_start(
     qtbot.waitUntil(begun[0].stop.is_set, timeout=5000)
     begun[0].end()
     qtbot.waitUntil(lambda: dock.setup.isVisible(), timeout=10_000)
-    assert "Resume" in dock.complaint.sentence.text()
+    assert "nothing to resume" in dock.complaint.sentence.text(), "it has no checkpoint yet"
 
 
 def test_a_running_training_is_found_again(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
