@@ -270,7 +270,8 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     state = workspace.state
     session = state.session
     assert session is not None
-    hand.wait(lambda: session.runs()[-1].status.epoch > 0, "an epoch of the second training", 300)
+    hand.wait(lambda: len(session.runs()) == 2, "the second training", 60)
+    hand.wait(lambda: session.runs()[-1].can_resume, "its first checkpoint", 300)
     hand.click(train.stop_button)
     hand.wait(train.resume_button.isVisible, "the stop", 120)
     hand.rest(1.0)
@@ -296,10 +297,11 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     second = train.second
     hand.wait(lambda: second.dock is not None and second.dock.canvas.n_points > 0, "the map beside")
     runs.close()
-    hand.lasso((0.3, 0.5), 0.25)
-    hand.rest(0.8)
-    camera.take("second")
     assert second.holder is not None
+    second.holder.move(40, 60)  # where it does not lie over the map that is drawn on
+    hand.rest()
+    hand.lasso((0.7, 0.45), 0.22)
+    hand.rest(0.8)
     camera.take_window(second.holder, "beside")
 
 
