@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,15 +101,3 @@ def tiny_session(_tiny_session_folder: Path, tmp_path: Path) -> Session:
     folder = tmp_path / "tiny"
     shutil.copytree(_tiny_session_folder, folder)
     return Session.open(folder)
-
-
-@pytest.fixture(autouse=True)
-def _collect_garbage_between_tests(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Python's collector runs in whichever thread allocates; closed windows must go on the window's own."""
-    if "qapp" not in request.fixturenames:
-        yield
-        return
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()

@@ -37,25 +37,24 @@ def when_destroyed(owner: QObject, call: Callable[[], object]) -> None:
 def follow(owner: QObject, signal: SignalInstance, slot: Callable[..., object]) -> None:
     """Connect a signal of the state for as long as a widget lives: the state outlives its views."""
     signal.connect(slot)
-    reference = _reference(slot)
-
-    def leave() -> None:
-        function = reference()
-        if function is not None:
-            signal.disconnect(function, missing_ok=True)
-
-    when_destroyed(owner, leave)
+    _at_end(owner, slot, lambda function: signal.disconnect(function, missing_ok=True))
 
 
 def follow_event(owner: QObject, emitter: Any, slot: Callable[..., object]) -> None:
     """Connect an event of napari for as long as a widget lives: the viewer outlives its docks."""
     emitter.connect(slot)
+    _at_end(owner, slot, emitter.disconnect)
+
+
+def _at_end(
+    owner: QObject, slot: Callable[..., object], disconnect: Callable[[Callable[..., object]], object]
+) -> None:
     reference = _reference(slot)
 
     def leave() -> None:
         function = reference()
         if function is not None:
-            emitter.disconnect(function)
+            disconnect(function)
 
     when_destroyed(owner, leave)
 
