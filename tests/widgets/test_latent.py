@@ -24,8 +24,9 @@ from particle_explorer.state import AppState
 from particle_explorer.status import STOP, StatusWriter
 from particle_explorer.widgets.explore import Worker
 from particle_explorer.widgets.groups import GroupsPanel
-from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock, ValueSlider
+from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock
 from particle_explorer.widgets.latent_axes import LiveReader, read_columns
+from particle_explorer.widgets.value_slider import ValueSlider
 from particle_explorer.widgets.workspace import state_of
 
 LEFT, NONE = Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
@@ -97,8 +98,8 @@ def open_dock(qtbot: QtBot, tiny_session: Session) -> Iterator[Open]:
 
 def menu_action(dock: LatentDock, words: str, row: int | None = None) -> QAction:
     """A line of the menu Select, or of the one under the right button on a particle."""
-    menu = dock.select_menu
-    dock._fill_menu(menu, row)
+    menu = dock.menu
+    menu.fill(row)
     return next(action for action in menu.actions() if action.text().startswith(words))
 
 
@@ -141,7 +142,7 @@ def test_empty_states_say_what_to_do(qtbot: QtBot, tiny_session: Session) -> Non
     assert dock.canvas._message == NO_RUN
     qtbot.waitUntil(lambda: len(dock._columns.features) == tiny_session.n_particles)
     assert dock.canvas.n_points == 0 and not dock.x.isEnabled()
-    for button in (dock.groups_button, dock.save_button):
+    for button in (dock.actions.groups_button, dock.actions.save_button):
         assert not button.isEnabled() and button.toolTip()
     dock.shutdown()
 
@@ -169,10 +170,10 @@ def test_all_of_it_fits_a_narrow_column(open_dock: Open) -> None:
 def test_the_colour_box_colours_the_map(open_dock: Open, qtbot: QtBot) -> None:
     dock = open_dock()
     choose(dock.colour, "angle_deg")
-    qtbot.waitUntil(lambda: dock.canvas._colouring.kind == "cyclic")
+    qtbot.waitUntil(lambda: dock.canvas.colouring.kind == "cyclic")
     choose(dock.colour, "log_likelihood")
-    qtbot.waitUntil(lambda: dock.canvas._colouring.kind == "continuous")
-    assert dock.canvas._colouring.title == "log-likelihood"
+    qtbot.waitUntil(lambda: dock.canvas.colouring.kind == "continuous")
+    assert dock.canvas.colouring.title == "log-likelihood"
 
 
 def test_counts_follow_the_selection(open_dock: Open) -> None:
@@ -237,8 +238,8 @@ def test_dimensions_that_are_not_shown_are_kept_and_have_sliders(open_dock: Open
     after = dock.state.handle_z
     assert np.array_equal(after[[1, 3]], before[[1, 3]])
     assert np.allclose(after[[0, 2]], (1.0, 1.2), atol=1.5 * a_pixel(dock))
-    assert sorted(dock._sliders) == [1, 3]
-    slider = dock._sliders[3]
+    assert sorted(dock.sliders.dimensions) == [1, 3]
+    slider = dock.sliders.dimensions[3]
     slider.slider.setFocus()
     QTest.keyClick(slider.slider, Qt.Key.Key_Right)
     assert dock.state.handle_z[3] != before[3]
@@ -299,14 +300,18 @@ def test_pose_sliders_turn_and_shift_and_reset(open_dock: Open) -> None:
     dock = open_dock()
     told: list[tuple[float, ...]] = []
     dock.state.pose_changed.connect(lambda angle, shift: told.append((angle, *shift)))
-    QTest.keyClick(dock.angle.slider, Qt.Key.Key_PageUp)
-    QTest.keyClick(dock.shift_x.slider, Qt.Key.Key_PageUp)
+    QTest.keyClick(dock.sliders.angle.slider, Qt.Key.Key_PageUp)
+    QTest.keyClick(dock.sliders.shift_x.slider, Qt.Key.Key_PageUp)
     assert told[0][0] > 5 and told[0][1:] == (0, 0)
     assert told[1][0] == told[0][0] and told[1][1] == 0 and told[1][2] > 0.1  # (y, x)
-    assert dock.angle.words.text() == f"{told[0][0]:.0f}°"
+    assert dock.sliders.angle.words.text() == f"{told[0][0]:.0f}°"
     dock.state.set_pose(-90.0, np.array([2.0, 0.0]))
-    assert (dock.angle.value, dock.shift_y.value, dock.shift_x.value) == (-90.0, 2.0, 0.0)
-    QTest.mouseClick(dock.reset_pose, LEFT)
+    assert (dock.sliders.angle.value, dock.sliders.shift_y.value, dock.sliders.shift_x.value) == (
+        -90.0,
+        2.0,
+        0.0,
+    )
+    QTest.mouseClick(dock.sliders.reset_pose, LEFT)
     assert dock.state.angle_deg == 0 and not dock.state.shift_yx_px.any()
 
 
@@ -363,7 +368,7 @@ def test_the_map_of_a_run_that_trains_is_live(qtbot: QtBot, tiny_session: Sessio
         qtbot.waitUntil(lambda: dock.canvas._message == LEARNING, timeout=5000)
         write_live(run, 0, rows, z)
         qtbot.waitUntil(lambda: dock.canvas.n_points == 30, timeout=5000)
-        assert set(dock.canvas._points.rows) == set(rows)
+        assert set(dock.canvas.picture.points.rows) == set(rows)
         assert dock.live_button.isVisibleTo(dock)
         dock.canvas.zoom(2.0, dock.canvas.to_widget(1, 1))
         view = dock.canvas.view
@@ -494,16 +499,14 @@ def test_clusters_are_computed_by_a_worker_and_colour_the_map(panels: Panels, qt
     asked: list[bool] = []
     dock.state.groups_asked.connect(lambda: asked.append(True))
     QTest.keyClick(dock.canvas, Qt.Key.Key_C)
-    QTest.mouseClick(dock.groups_button, LEFT)
+    QTest.mouseClick(dock.actions.groups_button, LEFT)
     assert asked == [True, True], "the map shows the way to the one place where groups are made"
     groups.clustering.editor("n_clusters").value = 3
     QTest.mouseClick(groups.cluster_button, LEFT)
     complaint = groups.worker.complaint
-    qtbot.waitUntil(
-        lambda: dock.canvas._colouring.kind == "category" or complaint.isVisible(), timeout=90_000
-    )
+    qtbot.waitUntil(lambda: dock.canvas.colouring.kind == "category" or complaint.isVisible(), timeout=90_000)
     assert not complaint.isVisible(), complaint.details.toPlainText()
-    assert dock.canvas._colouring.labels == ("1", "2", "3")
+    assert dock.canvas.colouring.labels == ("1", "2", "3")
     assert dock.colour.currentText() == "k-means cluster"
 
 
@@ -521,12 +524,12 @@ def test_a_group_keeps_the_colour_it_is_given(panels: Panels, qtbot: QtBot, tiny
     pink.trigger()
     qtbot.waitUntil(
         lambda: (
-            dock.canvas._colouring.kind == "category"
-            and dock.canvas._colouring.lut[1].tolist() == [0xCC, 0x79, 0xA7]
+            dock.canvas.colouring.kind == "category"
+            and dock.canvas.colouring.lut[1].tolist() == [0xCC, 0x79, 0xA7]
         ),
         timeout=5000,
     )
-    assert dock.canvas._colouring.lut[0].tolist() != [0xCC, 0x79, 0xA7]
+    assert dock.canvas.colouring.lut[0].tolist() != [0xCC, 0x79, 0xA7]
     assert run.group_colours("cluster-kmeans") == {"2": "cc79a7"}
     assert run.column_record("cluster-kmeans")["config"] == {"method": "kmeans"}, "the rest is kept"
     assert run.group_colours("class_id") == {}
@@ -562,10 +565,10 @@ def test_a_set_is_saved_by_keyboard(open_dock: Open, qtbot: QtBot, tiny_session:
     mask = np.arange(tiny_session.n_particles) % 3 == 0
     dock.state.selection.set(mask)
     QTest.keyClick(dock.canvas, Qt.Key.Key_S)
-    assert dock.set_name.text() == "set 1"
-    QTest.keyClicks(dock.set_name, "open ones")
+    assert dock.actions.set_name.text() == "set 1"
+    QTest.keyClicks(dock.actions.set_name, "open ones")
     with qtbot.waitSignal(SignalBridge(dock.state.sets_changed, dock).told):
-        QTest.keyClick(dock.set_name, Qt.Key.Key_Return)
+        QTest.keyClick(dock.actions.set_name, Qt.Key.Key_Return)
     assert tiny_session.selections.names() == ["open ones"]
     assert np.array_equal(tiny_session.selections.mask("open ones"), mask)
 
@@ -575,9 +578,9 @@ def test_a_bad_name_for_a_set_is_refused_in_one_sentence(
 ) -> None:
     dock = open_dock()
     dock.state.selection.set(np.arange(tiny_session.n_particles) < 4)
-    dock._ask_name()
-    dock.set_name.setText("../evil")
-    dock.save_set()
+    dock.actions.ask_name()
+    dock.actions.set_name.setText("../evil")
+    dock.actions.save_set()
     qtbot.waitUntil(lambda: dock.complaint.isVisibleTo(dock))
     assert "evil" in dock.complaint.sentence.text()
     assert tiny_session.selections.names() == []
@@ -625,7 +628,7 @@ def test_a_million_rows_are_read_off_the_thread_of_the_window() -> None:
 
 def test_neighbours_on_the_map_and_like_this_one(open_dock: Open, qtbot: QtBot) -> None:
     dock = open_dock(3)
-    dock.n_nearest = 12
+    dock.menu.n_nearest = 12
     z = positions(dock.state.selection.mask.size, 3).astype(np.float32)
     menu_action(dock, "The 12 most like this one", row=30).trigger()
     qtbot.waitUntil(lambda: dock.state.selection.count == 12)
@@ -650,8 +653,8 @@ def test_a_group_is_selected_in_the_legend_and_its_histogram(open_dock: Open, qt
     dock.state.set_features(dock.state.features.assign(kind=kinds))
     qtbot.waitUntil(lambda: dock.colour.findData("kind") >= 0)
     choose(dock.colour, "kind")
-    qtbot.waitUntil(lambda: dock.canvas._colouring.kind == "category")
-    found, _ = swatches(dock.canvas.plot_rect(), dock.canvas._colouring, dock.canvas.font())
+    qtbot.waitUntil(lambda: dock.canvas.colouring.kind == "category")
+    found, _ = swatches(dock.canvas.plot_rect(), dock.canvas.colouring, dock.canvas.font())
     place = next(box for _, words, box in found if words == "round").center().toPoint()
     QTest.mouseClick(dock.canvas, LEFT, NONE, place)
     assert np.array_equal(dock.state.selection.mask, kinds == "round")
@@ -673,9 +676,9 @@ def test_numbers_of_the_histogram_select_and_its_handles_recolour(open_dock: Ope
     values = dock.state.features["log_likelihood"].to_numpy()
     assert np.array_equal(dock.state.selection.mask, values >= 0.5)
     dock.histogram.histogram.limits_moved.emit(-0.2, 0.2)
-    assert (dock.canvas._colouring.low, dock.canvas._colouring.high) == (-0.2, 0.2)
+    assert (dock.canvas.colouring.low, dock.canvas.colouring.high) == (-0.2, 0.2)
     QTest.mouseClick(dock.histogram.reset_button, LEFT)
-    qtbot.waitUntil(lambda: dock.canvas._colouring.high > 1)
+    qtbot.waitUntil(lambda: dock.canvas.colouring.high > 1)
 
 
 def test_a_slider_has_the_digits_that_its_range_needs(qtbot: QtBot) -> None:

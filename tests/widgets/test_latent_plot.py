@@ -332,12 +332,25 @@ def test_a_one_dimensional_handle_is_a_line_that_moves_along_x(canvas: ScatterCa
     accent = rgb(["ff4d6d"])[0]
     column = pixels(canvas)[int(plot.top()) + 2 : int(plot.bottom()) - 2, round(at.x())]
     assert count_near(column, accent, 60) > 0.7 * len(column)
-    drag(canvas, [(at.x(), plot.top() + 5), (at.x() + 30, plot.top() + 9)])
+    drag(canvas, [(at.x(), at.y()), (at.x() + 30, plot.top() + 9)])
     assert canvas.handle[0] == pytest.approx(canvas.to_axes(QPointF(round(at.x() + 30), 0))[0])
     assert canvas.handle[1] is None
     assert math.isnan(moved[-1][1])
     QTest.keyClick(canvas, Qt.Key.Key_Up)
     assert len(moved) == 1  # there is no up on a line
+
+
+def test_a_lasso_may_begin_on_the_line_of_the_handle(canvas: ScatterCanvas) -> None:
+    canvas.set_handle(0.5, None)
+    at = canvas.handle_position()
+    assert at is not None
+    start = (at.x(), at.y() - 40)
+    drag(canvas, [start, (at.x() + 60, at.y() - 20), (at.x() + 60, at.y() + 60), (at.x(), at.y() + 40)])
+    assert canvas.handle == (0.5, None)
+    assert canvas.selection.count > 0
+    QTest.keyClick(canvas, Qt.Key.Key_P)
+    drag(canvas, [start, (at.x() + 30, start[1])])
+    assert canvas.handle[0] == pytest.approx(canvas.to_axes(QPointF(round(at.x() + 30), 0))[0])
 
 
 def test_the_handle_is_hollow_where_no_particle_is_near(canvas: ScatterCanvas) -> None:
@@ -495,14 +508,14 @@ def test_density_comes_by_itself_with_many_points(qtbot: QtBot) -> None:
     canvas = make(qtbot, 320_000)
     told: list[bool] = []
     canvas.density_changed.connect(told.append)
-    assert canvas.shows_density
+    assert canvas.picture.shows_density
     canvas.zoom(20.0, canvas.to_widget(0, 3))
     canvas.repaint()
-    assert not canvas.shows_density
+    assert not canvas.picture.shows_density
     qtbot.waitUntil(lambda: told[-1:] == [False])
     canvas.set_density("on")
     canvas.repaint()
-    assert canvas.shows_density
+    assert canvas.picture.shows_density
     canvas.fit()
     middle = canvas.to_widget(0, 3).toPoint()
     edge = canvas.to_widget(2.6, 3.9).toPoint()
@@ -524,9 +537,9 @@ def test_density_and_selection_together(qtbot: QtBot) -> None:
 
 def test_dense_screens_get_all_their_pixels(qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> None:
     canvas = make(qtbot, 500)
-    plain = canvas._rendered()
+    plain = canvas._framed().image()
     monkeypatch.setattr(canvas, "devicePixelRatioF", lambda: 2.0)
-    dense = canvas._rendered()
+    dense = canvas._framed().image()
     assert dense.width() == 2 * plain.width() and dense.height() == 2 * plain.height()
     path = blob(canvas, (0, 3), 50)
     polygon = [(float(round(x)), float(round(y))) for x, y in path]

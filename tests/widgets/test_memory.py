@@ -74,7 +74,7 @@ def test_a_session_opens_again_as_it_was_left(
     layer = viewer.layers["selected particles"]
     hand.wait(lambda: len(layer.data) == selection.count, "the layer")
     QTest.keyClick(canvas, Qt.Key.Key_S)
-    hand.write(latent.set_name, "left side")
+    hand.write(latent.actions.set_name, "left side")
     hand.wait(lambda: tiny_session.selections.names() == ["left side"], "the set")
     kept = selection.mask.copy()
     canvas.zoom(2.0, QPointF(canvas.plot_rect().center()))

@@ -521,7 +521,7 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
         pans = _timed_moves(canvas, _circle(plot, 25, max(10, plan.n_moves // 3)))
     canvas.fit()
     canvas.repaint()
-    mode = "density" if canvas.shows_density else "points"
+    mode = "density" if canvas.picture.shows_density else "points"
     results.append(Result.timed(f"{n:,}: pan, mouse move to painted", pans, f"{mode}, {_fps(pans)} frames/s"))
 
     recolours: list[Lap] = []

@@ -54,7 +54,7 @@ from particle_explorer.widgets.pictures import (
     thumbnail,
     views_of,
 )
-from particle_explorer.widgets.plot_frame import LOOKS, Look
+from particle_explorer.widgets.plot_frame import LOOKS, Look, look_of
 from particle_explorer.widgets.provenance import show_provenance
 
 if TYPE_CHECKING:
@@ -683,8 +683,6 @@ class Gallery(QWidget):
         self._ask()
 
     def _on_theme(self, *_: object) -> None:
-        from particle_explorer.widgets.latent import look_of
-
         look = LOOKS["dark"] if self.viewer is None else look_of(self.viewer.theme)
         self.strip.look = self.average.look = look
         for button in self.view_buttons.values():

@@ -23,10 +23,10 @@ from particle_explorer.latents import PCA, latent_columns, pca
 from particle_explorer.preprocess import original_pixels
 from particle_explorer.widgets.background import Mailbox, Tasks, in_turn
 from particle_explorer.widgets.job_bar import number
-from particle_explorer.widgets.latent import ValueSlider
 from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.pictures import to_reference
 from particle_explorer.widgets.pins import Pins
+from particle_explorer.widgets.value_slider import ValueSlider
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qtpy.QtCore import QPoint, QPointF, QRectF, QSignalBlocker, QSize, Qt, QTimer, Signal
-from qtpy.QtGui import QColor, QIcon, QImage, QPainter, QPainterPath, QPen, QPixmap, QResizeEvent, QShowEvent
+from qtpy.QtCore import QPoint, QSignalBlocker, QSize, Qt
+from qtpy.QtGui import QImage, QResizeEvent
 from qtpy.QtWidgets import (
-    QApplication,
     QComboBox,
-    QFrame,
     QHBoxLayout,
     QLabel,
-    QLineEdit,
-    QMenu,
-    QPushButton,
-    QScrollArea,
     QSizePolicy,
-    QSlider,
-    QSpinBox,
-    QStackedWidget,
     QToolButton,
     QVBoxLayout,
     QWidget,
-    QWidgetAction,
 )
 
 from particle_explorer.state import AppState, Mask, Preview
 from particle_explorer.widgets.background import Failure, JobFollower, Mailbox, Tasks, in_turn
-from particle_explorer.widgets.colours import Colouring, plain, recoloured, title_of, with_limits
+from particle_explorer.widgets.colours import Colouring, plain, recoloured, with_limits
 from particle_explorer.widgets.histogram import Counts, HistogramPanel, count, recount, within
 from particle_explorer.widgets.job_bar import Complaint, number
 from particle_explorer.widgets.latent_axes import (
@@ -47,13 +35,17 @@ from particle_explorer.widgets.latent_axes import (
     Seen,
     read_columns,
 )
-from particle_explorer.widgets.latent_plot import LOOKS, Look, ScatterCanvas, Tool
+from particle_explorer.widgets.latent_plot import ScatterCanvas, Tool
 from particle_explorer.widgets.lifetime import follow, follow_event
+from particle_explorer.widgets.map_actions import MapActions
+from particle_explorer.widgets.map_sliders import MapSliders
 from particle_explorer.widgets.painted import to_qimage
-from particle_explorer.widgets.picking import groups, micrographs, nearest, same
 from particle_explorer.widgets.pictures import Decoder, Pictures, displayed, thumbnail
+from particle_explorer.widgets.plot_frame import LOOKS, look_of
+from particle_explorer.widgets.select_menu import SelectMenu
 from particle_explorer.widgets.sets import sets_colouring
 from particle_explorer.widgets.splat import Points
+from particle_explorer.widgets.tool_buttons import tool_button, tool_icon
 
 if TYPE_CHECKING:
     import napari
@@ -74,7 +66,6 @@ TOOLS: dict[Tool, str] = {
     "pan": "Move the view (P), also with the middle button or the space bar.\n"
     "The wheel zooms, over an axis only that axis.",
 }
-SLIDER_STEPS = 1000
 SETS = "named sets"
 """Key of the colouring by sets, which are no column of the table"""
 
@@ -133,9 +124,14 @@ class LatentDock(QWidget):
         self.histogram.setVisible(False)
         self._counts: Counts | None = None
         layout.addWidget(self.histogram)
-        layout.addWidget(self._build_sliders_area())
-        layout.addWidget(self._build_actions())
+        self.sliders = MapSliders(state)
+        layout.addWidget(self.sliders)
         self.complaint = Complaint()
+        self.menu = SelectMenu(
+            state, lambda: (self._columns, self.colour.currentData()), self._complain, self
+        )
+        self.actions = MapActions(state, self.canvas, self.menu, self.complaint, self._origin)
+        layout.addWidget(self.actions)
         layout.addWidget(self.complaint)
         self.setMinimumWidth(300)
 
@@ -151,14 +147,16 @@ class LatentDock(QWidget):
         self.canvas.snap_asked.connect(self._on_snap)
         self.canvas.tool_changed.connect(self._on_tool)
         self.canvas.density_changed.connect(self._on_density)
-        self.canvas.save_asked.connect(self._ask_name)
-        self.canvas.cluster_asked.connect(self._ask_groups)
+        self.canvas.save_asked.connect(self.actions.ask_name)
+        self.canvas.cluster_asked.connect(self.actions.ask_groups)
+        self.menu.picked.connect(self.canvas.choose)
+        self.menu.look_asked.connect(self.actions.show_look)
+        self.menu.help_asked.connect(self._show_help)
         follow(self, state.session_changed, self._on_session)
         follow(self, state.run_changed, self._on_run)
         follow(self, state.features_changed, self._on_features)
         follow(self, state.handle_changed, self._show_handle)
         follow(self, state.handle_drawn, self.canvas.show_handle)
-        follow(self, state.pose_changed, self._show_pose)
         follow(self, state.off_data_changed, self.canvas.set_handle_hollow)
         follow(self, state.axes_asked, self._on_axes_asked)
         follow(self, state.colour_asked, self._on_colour_asked)
@@ -181,6 +179,8 @@ class LatentDock(QWidget):
         """Stop all background work; for tests and for whoever takes the dock away."""
         self._live.stop()
         self._thumbnails.stop()
+        self.menu.stop()
+        self.actions.stop()
         self.tasks.stop()
 
     def sizeHint(self) -> QSize:
@@ -193,13 +193,13 @@ class LatentDock(QWidget):
         column.setSpacing(1)
         self.tools: dict[str, QToolButton] = {}
         for name, tip in TOOLS.items():
-            button = _tool_button(tip, checkable=True)
+            button = tool_button(tip, checkable=True)
             button.clicked.connect(lambda _=False, tool=name: self.canvas.set_tool(tool))
             self.tools[name] = button
             column.addWidget(button)
-        self.fit_button = _tool_button("Show the whole map (double click)")
+        self.fit_button = tool_button("Show the whole map (double click)")
         self.fit_button.clicked.connect(self.canvas.fit)
-        self.density_button = _tool_button(
+        self.density_button = tool_button(
             "Show how densely particles lie instead of single ones;\n"
             "switches itself on when more than 300 000 are visible",
             checkable=True,
@@ -224,7 +224,7 @@ class LatentDock(QWidget):
         below = QHBoxLayout()
         below.addWidget(QLabel("colour"))
         below.addWidget(self.colour, 1)
-        self.histogram_button = _tool_button(
+        self.histogram_button = tool_button(
             "Histogram of the colour column: set the range of the colours,\nselect by brushing or by numbers",
             checkable=True,
         )
@@ -251,102 +251,9 @@ class LatentDock(QWidget):
             rows.addLayout(row)
         return rows
 
-    def _build_sliders_area(self) -> QScrollArea:
-        """Sliders of the latent dimensions that are not on the axes, and of the pose."""
-        page = QWidget()
-        self._slider_rows = QVBoxLayout(page)
-        self._slider_rows.setContentsMargins(0, 0, 2, 0)
-        self._slider_rows.setSpacing(1)
-        self._dimension_rows = QVBoxLayout()
-        self._dimension_rows.setSpacing(1)
-        self._slider_rows.addLayout(self._dimension_rows)
-        self._sliders: dict[int, ValueSlider] = {}
-        self._fit_soon = QTimer(self)  # ours, so that it goes with us
-        self._fit_soon.setSingleShot(True)
-        self._fit_soon.setInterval(0)
-        self._fit_soon.timeout.connect(self._fit_sliders)
-        self.angle = ValueSlider("angle", -180, 180, unit="°", digits=0, tip="Turn the reconstruction")
-        self.shift_x = ValueSlider("shift x", -10, 10, unit=" px", tip="Shift the reconstruction right")
-        self.shift_y = ValueSlider("y", -10, 10, unit=" px", tip="Shift the reconstruction down")
-        self.reset_pose = QToolButton()
-        self.reset_pose.setText("reset")
-        self.reset_pose.setToolTip("Angle and shift back to 0")
-        self.reset_pose.clicked.connect(lambda: self.state.set_pose(0.0, np.zeros(2)))
-        for widgets in ((self.angle, self.reset_pose), (self.shift_x, self.shift_y)):
-            row = QHBoxLayout()
-            row.setSpacing(8)
-            for widget in widgets:
-                row.addWidget(widget, 1 if isinstance(widget, ValueSlider) else 0)
-            self._slider_rows.addLayout(row)
-        for slider in (self.angle, self.shift_x, self.shift_y):
-            slider.moved.connect(self._on_pose_moved)
-        self.sliders = QScrollArea()
-        self.sliders.setWidgetResizable(True)
-        self.sliders.setFrameShape(QFrame.Shape.NoFrame)
-        self.sliders.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.sliders.setWidget(page)
-        return self.sliders
-
-    def _fit_sliders(self) -> None:
-        """All sliders where there is room, else four rows of them and a scroll bar."""
-        row = max(self.angle.sizeHint().height(), self.reset_pose.sizeHint().height()) + 1
-        room = max(4 * row, int(0.2 * self.height()))
-        for rows in (self._dimension_rows, self._slider_rows):
-            rows.invalidate()
-        frame = 2 * self.sliders.frameWidth()  # napari's style draws one that was switched off
-        self.sliders.setFixedHeight(min(self._slider_rows.totalSizeHint().height(), room) + frame)
-
     def resizeEvent(self, event: QResizeEvent | None) -> None:
         super().resizeEvent(event)
-        self._fit_sliders()
-
-    def showEvent(self, event: QShowEvent | None) -> None:
-        super().showEvent(event)
-        self._fit_soon.start()
-
-    def _build_actions(self) -> QStackedWidget:
-        self.actions_stack = QStackedWidget()
-        self.actions_stack.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-        self.groups_button = QPushButton("Layouts, groups…")
-        self.save_button = QPushButton("Save set…")
-        self.select_button = QPushButton("Select")
-        self.select_button.setToolTip("Select all, others, neighbours, a micrograph; undo; the shortcuts")
-        self.select_menu = QMenu(self)
-        self.select_menu.aboutToShow.connect(lambda: self._fill_menu(self.select_menu, None))
-        self.select_button.setMenu(self.select_menu)
-        self.n_nearest = 100
-        self.groups_button.clicked.connect(self._ask_groups)
-        self.save_button.clicked.connect(self._ask_name)
-        self.actions_stack.addWidget(_row(self.groups_button, self.save_button, self.select_button))
-        self.set_name = QLineEdit()
-        self.set_name.setPlaceholderText("Name of the set")
-        self.set_name.returnPressed.connect(self.save_set)
-        self.confirm_save = QPushButton("Save")
-        self.confirm_save.clicked.connect(self.save_set)
-        self.actions_stack.addWidget(_row(self.set_name, self.confirm_save, self._back_button()))
-        self.point_size = QSlider(Qt.Orientation.Horizontal)
-        self.point_size.setRange(0, 24)
-        self.point_size.setToolTip("Size of the points; at the left end it follows from their number")
-        self.point_size.valueChanged.connect(lambda value: self.canvas.set_point_size(value / 2))
-        self.opacity = QSlider(Qt.Orientation.Horizontal)
-        self.opacity.setRange(10, 100)
-        self.opacity.setValue(100)
-        self.opacity.setToolTip("Strength of the points")
-        self.opacity.valueChanged.connect(lambda value: self.canvas.set_opacity(value / 100))
-        self.density = QComboBox()
-        self.density.setToolTip("Single points or how densely they lie; automatic from 300 000 points on")
-        for words, mode in (("auto", "auto"), ("density", "on"), ("points", "off")):
-            self.density.addItem(words, mode)
-        self.density.activated.connect(lambda _: self.canvas.set_density(self.density.currentData()))
-        look = _row(QLabel("size"), self.point_size, QLabel("strength"), self.opacity, self.density)
-        look.layout().addWidget(self._back_button())
-        self.actions_stack.addWidget(look)
-        return self.actions_stack
-
-    def _back_button(self) -> QPushButton:
-        button = QPushButton("Back")
-        button.clicked.connect(lambda: self.actions_stack.setCurrentIndex(0))
-        return button
+        self.sliders.fit_into(self.height())
 
     # ---- what is open ----------------------------------------------------------
 
@@ -354,8 +261,7 @@ class LatentDock(QWidget):
         self.complaint.clear()
         self._live_run, self._held = None, None
         self._live.follow(None if session is None else session.path)
-        self.canvas.set_density("auto")
-        self.density.setCurrentIndex(0)
+        self.actions.look.reset_density()
         self._limits, self._remembered, self._part, self._drawn = None, None, None, None
         self.canvas.clear_points()
         self.canvas.set_handle(None, None)
@@ -429,7 +335,7 @@ class LatentDock(QWidget):
         self._show_colour()
         if columns.n_dims and self.state.handle_z.size == columns.n_dims and not self.state.handle_z.any():
             self.state.set_handle(columns.median)  # the origin may be far from every particle
-        self._build_sliders()
+        self._offer_sliders()
         self._show_state()
 
     # ---- what a session remembers -------------------------------------------------------
@@ -444,11 +350,9 @@ class LatentDock(QWidget):
             "limits": None if self._limits is None else list(self._limits),
             "part": None if canvas.is_fitted or not canvas.n_points else list(canvas.view),
             "tool": canvas.tool,
-            "density": canvas.density,
-            "point_size": canvas.point_size,
-            "opacity": canvas.opacity,
+            **self.actions.look.remembered(),
             "histogram": self.histogram_button.isChecked(),
-            "n_nearest": self.n_nearest,
+            "n_nearest": self.menu.n_nearest,
         }
 
     @property
@@ -464,7 +368,7 @@ class LatentDock(QWidget):
             self._recall(self._columns)
             self._show_points()
             self._show_colour()
-            self._build_sliders()
+            self._offer_sliders()
 
     def _recall(self, columns: Columns) -> None:
         if self._remembered is None or not columns.n_dims:
@@ -484,14 +388,9 @@ class LatentDock(QWidget):
             self._limits = None if limits is None else (float(limits[0]), float(limits[1]))
         if found.get("tool") in TOOLS:
             self.canvas.set_tool(found["tool"])
-        density = self.density.findData(found.get("density"))
-        if density >= 0:
-            self.density.setCurrentIndex(density)
-            self.canvas.set_density(self.density.currentData())
-        self.point_size.setValue(round(2 * float(found.get("point_size", 0))))
-        self.opacity.setValue(round(100 * float(found.get("opacity", 1))))
+        self.actions.look.recall(found)
         self.histogram_button.setChecked(bool(found.get("histogram")))
-        self.n_nearest = max(1, int(found.get("n_nearest", self.n_nearest)))
+        self.menu.n_nearest = max(1, int(found.get("n_nearest", self.menu.n_nearest)))
 
     def _offer_columns(self, columns: Columns) -> None:
         axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
@@ -538,7 +437,7 @@ class LatentDock(QWidget):
     def _on_axes_chosen(self, *_: object) -> None:
         self._held = None
         self._show_points()
-        self._build_sliders()
+        self._offer_sliders()
 
     def _on_axes_asked(self, x: str, y: str) -> None:
         self._asked_axes = (x, y)
@@ -647,119 +546,7 @@ class LatentDock(QWidget):
     # ---- selecting by what particles are -------------------------------------------------
 
     def _on_menu_asked(self, row: int | None, where: QPoint) -> None:
-        menu = QMenu(self)
-        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        self._fill_menu(menu, row)
-        menu.popup(where)
-
-    def _fill_menu(self, menu: QMenu, row: int | None) -> None:
-        """Everything that can be selected, `row` being the particle that was clicked."""
-        menu.clear()
-        menu.setToolTipsVisible(True)
-        selection, features = self.state.selection, self.state.features
-        n, marked = selection.count, selection.active if row is None else row
-        has_map = self._columns.n_dims > 0 and len(self._columns.features) == selection.mask.size
-        if row is not None:
-            menu.addSection(f"particle {number(row + 1)}")
-        self._add_k(menu)
-        k = number(self.n_nearest)
-
-        def offer(words: str, does: Callable[[], object], able: bool, tip: str, keys: str = "") -> None:
-            action = menu.addAction(words + (f"\t{keys}" if keys else ""))
-            action.setToolTip(tip)
-            action.setEnabled(able)
-            action.triggered.connect(lambda *_: does())
-
-        near = self.state.handle_z
-        offer(
-            f"The {k} nearest to ◉",
-            lambda: self._pick_nearest(near),
-            has_map and near.size == self._columns.n_dims,
-            "Particles whose positions on the map (all its dimensions) are nearest to the handle",
-        )
-        there = has_map and marked is not None and bool(np.isfinite(self._columns.z[marked]).all())
-        offer(
-            f"The {k} most like this one",
-            lambda: self._pick_nearest(self._columns.z[marked]),
-            there,
-            "Particles nearest on the map to the one clicked or looked at",
-        )
-        from_rows = np.array([marked]) if row is not None or not n else selection.rows
-        able = row is not None or n > 0 or marked is not None
-        micrograph = micrographs(features)
-        offer(
-            "The same micrograph",
-            lambda: self._pick_same(str(micrograph), from_rows),
-            able and micrograph is not None,
-            "All particles of the micrographs of these particles"
-            if micrograph
-            else "The file names no micrographs, or one for all",
-        )
-        group = groups(features, self.colour.currentData())
-        offer(
-            "The same group" + (f" ({title_of(group)})" if group else ""),
-            lambda: self._pick_same(str(group), from_rows),
-            able and group is not None,
-            "All particles of the groups of these particles; or click a group in the legend"
-            if group
-            else "There are no groups yet: make some in the tab Explore (C)",
-        )
-        menu.addSeparator()
-        offer("All", lambda: selection.set(np.ones(selection.mask.size, bool)), n < selection.mask.size, "")
-        offer("Invert", selection.invert, selection.mask.size > 0, "What is not selected now", "I")
-        offer("Clear", selection.clear, n > 0, "Select nothing; undo brings it back", "Esc")
-        offer("Undo", selection.undo, selection.can_undo, "The selection before this one", "Ctrl+Z")
-        offer("Redo", selection.redo, selection.can_redo, "", "Ctrl+Shift+Z")
-        menu.addSeparator()
-        offer(
-            "Train again on the selected particles",
-            self.state.train_asked.emit,
-            n > 0 and self.state.session is not None,
-            "A new run on these particles alone, with the settings of the tab Train; it remembers this run",
-        )
-        offer("Points and density…", self._show_look, True, "Size and strength of the points")
-        offer("Shortcuts…", self._show_help, True, "What keys and mouse do on the map", "F1")
-
-    def _add_k(self, menu: QMenu) -> None:
-        page = QWidget()
-        row = QHBoxLayout(page)
-        row.setContentsMargins(20, 2, 8, 2)
-        row.addWidget(QLabel("neighbours"))
-        spin = QSpinBox()
-        spin.setRange(1, max(1, self.state.selection.mask.size))
-        spin.setValue(min(self.n_nearest, spin.maximum()))
-        spin.setToolTip("How many particles the two lines below select")
-        spin.valueChanged.connect(self._set_n_nearest)
-        row.addWidget(spin, 1)
-        action = QWidgetAction(menu)
-        action.setDefaultWidget(page)
-        menu.addAction(action)
-        self._k_menu = menu
-
-    def _set_n_nearest(self, k: int) -> None:
-        self.n_nearest = k
-        for action in self._k_menu.actions():
-            action.setText(re.sub(r"^The [\d\u202f]+ ", f"The {number(k)} ", action.text()))
-
-    def _pick_nearest(self, z: NDArray[np.floating]) -> None:
-        points, k = self._columns.z, self.n_nearest
-        self._pick(lambda: nearest(points, z, k))
-
-    def _pick_same(self, column: str, rows: NDArray[np.intp]) -> None:
-        values = self.state.features[column]
-        self._pick(lambda: same(values, rows))
-
-    def _pick(self, work: Callable[[], Mask]) -> None:
-        modifiers = QApplication.keyboardModifiers()
-
-        def done(mask: Mask) -> None:
-            if mask.size == self.state.selection.mask.size:
-                self.canvas.choose(mask, modifiers)
-
-        self.tasks.run("pick", work, done, self._complain)
-
-    def _show_look(self) -> None:
-        self.actions_stack.setCurrentIndex(2)
+        self.menu.pop_up(row, where)
 
     def _show_help(self) -> None:
         from particle_explorer.widgets.shortcuts import show_shortcuts
@@ -788,13 +575,7 @@ class LatentDock(QWidget):
         ):
             widget.setEnabled(mapped)
         self.sliders.setVisible(state.handle_z.size > 0)
-        encoded = state.run is not None and state.handle_z.size > 0
-        self.groups_button.setEnabled(encoded)
-        self.groups_button.setToolTip(
-            "UMAP, t-SNE, k-means and others, in the tab Explore (C)"
-            if encoded
-            else "There is no trained map yet"
-        )
+        self.actions.show_able()
         self._show_counts()
 
     def _show_counts(self, *_: object) -> None:
@@ -809,11 +590,6 @@ class LatentDock(QWidget):
             self.counts.setText(f"{number(n)} of {number(total)} selected")
         else:
             self.counts.setText(f"{number(total)} particles")
-        for button, tip in ((self.save_button, "Keep the selected particles under a name (S)"),):
-            button.setEnabled(n > 0)
-            button.setToolTip(tip if n else "Nothing is selected; draw a lasso around particles first")
-        if n == 0 and self.actions_stack.currentIndex() == 1:
-            self.actions_stack.setCurrentIndex(0)
 
     def _show_hint(self) -> None:
         has_handle = self.canvas.handle != (None, None)
@@ -890,89 +666,18 @@ class LatentDock(QWidget):
             place = self._axes.place(z)
         self.canvas.set_handle(*place)
         self.state.set_off_data("axes", not self.canvas.handle_near_data)
-        for i, slider in self._sliders.items():
-            slider.set_value(float(z[i]))
+        self.sliders.show_position(z)
 
-    def _build_sliders(self) -> None:
-        """One slider for each dimension that the axes do not hold, unless they hold the whole space."""
-        d = self._columns.n_dims if self.state.handle_z.size == self._columns.n_dims else 0
-        keys = {self.x.currentData(), self.y.currentData()}
-        on_axes = [
-            key for key in keys if key is not None and key.startswith(("z_", "pc_")) and key[-1].isdigit()
-        ]
-        hidden = (
-            []
-            if len([key for key in on_axes if "std" not in key]) >= d
-            else [i for i in range(d) if f"z_{i}" not in keys]
-        )
-        if list(self._sliders) != hidden:
-            for old in self._sliders.values():
-                self._dimension_rows.removeWidget(old)
-                old.deleteLater()
-            self._sliders = {}
-            for i in hidden:
-                tip = f"Move ◉ along dimension {i + 1} of the map"
-                slider = ValueSlider(f"map {i + 1}", 0, 1, tip=tip)
-                slider.moved.connect(lambda value, i=i: self._on_slider(i, value))
-                self._sliders[i] = slider
-                self._dimension_rows.addWidget(slider)
-                slider.show()  # now: the room for the rows is measured in a moment
-        for i, slider in self._sliders.items():
-            slider.set_range(*(float(value) for value in self._columns.spread[i]))
-            slider.set_value(float(self.state.handle_z[i]))
-        self._fit_soon.start()  # when the style has had its say
+    def _offer_sliders(self) -> None:
+        self.sliders.offer(self._columns, self.x.currentData(), self.y.currentData())
 
-    def _on_slider(self, i: int, value: float) -> None:
-        z = self.state.handle_z.copy()
-        z[i] = value
-        self.state.set_handle(z)
-
-    # ---- the pose ----------------------------------------------------------------
-
-    def _on_pose_moved(self, _: float) -> None:
-        self.state.set_pose(self.angle.value, np.array([self.shift_y.value, self.shift_x.value]))
-
-    def _show_pose(self, angle_deg: float, shift_yx_px: NDArray[np.float64]) -> None:
-        self.angle.set_value(angle_deg)
-        self.shift_y.set_value(float(shift_yx_px[0]))
-        self.shift_x.set_value(float(shift_yx_px[1]))
+    def _origin(self) -> str:
+        """Where on the map a selection is made, in words."""
+        words = f"chosen by hand in {self.x.currentText()} / {self.y.currentText()}"
+        return words if self.state.run is None else f"{words} of run {self.state.run.name}"
 
     def _complain(self, failure: Failure) -> None:
         self.complaint.show_failure(failure)
-
-    # ---- sets ------------------------------------------------------------------------
-
-    def _ask_groups(self) -> None:
-        if self.groups_button.isEnabled():
-            self.state.groups_asked.emit()
-
-    def _ask_name(self) -> None:
-        if not self.state.selection.count or self.state.session is None:
-            return
-        self.actions_stack.setCurrentIndex(1)
-        taken = set(self.state.session.selections.names())
-        free = next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken)
-        self.set_name.setText(free)
-        self.set_name.selectAll()
-        self.set_name.setFocus()
-
-    def save_set(self) -> None:
-        """Keep the selection under the name that was typed."""
-        session, name = self.state.session, self.set_name.text().strip()
-        if session is None or not name:
-            return
-        mask = self.state.selection.mask
-        how = f"chosen by hand in {self.x.currentText()} / {self.y.currentText()}"
-        if self.state.run is not None:
-            how += f" of run {self.state.run.name}"
-
-        def done(_: None) -> None:
-            self.actions_stack.setCurrentIndex(0)
-            self.canvas.setFocus()
-            self.state.sets_changed.emit()
-
-        self.complaint.clear()
-        self.tasks.run("save set", lambda: session.selections.save(name, mask, how), done, self._complain)
 
     # ---- look ------------------------------------------------------------------------
 
@@ -994,7 +699,7 @@ class LatentDock(QWidget):
             ("density", self.density_button),
             ("histogram", self.histogram_button),
         ):
-            button.setIcon(_icon(name, look.text, look.line))
+            button.setIcon(tool_icon(name, look.text, look.line))
             button.setStyleSheet(
                 f"QToolButton:checked:enabled {{ background: {look.line}; border-radius: 3px; }}"
             )
@@ -1003,85 +708,6 @@ class LatentDock(QWidget):
 def _thumbnail(pictures: Pictures, row: int) -> tuple[Pictures, int, QImage]:
     """A thread's work."""
     return pictures, row, to_qimage(thumbnail(displayed(pictures.read(np.array([row])))[0]))
-
-
-class ValueSlider(QWidget):
-    """A slider with its name and its value."""
-
-    moved = Signal(float)
-    """by hand"""
-
-    def __init__(
-        self, name: str, low: float, high: float, *, unit: str = "", digits: int = 1, tip: str = ""
-    ) -> None:
-        super().__init__()
-        self._low, self._high, self._unit = low, high, unit
-        self._digits = digits if unit else _digits(low, high)
-        self._value = 0.0
-        self.slider = QSlider(Qt.Orientation.Horizontal)
-        self._steps = min(SLIDER_STEPS, round((high - low) * 10**digits)) if unit else SLIDER_STEPS
-        self.slider.setRange(0, self._steps)
-        self.slider.setPageStep(self._steps // 20)
-        self.slider.setMinimumWidth(36)
-        self.slider.setAccessibleName(name)
-        self.slider.valueChanged.connect(self._on_moved)
-        self.words = QLabel()
-        self.words.setMinimumWidth(self.words.fontMetrics().horizontalAdvance(f"−{high:.{digits}f}{unit}"))
-        self.setToolTip(tip)
-        row = QHBoxLayout(self)
-        row.setContentsMargins(0, 0, 0, 0)
-        row.setSpacing(3)
-        row.addWidget(QLabel(name))
-        row.addWidget(self.slider, 1)
-        row.addWidget(self.words)
-        self.set_value(0.0)
-
-    @property
-    def value(self) -> float:
-        return self._value
-
-    def set_range(self, low: float, high: float) -> None:
-        """Other ends, with the digits that a hundredth of the way needs."""
-        self._low, self._high = low, high if high > low else low + 1
-        self._digits = _digits(self._low, self._high)
-        self.set_value(self._value)
-
-    def set_value(self, value: float) -> None:
-        """Show a value, silently; one outside the range leaves the knob at its end."""
-        self._value = value
-        share = (value - self._low) / (self._high - self._low)
-        with QSignalBlocker(self.slider):
-            self.slider.setValue(round(min(max(share, 0.0), 1.0) * self._steps))
-        self._say()
-
-    def _on_moved(self, step: int) -> None:
-        value = self._low + step / self._steps * (self._high - self._low)
-        self._value = round(value, self._digits + 1) if self._digits else float(round(value))
-        self._say()
-        self.moved.emit(self._value)
-
-    def _say(self) -> None:
-        value = round(self._value, self._digits) + 0.0  # no minus before a zero
-        self.words.setText(f"{value:.{self._digits}f}{self._unit}".replace("-", "−"))
-
-
-def _digits(low: float, high: float) -> int:
-    """Digits behind the point that show a hundredth of the way."""
-    return int(np.clip(math.ceil(-math.log10(max(high - low, 1e-9) / 100)), 0, 6))
-
-
-def look_of(theme: str) -> Look:
-    """Our colours for one of napari's themes."""
-    from napari.utils.theme import get_theme
-
-    colours = get_theme(theme)
-    base = LOOKS["light" if colours.type == "light" else "dark"]
-    text, ground, line = (colours.text.as_hex(), colours.background.as_hex(), colours.secondary.as_hex())
-    return Look(_six(ground), base.plot, _six(text), _six(line), base.ring, base.accent, base.plain)
-
-
-def _six(colour: str) -> str:
-    return QColor(colour).name()
 
 
 def _combo(tip: str) -> QComboBox:
@@ -1114,87 +740,3 @@ def _offer(combo: QComboBox, choices: tuple[Choice, ...]) -> None:
 def _choose(combo: QComboBox, key: str) -> None:
     with QSignalBlocker(combo):
         combo.setCurrentIndex(combo.findData(key))
-
-
-def _row(*widgets: QWidget) -> QWidget:
-    page = QWidget()
-    row = QHBoxLayout(page)
-    row.setContentsMargins(0, 0, 0, 0)
-    row.setSpacing(4)
-    for widget in widgets:
-        row.addWidget(widget, 0 if isinstance(widget, QLabel) else 1)
-    return page
-
-
-def _tool_button(tip: str, *, checkable: bool = False) -> QToolButton:
-    button = QToolButton()
-    button.setToolTip(tip)
-    button.setAccessibleName(tip.partition(":")[0].partition("\n")[0])
-    button.setCheckable(checkable)
-    button.setAutoRaise(True)
-    button.setIconSize(QSize(18, 18))
-    button.setFixedSize(26, 24)
-    return button
-
-
-def _icon(name: str, colour: str, off: str) -> QIcon:
-    icon = QIcon()
-    icon.addPixmap(_drawing(name, colour), QIcon.Mode.Normal)
-    icon.addPixmap(_drawing(name, off), QIcon.Mode.Disabled)
-    return icon
-
-
-def _drawing(name: str, colour: str) -> QPixmap:
-    """Small pictures of the tools, drawn, so that no font and no file has to have them."""
-    size = 54  # three times the size they are shown at, for sharp edges on dense screens
-    picture = QPixmap(size, size)
-    picture.fill(Qt.GlobalColor.transparent)
-    painter = QPainter(picture)
-    painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-    pen = QPen(QColor(colour), 4.5)
-    pen.setCapStyle(Qt.PenCapStyle.RoundCap)
-    painter.setPen(pen)
-    if name == "handle":
-        painter.drawEllipse(QPointF(27, 27), 18, 18)
-        painter.setBrush(QColor(colour))
-        painter.drawEllipse(QPointF(27, 27), 6, 6)
-    elif name == "lasso":
-        path = QPainterPath(QPointF(20, 46))
-        path.cubicTo(26, 40, 20, 36, 14, 32)
-        path.cubicTo(0, 20, 16, 6, 32, 8)
-        path.cubicTo(52, 11, 54, 30, 36, 34)
-        path.cubicTo(28, 36, 18, 36, 14, 32)
-        painter.drawPath(path)
-    elif name == "rectangle":
-        pen.setDashPattern([2, 1.8])
-        painter.setPen(pen)
-        painter.drawRect(QRectF(8, 12, 38, 30))
-    elif name == "ellipse":
-        pen.setDashPattern([2, 1.8])
-        painter.setPen(pen)
-        painter.drawEllipse(QRectF(7, 12, 40, 30))
-    elif name == "pan":
-        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            tip = QPointF(27 + 20 * dx, 27 + 20 * dy)
-            painter.drawLine(QPointF(27, 27), tip)
-            for side in (-1, 1):
-                painter.drawLine(
-                    tip, QPointF(tip.x() - 7 * dx + 7 * side * dy, tip.y() - 7 * dy + 7 * side * dx)
-                )
-    elif name == "histogram":
-        for x, height in ((11, 14), (22, 32), (33, 24), (44, 10)):
-            painter.fillRect(QRectF(x - 4, 46 - height, 8, height), QColor(colour))
-    elif name == "fit":
-        for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-            corner = QPointF(27 + 18 * dx, 27 + 18 * dy)
-            painter.drawLine(corner, QPointF(corner.x() - 11 * dx, corner.y()))
-            painter.drawLine(corner, QPointF(corner.x(), corner.y() - 11 * dy))
-    else:
-        painter.setPen(Qt.PenStyle.NoPen)
-        shade = QColor(colour)
-        for radius, strength in ((22, 70), (15, 120), (8, 255)):
-            shade.setAlpha(strength)
-            painter.setBrush(shade)
-            painter.drawEllipse(QPointF(27, 27), radius, radius * 0.8)
-    painter.end()
-    return picture

@@ -1,14 +1,4 @@
-"""The scatter: up to millions of particles painted by numpy into a QImage, without OpenGL.
-
-Why not a plotting library: on software OpenGL, which is what remote desktops at microscopy facilities have,
-every one of them takes seconds per frame at 10⁶ points; this takes about 15 ms, survives undocking and
-paints the same pixels everywhere.
-
-One picture is made in three steps, each kept until something it depends on changes: the points that the
-view shows and the pixel each falls on (`Projection`), which point owns each pixel (`Owners`), and the
-colours of the pixels. So a new colour costs per pixel, not per particle, and hovering is one look at the
-owners.
-"""
+"""The scatter: the picture of the points in its axes, and what mouse and keys do in it."""
 
 from __future__ import annotations
 
@@ -17,68 +7,53 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from qtpy.QtCore import QEvent, QPointF, QRectF, QSize, Qt, QTimer, Signal
+from qtpy.QtCore import QEvent, QPointF, QRectF, QSize, QSizeF, Qt, QTimer, Signal
 from qtpy.QtGui import (
     QColor,
     QContextMenuEvent,
-    QFontMetricsF,
     QImage,
     QKeyEvent,
     QMouseEvent,
     QPainter,
-    QPainterPath,
     QPaintEvent,
-    QPen,
     QPixmap,
-    QPolygonF,
     QWheelEvent,
 )
 from qtpy.QtWidgets import QSizePolicy, QWidget
 
 from particle_explorer.state import Mask, Selection
-from particle_explorer.widgets.colours import DENSITY, Colouring, plain
+from particle_explorer.widgets.colours import Colouring
 from particle_explorer.widgets.lifetime import follow
-from particle_explorer.widgets.plot_frame import LOOKS, Look, paint_axes, paint_legend, plot_rect, swatches
-from particle_explorer.widgets.splat import (
-    Owners,
-    Points,
-    Projection,
-    grown,
-    mix,
-    pack,
-    points_in_polygon,
-    stamp,
-    unpack,
-    visible,
+from particle_explorer.widgets.outline import Corners, Outline
+from particle_explorer.widgets.plot_frame import (
+    LOOKS,
+    Look,
+    View,
+    paint_axes,
+    paint_legend,
+    plot_rect,
+    swatches,
 )
+from particle_explorer.widgets.plot_marks import (
+    paint_active,
+    paint_handle,
+    paint_inset,
+    paint_outline,
+    paint_words,
+)
+from particle_explorer.widgets.point_picture import Density, PointPicture
+from particle_explorer.widgets.splat import Points
 
 Tool = Literal["handle", "lasso", "rectangle", "ellipse", "pan"]
-Density = Literal["auto", "on", "off"]
-Floats = NDArray[np.float64]
 
-DENSITY_FROM = 300_000
-"""Visible points from which the automatic mode shows density: beyond it single points hide each other."""
-GESTURE_POINTS = 2_000_000
-"""Points drawn while the hand moves; the order is random, so the first ones are a fair sample."""
-FADE = 0.25
-"""Strength of what is not selected while something is."""
-RING_EACH_FROM_PX = 3.0
-"""Diameter from which every selected point has a ring of its own."""
 HANDLE_REACH_PX = 12.0
+LINE_REACH_PX = 6.0
+"""So near to its line a handle that has one coordinate is taken, where no tool draws."""
 CLICK_REACH_PX = 12.0
-HOVER_REACH_PX = 6
-STILL_PX = 3.0
-"""A press that moved less than this was a click; lasso corners closer than this are dropped."""
 HANDLE_FRAME_MS = 16
 """A handle that was moved is painted with the picture drawn for it, or so much later at most."""
-ELLIPSE_CORNERS = 96
 OUTLINE_MS = 50
 """Least time between two looks at what a lasso holds while it is drawn."""
-INSET_PX = 104
-"""Side of the average that is shown while a lasso is drawn."""
-THUMBNAIL_PX = 88
-"""Side of the picture of the particle under the mouse."""
 ARROW_STEPS = 100
 """Arrow-key steps across the visible map."""
 
@@ -123,31 +98,19 @@ class ScatterCanvas(QWidget):
         self._message = ""
         self._hint = ""
         self._describe: Callable[[int], str] | None = None
-        self._points = Points.of([], [])
-        self._view = (0.0, 1.0, 0.0, 1.0)  # x0, x1, y0, y1
+        self.picture = PointPicture()
         self._fitted = True
-        self._colouring = plain(0)
-        self._level: NDArray[np.uint16] = np.zeros(0, np.uint16)
-        self._chosen: Mask | None = None
-        self._density: Density = "auto"
-        self._was_density = False
-        self._size_px = 0.0  # 0: automatic
-        self._opacity = 1.0
-        self._kept_size: float | None = None
-        self._projection: Projection | None = None
-        self._owners: Owners | None = None
-        self._image: QImage | None = None
+        self._said_density = False
         self._backdrop: QPixmap | None = None
-        self._pixels: NDArray[np.uint32] | None = None  # QImage does not keep its buffer alive
         self._handle: tuple[float | None, float | None] = (None, None)
         self._hollow = False
         self._active_at: tuple[float, float] | None = None
         self._tool: Tool = "lasso"
-        self._drag: Literal["", "pan", "lasso", "rectangle", "ellipse", "handle"] = ""
+        self._drag: Literal["", "pan", "outline", "handle"] = ""
+        self._outline: Outline | None = None
         self._space = False
         self._press = QPointF()
         self._last = QPointF()
-        self._path: list[tuple[float, float]] = []
         self._hover: int | None = None
         self._hover_at = QPointF()
         self._handle_frame = QTimer(self)
@@ -178,12 +141,16 @@ class ScatterCanvas(QWidget):
 
     @property
     def n_points(self) -> int:
-        return self._points.rows.size
+        return self.picture.points.rows.size
 
     @property
-    def view(self) -> tuple[float, float, float, float]:
+    def view(self) -> View:
         """x0, x1, y0, y1 of the visible part."""
-        return self._view
+        return self.picture.view
+
+    @property
+    def colouring(self) -> Colouring:
+        return self.picture.colouring
 
     @property
     def handle(self) -> tuple[float | None, float | None]:
@@ -194,10 +161,6 @@ class ScatterCanvas(QWidget):
         return self._tool
 
     @property
-    def shows_density(self) -> bool:
-        return self._was_density
-
-    @property
     def is_painted(self) -> bool:
         """Whether the picture shows the present points, colours and selection."""
         return self._backdrop is not None
@@ -206,16 +169,15 @@ class ScatterCanvas(QWidget):
         self, points: Points, *, titles: tuple[str, str] = ("", ""), keep_view: bool = False
     ) -> None:
         """Show other points; with `keep_view` a zoom made by the user stays."""
-        self._points = points
         self._titles = titles
         self._hover = None
-        self._spread_colours()
-        self._read_selection()
+        self.picture.set_points(points)
+        self.picture.set_selection(self._selection.mask)
         self._find_active()
         if not keep_view or self._fitted:
             self.fit()
         else:
-            self._forget(projection=True)
+            self._repaint()
 
     def clear_points(self) -> None:
         self._cancel_drag()
@@ -223,9 +185,8 @@ class ScatterCanvas(QWidget):
 
     def set_colouring(self, colouring: Colouring) -> None:
         """Colour by `colouring`, whose levels are per row of the session."""
-        self._colouring = colouring
-        self._spread_colours()
-        self._forget()
+        self.picture.set_colouring(colouring)
+        self._repaint()
 
     def set_theme(self, name: str) -> None:
         """ "dark" or "light"."""
@@ -233,7 +194,8 @@ class ScatterCanvas(QWidget):
 
     def set_look(self, look: Look) -> None:
         self._look = look
-        self._forget()
+        self.picture.set_look(look)
+        self._repaint()
 
     def set_message(self, text: str) -> None:
         """Words in place of an empty plot."""
@@ -267,42 +229,29 @@ class ScatterCanvas(QWidget):
     def set_inset(self, picture: QImage | None, words: str = "") -> None:
         """A picture in a corner while a hand draws around particles."""
         self._inset = None if picture is None else (picture, words)
-        if self._drag in ("lasso", "rectangle", "ellipse"):
+        if self._outline is not None:
             self.update()
 
     def set_density(self, density: Density) -> None:
-        self._density = density
-        self._forget(projection=True)
+        self.picture.set_density(density)
+        self._repaint()
 
     def set_point_size(self, size_px: float) -> None:
         """Diameter of a point in widget pixels; 0 fits it to the number of visible points."""
-        self._size_px = size_px
-        self._forget(projection=True)
+        self.picture.set_point_size(size_px)
+        self._repaint()
 
-    @property
-    def point_size(self) -> float:
-        return self._size_px
-
-    @property
-    def opacity(self) -> float:
-        return self._opacity
-
-    @property
-    def density(self) -> Density:
-        """Whether density is shown: always, never, or as the number of points asks for."""
-        return self._density
+    def set_opacity(self, opacity: float) -> None:
+        """Strength of the points over the ground, 0 to 1."""
+        self.picture.set_opacity(opacity)
+        self._repaint()
 
     @property
     def is_fitted(self) -> bool:
         """Whether all points are shown, not a part that was zoomed to."""
         return self._fitted
 
-    def set_opacity(self, opacity: float) -> None:
-        """Strength of the points over the ground, 0 to 1."""
-        self._opacity = opacity
-        self._forget()
-
-    def show_part(self, view: tuple[float, float, float, float]) -> None:
+    def show_part(self, view: View) -> None:
         """Show x0, x1, y0, y1."""
         self._fitted = False
         self._set_view(view, keep_size=False)
@@ -326,7 +275,7 @@ class ScatterCanvas(QWidget):
     @property
     def handle_near_data(self) -> bool:
         """Whether the handle stands among points, as far as these axes can tell."""
-        return self._points.near_data(*self._handle)
+        return self.picture.points.near_data(*self._handle)
 
     def set_handle_hollow(self, hollow: bool) -> None:
         """Draw the handle hollow, also among points: what lies off these axes says so."""
@@ -344,16 +293,17 @@ class ScatterCanvas(QWidget):
     def fit(self) -> None:
         """Show all points, or, where a few lie very far out, nearly all."""
         self._fitted = True
-        self._set_view(self._points.home, keep_size=False)
+        self._set_view(self.picture.points.home, keep_size=False)
 
     def zoom(self, factor: float, at: QPointF, *, x: bool = True, y: bool = True) -> None:
         """Zoom in by `factor` with the point under `at` (widget pixels) held fixed."""
         plot = self.plot_rect()
-        x0, x1, y0, y1 = self._view
+        x0, x1, y0, y1 = self.view
+        wide, high = self.picture.points.extent
         if x:
-            x0, x1 = _zoomed(x0, x1, (at.x() - plot.left()) / plot.width(), factor, self._points.extent[0])
+            x0, x1 = _zoomed(x0, x1, (at.x() - plot.left()) / plot.width(), factor, wide)
         if y:
-            y0, y1 = _zoomed(y0, y1, (plot.bottom() - at.y()) / plot.height(), factor, self._points.extent[1])
+            y0, y1 = _zoomed(y0, y1, (plot.bottom() - at.y()) / plot.height(), factor, high)
         self._fitted = False
         self._hand_moves()
         self._set_view((x0, x1, y0, y1), keep_size=False)
@@ -370,7 +320,7 @@ class ScatterCanvas(QWidget):
     def to_widget(self, x: float, y: float) -> QPointF:
         """Axes → widget pixels."""
         plot = self.plot_rect()
-        x0, x1, y0, y1 = self._view
+        x0, x1, y0, y1 = self.view
         return QPointF(
             plot.left() + (x - x0) / (x1 - x0) * plot.width(),
             plot.bottom() - (y - y0) / (y1 - y0) * plot.height(),
@@ -379,7 +329,7 @@ class ScatterCanvas(QWidget):
     def to_axes(self, at: QPointF) -> tuple[float, float]:
         """Widget pixels → axes."""
         plot = self.plot_rect()
-        x0, x1, y0, y1 = self._view
+        x0, x1, y0, y1 = self.view
         return (
             x0 + (at.x() - plot.left()) / plot.width() * (x1 - x0),
             y0 + (plot.bottom() - at.y()) / plot.height() * (y1 - y0),
@@ -390,265 +340,49 @@ class ScatterCanvas(QWidget):
         x, y = self._handle
         if x is None and y is None:
             return None
-        x0, x1, y0, y1 = self._view
+        x0, x1, y0, y1 = self.view
         return self.to_widget((x0 + x1) / 2 if x is None else x, (y0 + y1) / 2 if y is None else y)
 
     def nearest(self, at: QPointF, reach_px: float = math.inf) -> int | None:
         """The row of the particle nearest to a place in the widget, within `reach_px`."""
-        if not self._points.rows.size:
-            return None
-        plot = self.plot_rect()
-        x, y = self.to_axes(at)
-        x0, x1, y0, y1 = self._view
-        dx = (
-            self._points.u - np.float32((x - self._points.origin[0]) / self._points.extent[0])
-        ) * np.float32(plot.width() * self._points.extent[0] / (x1 - x0))
-        dy = (
-            self._points.v - np.float32((y - self._points.origin[1]) / self._points.extent[1])
-        ) * np.float32(plot.height() * self._points.extent[1] / (y1 - y0))
-        squares = dx * dx + dy * dy
-        best = int(np.argmin(squares))
-        return int(self._points.rows[best]) if squares[best] <= reach_px**2 else None
+        return self._framed().nearest(at - self.plot_rect().topLeft(), reach_px)
 
-    def inside(self, polygon: list[tuple[float, float]]) -> Mask:
-        """`(n,)` rows of the session inside a polygon of widget pixels (even-odd), of those that are visible.
-
-        The polygon is painted into a mask; only particles on pixels that its outline touches need geometry.
-        """
-        mask = np.zeros(self._selection.mask.size, bool)
+    def inside(self, polygon: Corners) -> Mask:
+        """`(n,)` rows of the session inside a polygon of widget pixels (even-odd), of those visible."""
         self._draw_all_points()
-        projection = self._projected()
-        if len(polygon) < 3 or not projection.flat.size:
-            return mask
         plot = self.plot_rect()
-        corners = (np.array(polygon) - (plot.left(), plot.top())) * projection.resolution + projection.pad
-        painted = QImage(projection.width, projection.height, QImage.Format.Format_Grayscale8)
-        painted.fill(0)
-        painter = QPainter(painted)
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing, False)
-        shape = QPolygonF([QPointF(*corner) for corner in corners])
-        painter.setPen(Qt.PenStyle.NoPen)
-        painter.setBrush(QColor(255, 255, 255))
-        painter.drawPolygon(shape, Qt.FillRule.OddEvenFill)
-        painter.setBrush(Qt.BrushStyle.NoBrush)
-        pen = QPen(QColor(128, 128, 128), 3.0)
-        pen.setJoinStyle(Qt.PenJoinStyle.RoundJoin)
-        painter.setPen(pen)
-        painter.drawPolygon(shape)
-        painter.end()
-        stride = painted.bytesPerLine()
-        bits = np.frombuffer(_bytes_of(painted), np.uint8).reshape(projection.height, stride)
-        # only pixels inside the axes: what lies in the padding is not visible
-        pad, height, width = projection.pad, projection.height, projection.width
-        sure = np.zeros((height, width), np.uint8)
-        sure[pad : height - pad, pad : width - pad] = bits[pad : height - pad, pad : width - pad]
-        found = sure.ravel()[projection.flat]
-        taken = found > 200
-        doubtful = np.flatnonzero((found > 0) & ~taken)
-        if doubtful.size:
-            index = projection.index[doubtful]
-            a, b, c, d = projection.to_pixel
-            x, y = self._points.u[index].astype(float) * a + b, self._points.v[index].astype(float) * c + d
-            taken[doubtful] = points_in_polygon(x, y, corners)
-        mask[self._points.rows[projection.index[taken]]] = True
-        return mask
+        corners = np.array(polygon, float).reshape(-1, 2) - (plot.left(), plot.top())
+        return self._framed().inside(corners, self._selection.mask.size)
+
+    def _framed(self) -> PointPicture:
+        """The picture at the present size of the plot."""
+        plot = self.plot_rect()
+        self.picture.set_frame(plot.width(), plot.height(), self.devicePixelRatioF())
+        return self.picture
 
     # ---- the picture -------------------------------------------------
 
-    def _forget(self, *, projection: bool = False) -> None:
-        """Drop what has to be made anew, and repaint."""
-        if projection:
-            self._projection = None
-        if (
-            projection
-            or self._chosen is not None
-            or (self._owners is not None and self._owners.selected.any())
-        ):
-            self._owners = None
-        self._image, self._backdrop = None, None
+    def _repaint(self) -> None:
+        """Paint all anew: something has changed that the backdrop shows."""
+        self._backdrop = None
         self.update()
 
-    def _set_view(self, view: tuple[float, float, float, float], *, keep_size: bool) -> None:
-        if not keep_size:
-            self._kept_size = None
-        self._view = view
-        self._forget(projection=True)
+    def _set_view(self, view: View, *, keep_size: bool) -> None:
+        self.picture.set_view(view, keep_size=keep_size)
+        self._repaint()
         self.view_changed.emit()
 
     def _hand_moves(self) -> None:
-        if self._points.rows.size > GESTURE_POINTS:
+        if self.picture.hurry():
             self._settle.start()
 
     def _draw_all_points(self) -> None:
-        if self._projection is not None and self._projection.partial:
-            self._settle.stop()
-            self._forget(projection=True)
-
-    def _projected(self) -> Projection:
-        ratio = self.devicePixelRatioF()
-        plot = self.plot_rect()
-        ready = self._projection
-        if ready is not None:
-            scale = ready.resolution if ready.density else ratio
-            size = (round(plot.width() * scale) + 2 * ready.pad, round(plot.height() * scale) + 2 * ready.pad)
-            if (ready.width, ready.height) == size and ready.resolution == scale:
-                return ready
-        partial = self._settle.isActive() and self._points.rows.size > GESTURE_POINTS
-        n = GESTURE_POINTS if partial else self._points.rows.size
-        made = self._project(ratio, plot, n, density=False)
-        n_visible = made.index.size * (self._points.rows.size / n if partial else 1)
-        density = self._density == "on" or (self._density == "auto" and n_visible > DENSITY_FROM)
-        if density and made.resolution != 1.0:
-            made = self._project(1.0, plot, n, density=True)
-        made.density, made.partial = density, partial
-        if self._kept_size is None:
-            area = plot.width() * plot.height()
-            self._kept_size = self._size_px or float(np.clip(math.sqrt(area / max(n_visible, 1)), 1.0, 6.0))
-        made.size_px = max(1.0, self._kept_size * made.resolution)
-        self._projection, self._owners, self._image, self._backdrop = made, None, None, None
-        if density != self._was_density:
-            self._was_density = density
-            QTimer.singleShot(0, self._tell_density)
-        return made
+        self._settle.stop()
+        if self.picture.take_time():
+            self._repaint()
 
     def _tell_density(self) -> None:
-        self.density_changed.emit(self._was_density)
-
-    def _project(self, resolution: float, plot: QRectF, n: int, *, density: bool) -> Projection:
-        """Pixels of those of the first `n` points that the view shows, and a margin for rims of others."""
-        pad = 1 if density else math.ceil(4 * resolution) + 2
-        width, height = (
-            round(plot.width() * resolution) + 2 * pad,
-            round(plot.height() * resolution) + 2 * pad,
-        )
-        x0, x1, y0, y1 = self._view
-        inner_w, inner_h = width - 2 * pad, height - 2 * pad
-        a = self._points.extent[0] / (x1 - x0) * inner_w
-        b = (self._points.origin[0] - x0) / (x1 - x0) * inner_w + pad
-        c = -self._points.extent[1] / (y1 - y0) * inner_h
-        d = (y1 - self._points.origin[1]) / (y1 - y0) * inner_h + pad
-        reach = pad if density else math.ceil(3.5 * resolution) + 1  # margin that stamps may touch
-        index, flat = visible(
-            self._points.u[:n],
-            self._points.v[:n],
-            (a, b, c, d),
-            (reach, width - reach, reach, height - reach),
-            width,
-        )
-        return Projection(index, flat, width, height, pad, resolution, (a, b, c, d), density, 1.0, False)
-
-    def _owned(self) -> Owners:
-        projection = self._projected()
-        if self._owners is not None:
-            return self._owners
-        n_pixels = projection.width * projection.height
-        owner = np.full(n_pixels, -1, np.int32)
-        cover = np.full(n_pixels, 255, np.uint8)
-        selected = np.zeros(n_pixels, bool)
-        index, flat = projection.index, projection.flat
-        share, n_max = None, 0
-        if projection.density:
-            counts = np.bincount(flat, minlength=n_pixels)
-            owner[flat] = index
-            n_max = int(counts.max(initial=0))
-            # the fullest pixel is often a freak: 99.9 % of the filled ones set the scale
-            filled = counts[counts > 0]
-            top = float(np.percentile(filled, 99.9)) if filled.size else 1.0
-            n_max = max(1, round(top))
-            share = np.minimum(np.log1p(counts, dtype=np.float32) / np.float32(np.log1p(top)), np.float32(1))
-        else:
-            stamp(owner, cover, index, flat, projection)
-        if self._chosen is not None:
-            mine = self._chosen[index]
-            chosen, where = index[mine], flat[mine]
-            if projection.density:
-                owner[where] = chosen
-                selected[where] = True
-            else:
-                on_top = np.full(n_pixels, -1, np.int32)
-                its_cover = np.full(n_pixels, 255, np.uint8)
-                stamp(on_top, its_cover, chosen, where, projection)
-                selected = on_top >= 0
-                owner[selected], cover[selected] = on_top[selected], its_cover[selected]
-        self._owners = Owners(owner, cover, selected, share, n_max)
-        return self._owners
-
-    def _rendered(self) -> QImage:
-        projection = self._projected()
-        if self._image is not None:
-            return self._image
-        owners = self._owned()
-        look = self._look
-        ground = _channels(look.plot)
-        table, faded = self._lookup()
-        level = np.take(self._level, owners.owner, mode="wrap")  # -1 takes the last: the background
-        if owners.share is not None:
-            pixels = self._density_pixels(owners, level, table, ground)
-        else:
-            fades = self._chosen is not None
-            pixels = (
-                np.where(owners.selected | (not fades), table[level], faded[level]) if fades else table[level]
-            )
-            rim = np.flatnonzero(owners.cover < 255)
-            if rim.size:
-                blended = mix(unpack(pixels[rim]), ground, owners.cover[rim] / np.float32(255))
-                pixels[rim] = pack(blended)
-        if self._chosen is not None:
-            self._ring(pixels, owners, projection)
-        pad, height, width = projection.pad, projection.height, projection.width
-        cut = np.ascontiguousarray(pixels.reshape(height, width)[pad : height - pad, pad : width - pad])
-        self._pixels = cut
-        self._image = QImage(
-            cut.data, cut.shape[1], cut.shape[0], 4 * cut.shape[1], QImage.Format.Format_RGB32
-        )
-        return self._image
-
-    def _lookup(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Colours of the levels, "no value" and background at the end; full and faded."""
-        look = self._look
-        ground = _channels(look.plot)
-        colours = self._colouring.lut if self._colouring.kind != "none" else _channels(look.plain)[None]
-        unknown = mix(_channels(look.text)[None], ground, np.array([0.45]))
-        full = mix(np.concatenate([colours, unknown, ground[None]]), ground, np.array([self._opacity]))
-        return pack(full), pack(mix(full, ground, np.full(len(full), FADE)))
-
-    def _density_pixels(
-        self, owners: Owners, level: NDArray[np.uint16], table: NDArray[np.uint32], ground: Floats
-    ) -> NDArray[np.uint32]:
-        share = owners.share
-        assert share is not None
-        if self._colouring.kind == "none":
-            shades = np.concatenate([ground[None], DENSITY])
-            step = np.where(owners.owner >= 0, 1 + share * (len(shades) - 2), 0).astype(np.intp)
-            if self._chosen is None:
-                return pack(shades)[step]
-            grey = mix(_channels(self._look.text)[None], ground, 0.15 + 0.35 * np.linspace(0, 1, len(shades)))
-            grey[0] = ground
-            return np.where(owners.selected, pack(shades)[step], pack(grey)[step])
-        strength = np.where(owners.owner >= 0, np.float32(0.3) + np.float32(0.7) * share, np.float32(1))
-        if self._chosen is not None:
-            strength = np.where(owners.selected | (owners.owner < 0), strength, strength * np.float32(FADE))
-        return pack(mix(unpack(table[level]), ground, strength))
-
-    def _ring(self, pixels: NDArray[np.uint32], owners: Owners, projection: Projection) -> None:
-        """Draw the outline of what is selected; small points that lie close together share one."""
-        chosen = owners.selected.reshape(projection.height, projection.width)
-        if projection.size_px < RING_EACH_FROM_PX * projection.resolution:
-            gap = max(1, round(2 * projection.resolution))
-            chosen = ~grown(~grown(chosen, gap), gap)
-        ring = grown(chosen, max(1, round(projection.resolution))) & ~chosen
-        pixels[ring.ravel()] = pack(_channels(self._look.ring)[None])[0]
-
-    def _spread_colours(self) -> None:
-        """Levels in paint order; the last entry is the background, which owner -1 picks."""
-        n_levels = self._colouring.missing
-        level = np.full(self._points.rows.size + 1, n_levels, np.uint16)
-        if self._colouring.kind == "none":
-            level[:] = 0
-        elif self._points.rows.size and self._colouring.level.size > self._points.rows.max():
-            level[:-1] = self._colouring.level[self._points.rows]
-        level[-1] = (1 if self._colouring.kind == "none" else n_levels) + 1
-        self._level = level
+        self.density_changed.emit(self._said_density)
 
     def paintEvent(self, event: QPaintEvent | None) -> None:
         painter = QPainter(self)
@@ -660,7 +394,7 @@ class ScatterCanvas(QWidget):
     def _paint(self, painter: QPainter) -> None:
         look = self._look
         painter.fillRect(self.rect(), QColor(look.background))
-        if not self._points.rows.size:
+        if not self.n_points:
             painter.setPen(QColor(look.text))
             flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
             painter.drawText(QRectF(self.rect()).adjusted(16, 8, -16, -8), flags, self._message)
@@ -669,170 +403,76 @@ class ScatterCanvas(QWidget):
         painter.drawPixmap(0, 0, self._still(plot))
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         painter.setClipRect(plot)
-        self._paint_active(painter)
-        self._paint_handle(painter, plot)
-        self._paint_path(painter)
+        if self._active_at is not None:
+            paint_active(painter, self.to_widget(*self._active_at), look)
+        at = self.handle_position()
+        if at is not None:
+            along = (self._handle[0] is not None, self._handle[1] is not None)
+            paint_handle(painter, plot, at, along, self._hollow or not self.handle_near_data, look)
+        if self._outline is not None and self._outline.has_begun:
+            if self._inset is not None:
+                paint_inset(painter, plot, self._last, *self._inset, look, self.font())
+            paint_outline(painter, self._outline.polygon(), look)
         painter.setClipping(False)
         if self._hint:
             self._paint_words(painter, self._hint, QPointF(plot.center().x(), plot.bottom() - 6))
-        self._paint_hover(painter)
+        if self._hover is not None and not self._drag:
+            row, picture = self._thumbnail or (-1, None)
+            above = QPointF(self._hover_at.x(), self._hover_at.y() - 10)
+            words = self.describe(self._hover)
+            self._paint_words(painter, words, above, picture if row == self._hover else None)
+
+    def _paint_words(
+        self, painter: QPainter, words: str, above: QPointF, picture: QImage | None = None
+    ) -> None:
+        paint_words(painter, QSizeF(self.size()), words, above, self._look, self.font(), picture)
 
     def _still(self, plot: QRectF) -> QPixmap:
         """All that does not move with the handle, kept as one picture."""
-        picture = self._rendered()
+        picture = self._framed()
+        image = picture.image()
+        if picture.shows_density != self._said_density:
+            self._said_density = picture.shows_density
+            QTimer.singleShot(0, self._tell_density)
         ratio = self.devicePixelRatioF()
         if self._backdrop is None or self._backdrop.size() != self.size() * ratio:
             self._backdrop = QPixmap(self.size() * ratio)
             self._backdrop.setDevicePixelRatio(ratio)
             self._backdrop.fill(QColor(self._look.background))
             painter = QPainter(self._backdrop)
-            painter.drawImage(plot, picture)
-            paint_axes(painter, plot, self._view, self._titles, self._look, self.font(), self.width())
-            n_max = self._owned().n_max if self._was_density else 0
-            n = self._points.rows.size
-            paint_legend(painter, plot, self._colouring, n_max, n, self._look, self.font())
+            painter.drawImage(plot, image)
+            paint_axes(painter, plot, self.view, self._titles, self._look, self.font(), self.width())
+            paint_legend(painter, plot, self.colouring, picture.n_max, self.n_points, self._look, self.font())
             painter.end()
         return self._backdrop
-
-    def _paint_active(self, painter: QPainter) -> None:
-        if self._active_at is None:
-            return
-        at = self.to_widget(*self._active_at)
-        painter.setBrush(Qt.BrushStyle.NoBrush)
-        painter.setPen(QPen(QColor(self._look.plot), 4))
-        painter.drawEllipse(at, 6.5, 6.5)
-        painter.setPen(QPen(QColor(self._look.ring), 2))
-        painter.drawEllipse(at, 6.5, 6.5)
-
-    def _paint_handle(self, painter: QPainter, plot: QRectF) -> None:
-        at = self.handle_position()
-        if at is None:
-            return
-        accent, under = QColor(self._look.accent), QColor(self._look.plot)
-        x, y = self._handle
-        if x is None or y is None:
-            ends = (
-                (QPointF(at.x(), plot.top()), QPointF(at.x(), plot.bottom()))
-                if y is None
-                else (QPointF(plot.left(), at.y()), QPointF(plot.right(), at.y()))
-            )
-            for colour, width in ((under, 3.5), (accent, 1.5)):
-                painter.setPen(QPen(colour, width))
-                painter.drawLine(*ends)
-        near = not self._hollow and self._points.near_data(x, y)
-        under.setAlpha(200)
-        painter.setPen(QPen(under, 5))
-        painter.setBrush(under if near else Qt.BrushStyle.NoBrush)
-        painter.drawEllipse(at, 8, 8)
-        pen = QPen(accent, 2.2)
-        if not near:
-            pen.setDashPattern([1.6, 1.3])
-        painter.setPen(pen)
-        painter.drawEllipse(at, 8, 8)
-        if near:
-            painter.setPen(Qt.PenStyle.NoPen)
-            painter.setBrush(accent)
-            painter.drawEllipse(at, 4, 4)
-
-    def _paint_path(self, painter: QPainter) -> None:
-        if self._drag not in ("lasso", "rectangle", "ellipse") or len(self._path) < 2:
-            return
-        self._paint_inset(painter)
-        path = QPainterPath(QPointF(*self._path[0]))
-        for point in self._polygon()[1:]:
-            path.lineTo(QPointF(*point))
-        path.closeSubpath()
-        fill = QColor(self._look.ring)
-        fill.setAlpha(28)
-        painter.setBrush(fill)
-        painter.setPen(QPen(QColor(self._look.plot), 3))
-        painter.drawPath(path)
-        painter.setBrush(Qt.BrushStyle.NoBrush)
-        pen = QPen(QColor(self._look.ring), 1.3)
-        pen.setStyle(Qt.PenStyle.DashLine)
-        painter.setPen(pen)
-        painter.drawPath(path)
-
-    def _paint_inset(self, painter: QPainter) -> None:
-        """The average so far, in the upper corner that the hand is not in."""
-        if self._inset is None:
-            return
-        picture, words = self._inset
-        plot, line = self.plot_rect(), QFontMetricsF(self.font()).height()
-        side = min(INSET_PX, plot.height() * 0.38)
-        left = self._last.x() > plot.center().x()
-        x = plot.left() + 4 if left else plot.right() - side - 4
-        box = QRectF(x, plot.top() + 4, side, side)
-        ground = QColor(self._look.background)
-        painter.fillRect(box.adjusted(-2, -2, 2, line + 3), ground)
-        painter.setRenderHint(QPainter.RenderHint.SmoothPixmapTransform)
-        painter.drawImage(box, picture)
-        painter.setPen(QColor(self._look.text))
-        below = QRectF(box.left(), box.bottom(), side, line + 2)
-        painter.drawText(below, Qt.AlignmentFlag.AlignCenter, words)
-
-    def _paint_hover(self, painter: QPainter) -> None:
-        if self._hover is None or self._drag:
-            return
-        at, thumbnail = self._hover_at, self._thumbnail
-        picture = thumbnail[1] if thumbnail is not None and thumbnail[0] == self._hover else None
-        self._paint_words(painter, self.describe(self._hover), QPointF(at.x(), at.y() - 10), picture)
-
-    def _paint_words(
-        self, painter: QPainter, words: str, above: QPointF, picture: QImage | None = None
-    ) -> None:
-        """Words, under a picture, on a small plate whose lower edge is centred on `above`, kept inside."""
-        metrics = QFontMetricsF(self.font())
-        line, side = metrics.height() + 6, 0 if picture is None else THUMBNAIL_PX
-        width, height = max(metrics.horizontalAdvance(words) + 12, side + 8), line + (side + 4 if side else 0)
-        x = max(2.0, min(above.x() - width / 2, self.width() - width - 2))
-        y = above.y() - height if above.y() - height > 2 else min(above.y() + 30, self.height() - height - 2)
-        ground = QColor(self._look.background)
-        ground.setAlpha(225)
-        box = QRectF(x, y, width, height)
-        painter.setPen(QPen(QColor(self._look.line), 1))
-        painter.setBrush(ground)
-        painter.drawRoundedRect(box, 3, 3)
-        if picture is not None:
-            painter.setRenderHint(QPainter.RenderHint.SmoothPixmapTransform)
-            painter.drawImage(QRectF(x + (width - side) / 2, y + 4, side, side), picture)
-        painter.setPen(QColor(self._look.text))
-        painter.drawText(box.adjusted(0, height - line, 0, 0), Qt.AlignmentFlag.AlignCenter, words)
 
     def describe(self, row: int) -> str:
         """The words beside the cursor: number of the particle (from 1) and its value of the colour column."""
         if self._describe is not None:
             return self._describe(row)
         words = f"particle {row + 1:,}".replace(",", "\u202f")
-        if self._colouring.kind != "none" and row < self._colouring.level.size:
-            words += f" · {self._colouring.title}: {self._colouring.text(row)}"
+        if self.colouring.kind != "none" and row < self.colouring.level.size:
+            words += f" · {self.colouring.title}: {self.colouring.text(row)}"
         return words
 
     # ---- the selection -----------------------------------------------
 
     def _on_selection_changed(self, mask: Mask) -> None:
-        self._read_selection()
-        self._owners = None
-        self._forget()
+        self.picture.set_selection(mask)
+        self._repaint()
 
     def _on_active_changed(self, row: int | None) -> None:
         self._find_active()
         self.update()
-
-    def _read_selection(self) -> None:
-        """Selection in paint order; None while nothing is selected or it is of another table."""
-        mask = self._selection.mask
-        fits = self._points.rows.size and mask.size > int(self._points.rows.max(initial=0))
-        self._chosen = mask[self._points.rows] if fits and mask.any() else None
 
     def _find_active(self) -> None:
         self._active_at = None
         row = self._selection.active
         if row is None:
             return
-        found = np.flatnonzero(self._points.rows == row)
+        found = np.flatnonzero(self.picture.points.rows == row)
         if found.size:
-            self._active_at = self._points.place(int(found[0]))
+            self._active_at = self.picture.points.place(int(found[0]))
 
     def choose(self, mask: Mask, modifiers: Qt.KeyboardModifier) -> None:
         """Select particles in the way that the keys held down ask for."""
@@ -854,9 +494,9 @@ class ScatterCanvas(QWidget):
             self._outlined.start()
 
     def _hint_selection(self) -> None:
-        if self._drag in ("lasso", "rectangle", "ellipse") and len(self._path) > 1:
+        if self._outline is not None and self._outline.has_begun:
             self._hinting = True
-            self._selection.hint(self.combined(self.inside(self._polygon()), self._modifiers))
+            self._selection.hint(self.combined(self.inside(self._outline.polygon()), self._modifiers))
 
     # ---- hands -------------------------------------------------------
 
@@ -926,7 +566,7 @@ class ScatterCanvas(QWidget):
 
     def _step_handle(self, right: int, up: int) -> None:
         x, y = self._handle
-        x0, x1, y0, y1 = self._view
+        x0, x1, y0, y1 = self.view
         if x is not None:
             x += right * (x1 - x0) / ARROW_STEPS
         if y is not None:
@@ -952,13 +592,13 @@ class ScatterCanvas(QWidget):
         here = self.handle_position()
         if here is None:
             return False
+        if math.hypot(at.x() - here.x(), at.y() - here.y()) <= HANDLE_REACH_PX:
+            return True
+        if self._tool in ("lasso", "rectangle", "ellipse"):
+            return False  # the line crosses the whole plot: a drag that starts on it draws
         x, y = self._handle
-        # a handle that is a line may be taken anywhere along it
-        dx = 0.0 if x is None else at.x() - here.x()
-        dy = 0.0 if y is None else at.y() - here.y()
-        reach = HANDLE_REACH_PX if x is not None and y is not None else HANDLE_REACH_PX / 2
-        on_knob = math.hypot(at.x() - here.x(), at.y() - here.y()) <= HANDLE_REACH_PX
-        return on_knob or math.hypot(dx, dy) <= reach
+        across = at.x() - here.x() if y is None else at.y() - here.y()
+        return (x is None or y is None) and abs(across) <= LINE_REACH_PX
 
     def mousePressEvent(self, event: QMouseEvent | None) -> None:
         if event is None:
@@ -968,9 +608,9 @@ class ScatterCanvas(QWidget):
         self._hover = None
         group = self._legend_at(at)
         if group is not None and event.button() == Qt.MouseButton.LeftButton:
-            self.choose(self._colouring.level == group, event.modifiers())
+            self.choose(self.colouring.level == group, event.modifiers())
             return
-        if not self._points.rows.size or not self.plot_rect().adjusted(-4, -4, 4, 4).contains(at):
+        if not self.n_points or not self.plot_rect().adjusted(-4, -4, 4, 4).contains(at):
             return
         middle = event.button() == Qt.MouseButton.MiddleButton
         if middle or (event.button() == Qt.MouseButton.LeftButton and (self._space or self._tool == "pan")):
@@ -985,9 +625,8 @@ class ScatterCanvas(QWidget):
                 self._handle_to(at)
             elif free and self._over_handle(at):
                 self._drag = "handle"
-            elif self._tool in ("lasso", "rectangle", "ellipse"):
-                self._drag = self._tool
-                self._path = [(at.x(), at.y())]
+            elif self._tool == "lasso" or self._tool == "rectangle" or self._tool == "ellipse":
+                self._drag, self._outline = "outline", Outline(self._tool, at)
         self._update_cursor()
 
     def mouseMoveEvent(self, event: QMouseEvent | None) -> None:
@@ -996,7 +635,7 @@ class ScatterCanvas(QWidget):
         at = event.position()
         if self._drag == "pan":
             plot = self.plot_rect()
-            x0, x1, y0, y1 = self._view
+            x0, x1, y0, y1 = self.view
             dx = (at.x() - self._last.x()) / plot.width() * (x1 - x0)
             dy = (at.y() - self._last.y()) / plot.height() * (y1 - y0)
             self._fitted = False
@@ -1004,18 +643,13 @@ class ScatterCanvas(QWidget):
             self._set_view((x0 - dx, x1 - dx, y0 + dy, y1 + dy), keep_size=True)
         elif self._drag == "handle":
             self._handle_to(at)
-        elif self._drag == "lasso":
+        elif self._outline is not None:
             self._outline_moves(event)
-            if math.dist(self._path[-1], (at.x(), at.y())) >= STILL_PX:
-                self._path.append((at.x(), at.y()))
+            if self._outline.move(at):
                 self.update()
-        elif self._drag in ("rectangle", "ellipse"):
-            self._outline_moves(event)
-            self._path = [self._path[0], (at.x(), at.y())]
-            self.update()
         else:
-            self._hover_at = at
-            hover = self._row_under(at)
+            self._hover_at, plot = at, self.plot_rect()
+            hover = self.picture.row_under(at - plot.topLeft()) if plot.contains(at) else None
             if hover != self._hover or hover is not None:
                 self._set_hover(hover)
                 self.update()
@@ -1026,18 +660,15 @@ class ScatterCanvas(QWidget):
         if event is None:
             return
         at = event.position()
-        drag, path = self._drag, self._polygon()
-        moved = (
-            math.hypot(at.x() - self._press.x(), at.y() - self._press.y()) > STILL_PX or len(self._path) > 2
-        )
+        drag, outline = self._drag, self._outline
         hinting, self._hinting = self._hinting, False
         self._cancel_drag()
         if drag == "pan":
             self._draw_all_points()
-        if drag not in ("lasso", "rectangle", "ellipse"):
+        if outline is None:
             return
-        if moved:
-            self.choose(self.inside(path), event.modifiers())
+        if not outline.is_click(at):
+            self.choose(self.inside(outline.polygon()), event.modifiers())
             if hinting:  # after the selection, so that its average does not blink
                 self._selection.hint(None)
             return
@@ -1050,14 +681,14 @@ class ScatterCanvas(QWidget):
 
     def _legend_at(self, at: QPointF) -> int | None:
         """The group whose name in the legend is at a place."""
-        fits = self._colouring.level.size == self._selection.mask.size
-        if self._colouring.kind != "category" or not self._points.rows.size or not fits:
+        fits = self.colouring.level.size == self._selection.mask.size
+        if self.colouring.kind != "category" or not self.n_points or not fits:
             return None
-        found, _ = swatches(self.plot_rect(), self._colouring, self.font())
+        found, _ = swatches(self.plot_rect(), self.colouring, self.font())
         return next((level for level, _, box in found if level >= 0 and box.contains(at)), None)
 
     def contextMenuEvent(self, event: QContextMenuEvent | None) -> None:
-        if event is not None and self._points.rows.size:
+        if event is not None and self.n_points:
             self._cancel_drag()
             at = QPointF(event.pos())
             self._press = self._last = at
@@ -1069,7 +700,7 @@ class ScatterCanvas(QWidget):
         self.fit()
 
     def wheelEvent(self, event: QWheelEvent | None) -> None:
-        if event is None or not self._points.rows.size:
+        if event is None or not self.n_points:
             return
         at, plot = event.position(), self.plot_rect()
         # over an axis, only that axis is zoomed
@@ -1089,42 +720,12 @@ class ScatterCanvas(QWidget):
         self._space = False  # its release would go elsewhere
         super().focusOutEvent(event)
 
-    def _row_under(self, at: QPointF) -> int | None:
-        """The particle painted under the cursor or next to it, from the owners of the pixels."""
-        plot = self.plot_rect()
-        if self._projection is None or self._owners is None or not plot.contains(at):
-            return None
-        projection, owner = self._projection, self._owners.owner
-        x = int((at.x() - plot.left()) * projection.resolution) + projection.pad
-        y = int((at.y() - plot.top()) * projection.resolution) + projection.pad
-        reach = max(1, round(HOVER_REACH_PX * projection.resolution))
-        square = owner.reshape(projection.height, projection.width)
-        top, left = max(0, y - reach), max(0, x - reach)
-        part = square[top : y + reach + 1, left : x + reach + 1]
-        ys, xs = np.nonzero(part >= 0)
-        if not ys.size:
-            return None
-        best = int(np.argmin((ys + top - y) ** 2 + (xs + left - x) ** 2))
-        return int(self._points.rows[part[ys[best], xs[best]]])
-
-    def _polygon(self) -> list[tuple[float, float]]:
-        if self._drag in ("rectangle", "ellipse") and len(self._path) == 2:
-            (x0, y0), (x1, y1) = self._path
-            if self._drag == "ellipse":
-                turn = np.linspace(0, 2 * np.pi, ELLIPSE_CORNERS, endpoint=False)
-                xs = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn)
-                ys = (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turn)
-                return list(zip(xs.tolist(), ys.tolist(), strict=True))
-            return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-        return list(self._path)
-
     def _cancel_drag(self) -> None:
         self._outlined.stop()
         if self._hinting:
             self._hinting = False
             self._selection.hint(None)
-        self._drag = ""
-        self._path = []
+        self._drag, self._outline = "", None
         self._update_cursor()
         self.update()
 
@@ -1175,16 +776,3 @@ def _zoomed(low: float, high: float, share: float, factor: float, extent: float)
     span = float(np.clip((high - low) / factor, extent * 1e-5, extent * 100))
     fixed = low + share * (high - low)
     return fixed - share * span, fixed + (1 - share) * span
-
-
-def _channels(colour: str) -> Floats:
-    value = QColor(colour)
-    return np.array([value.red(), value.green(), value.blue()], float)
-
-
-def _bytes_of(image: QImage) -> Any:
-    """The pixels of an image as a buffer, under PyQt and PySide."""
-    bits = image.constBits()
-    if hasattr(bits, "setsize"):  # PyQt gives a pointer without a length
-        bits.setsize(image.sizeInBytes())
-    return bits

@@ -36,6 +36,20 @@ LOOKS = {
 }
 
 
+def look_of(theme: str) -> Look:
+    """Our colours for one of napari's themes."""
+    from napari.utils.theme import get_theme
+
+    colours = get_theme(theme)
+    base = LOOKS["light" if colours.type == "light" else "dark"]
+    text, ground, line = (colours.text.as_hex(), colours.background.as_hex(), colours.secondary.as_hex())
+    return Look(_six(ground), base.plot, _six(text), _six(line), base.ring, base.accent, base.plain)
+
+
+def _six(colour: str) -> str:
+    return QColor(colour).name()
+
+
 def plot_rect(width: int, height: int, font: QFont) -> QRectF:
     """The part of a widget inside axes, legend and titles, on whole pixels."""
     metrics = QFontMetricsF(font)

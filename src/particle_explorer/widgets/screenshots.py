@@ -208,7 +208,7 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     hand.rest(0.8)
     camera.take("lasso")
     QTest.keyClick(workspace.latent.canvas, Qt.Key.Key_S)
-    hand.write(workspace.latent.set_name, "left")
+    hand.write(workspace.latent.actions.set_name, "left")
     session = workspace.state.session
     assert session is not None
     hand.wait(lambda: session.selections.names() == ["left"], "the set")
@@ -226,7 +226,7 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
 
     explore = workspace.explore
     groups = explore.groups
-    hand.click(workspace.latent.groups_button)
+    hand.click(workspace.latent.actions.groups_button)
     hand.rest()
     hand.write(groups.clustering.editor("n_clusters").native, "6")
     hand.click(groups.cluster_button)

@@ -66,7 +66,7 @@ class SecondMap:
         twin.selection = self.state.selection  # the one link: a row is the same particle in every run
         twin.session = opened.session
         dock = LatentDock(self.viewer, state=twin)
-        dock.groups_button.hide()  # the tab Explore is about the run that is shown in the column
+        dock.actions.groups_button.hide()  # the tab Explore is about the run that is shown in the column
         twin.train_asked.connect(self._ask_to_train)
         twin.show(opened)
         self._found = dict(found.get("map") or {})
