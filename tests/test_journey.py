@@ -139,7 +139,7 @@ def test_a_training_is_stopped_resumed_and_compared_by_hand(
     hand.wait(lambda: len(tiny_session.runs()) == 2, "the second run", 60)
     second = tiny_session.runs()[-1].name
     hand.wait(lambda: tiny_session.run(second).status.epoch > 1, "the first epochs", 60)
-    hand.click(train.stop_button)
+    hand.click(train.watch.stop_button)
     hand.wait(lambda: not train.watch.isVisible(), "the stop", 60)
     assert state_of(second) == "stopped", train.complaint.sentence.text()
     reached = tiny_session.run(second).status.epoch
@@ -147,10 +147,10 @@ def test_a_training_is_stopped_resumed_and_compared_by_hand(
     steps = tiny_session.run(second).metrics()["step"].tolist()
 
     # resume it where it stood
-    hand.wait(lambda: train.resume_button.isVisible(), "the button Resume")
+    hand.wait(lambda: train.runs.resume_button.isVisible(), "the button Resume")
     hand.rest()
     camera.take("7-stopped")
-    hand.click(train.resume_button)
+    hand.click(train.runs.resume_button)
     hand.wait(train.watch.isVisible, "the training going on")
     hand.wait(lambda: not train.watch.isVisible(), "the end", 200)
     assert state_of(second) == "finished", train.complaint.sentence.text()
@@ -161,7 +161,7 @@ def test_a_training_is_stopped_resumed_and_compared_by_hand(
     hand.wait(lambda: workspace.state.run is not None and workspace.state.run.name == second, "its map")
 
     # compare the two
-    hand.click(train.table_button)
+    hand.click(train.runs.table_button)
     hand.wait(lambda: train.table is not None and train.table.table.rowCount() == 2, "the table of runs")
     runs = train.table
     for row, key in ((0, Qt.KeyboardModifier.NoModifier), (1, Qt.KeyboardModifier.ControlModifier)):

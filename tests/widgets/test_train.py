@@ -27,7 +27,8 @@ from particle_explorer.state import read
 from particle_explorer.status import PAUSE, STOP, StatusWriter
 from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.runs import RunsWindow
-from particle_explorer.widgets.train import TrainDock, drawn, model_classes, read_metrics, round_limits
+from particle_explorer.widgets.train import TrainDock, model_classes
+from particle_explorer.widgets.training_plot import drawn, read_metrics, round_limits
 
 
 @pytest.fixture
@@ -36,8 +37,7 @@ def dock(qtbot: QtBot) -> Iterator[TrainDock]:
     qtbot.addWidget(widget)
     widget.show()
     yield widget
-    widget.tasks.stop()
-    widget.stop_following()
+    widget.shutdown()
 
 
 def _new_run(session: Session) -> Run:
@@ -45,7 +45,7 @@ def _new_run(session: Session) -> Run:
 
 
 def test_says_what_to_do_before_there_are_particles(dock: TrainDock) -> None:
-    assert dock.no_session.isVisible() and not dock.setup.isVisible() and not dock.runs_page.isVisible()
+    assert dock.no_session.isVisible() and not dock.setup.isVisible() and not dock.runs.isVisible()
 
 
 def test_the_class_map_comes_first_and_every_model_is_explained(
@@ -128,12 +128,12 @@ def test_a_training_is_followed_from_its_start(
     qtbot.waitUntil(lambda: bool(begun))
     begun[0].epoch(1)
     begun[0].epoch(2)
-    qtbot.waitUntil(lambda: "7 s left" in dock.words.text(), timeout=10_000)
-    assert "epoch 2 of 4" in dock.words.text() and "123 images/s" in dock.words.text()
-    assert dock.panel.n_images == 8 and dock.curves.title.startswith("Loss per particle: ")
+    qtbot.waitUntil(lambda: "7 s left" in dock.watch.words.text(), timeout=10_000)
+    assert "epoch 2 of 4" in dock.watch.words.text() and "123 images/s" in dock.watch.words.text()
+    assert dock.watch.panel.n_images == 8 and dock.watch.curves.title.startswith("Loss per particle: ")
     assert not dock.setup.isVisible()
 
-    dock.stop_button.click()
+    dock.watch.stop_button.click()
     assert (begun[0].run.path / STOP).exists(), "asked to end in good order"
     qtbot.waitUntil(begun[0].stop.is_set, timeout=5000)
     begun[0].end()
@@ -145,10 +145,10 @@ def test_a_running_training_is_found_again(dock: TrainDock, tiny_session: Sessio
     job = _Pretended(tiny_session)
     job.epoch(3)
     dock.state.open_session(Session.open(tiny_session.path))
-    qtbot.waitUntil(lambda: "epoch 3 of 4" in dock.words.text(), timeout=10_000)
-    assert dock.runs.count() == 1 and "running" in dock.runs.item(0).text()
+    qtbot.waitUntil(lambda: "epoch 3 of 4" in dock.watch.words.text(), timeout=10_000)
+    assert dock.runs.list.count() == 1 and "running" in dock.runs.list.item(0).text()
     job.end()
-    qtbot.waitUntil(lambda: "finished" in dock.runs.item(0).text(), timeout=10_000)
+    qtbot.waitUntil(lambda: "finished" in dock.runs.list.item(0).text(), timeout=10_000)
 
 
 def test_a_failed_training_says_why_in_place(
@@ -206,15 +206,15 @@ def test_parts_of_a_loss_trends_and_a_log_scale(dock: TrainDock) -> None:
     log = log.assign(kl_angle=1.0)
     plot = drawn(log, 5)
     assert [curve.name for curve in plot.terms] == ["reconstruction", "kl angle"]
-    dock._draw(plot)
-    assert [curve.faint for curve in dock.curves.curves] == [False, True], "a trend over the points"
-    smooth, raw = dock.curves.curves
+    dock.watch.show_plot(plot)
+    assert [curve.faint for curve in dock.watch.curves.curves] == [False, True], "a trend over the points"
+    smooth, raw = dock.watch.curves.curves
     assert np.corrcoef(smooth.y[5:-5], raw.y[5:-5])[0, 1] > 0.999
-    dock.each_term.setChecked(True)
-    assert {curve.name for curve in dock.curves.curves} == {"reconstruction", "kl angle", ""}
-    dock.log_scale.setChecked(True)
-    assert dock.curves.log_y and np.nanmax(dock.curves.curves[0].y) < 1.4
-    dock.curves.grab()
+    dock.watch.each_term.setChecked(True)
+    assert {curve.name for curve in dock.watch.curves.curves} == {"reconstruction", "kl angle", ""}
+    dock.watch.log_scale.setChecked(True)
+    assert dock.watch.curves.log_y and np.nanmax(dock.watch.curves.curves[0].y) < 1.4
+    dock.watch.curves.grab()
 
 
 def test_a_run_is_put_into_the_form_again(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
@@ -273,11 +273,11 @@ def test_a_training_is_paused_and_let_go_on(dock: TrainDock, tiny_session: Sessi
     with StatusWriter(run.path):
         dock.state.open_session(tiny_session)
         qtbot.waitUntil(lambda: dock.watch.isVisibleTo(dock), timeout=10_000)
-        QTest.mouseClick(dock.pause_button, Qt.MouseButton.LeftButton)
-        assert (run.path / PAUSE).exists() and dock.pause_button.text() == "Go on"
-        QTest.mouseClick(dock.pause_button, Qt.MouseButton.LeftButton)
-        assert not (run.path / PAUSE).exists() and dock.pause_button.text() == "Pause"
-    dock.stop_following()
+        QTest.mouseClick(dock.watch.pause_button, Qt.MouseButton.LeftButton)
+        assert (run.path / PAUSE).exists() and dock.watch.pause_button.text() == "Go on"
+        QTest.mouseClick(dock.watch.pause_button, Qt.MouseButton.LeftButton)
+        assert not (run.path / PAUSE).exists() and dock.watch.pause_button.text() == "Pause"
+    dock.watch.stop_following()
 
 
 def test_particles_of_another_file_are_placed_by_a_job(
@@ -296,10 +296,10 @@ def test_particles_of_another_file_are_placed_by_a_job(
     dock.state.open_run(None)
     dock.state.open_session(tiny_session)
     dock.state.open_run(run)
-    dock.encode_others(tiny_stack)
+    dock.runs.encode_others(tiny_stack)
     qtbot.waitUntil(lambda: bool(started))
     assert started == [["encode", str(run.path), "--stack", str(tiny_stack)]]
-    qtbot.waitUntil(lambda: dock.encode_bar.folder is None, timeout=10_000)
+    qtbot.waitUntil(lambda: dock.runs.encode_bar.folder is None, timeout=10_000)
 
 
 def _with_latents(session: Session, turn_deg: float) -> Run:
@@ -325,9 +325,9 @@ def test_runs_stand_in_a_table_and_two_are_compared_and_shown_beside(
         run.write_column("cluster-kmeans", groups, {})
     dock.state.open_session(tiny_session)
     dock.state.open_run(first)
-    qtbot.waitUntil(lambda: "none to speak of" in dock.leak.text(), timeout=10_000)
-    dock._list_runs()
-    qtbot.waitUntil(lambda: dock.runs.count() == 2)
+    qtbot.waitUntil(lambda: "none to speak of" in dock.runs.leak.text(), timeout=10_000)
+    dock.runs.read()
+    qtbot.waitUntil(lambda: dock.runs.list.count() == 2)
     dock.show_table()
     window = dock.table
     assert window is not None
@@ -350,8 +350,7 @@ def test_runs_stand_in_a_table_and_two_are_compared_and_shown_beside(
     np.testing.assert_array_equal(twin.selection.mask, mask)
     dock.state.show(read(None))
     assert not dock.second.is_open and dock.second.dock is None, "it goes with the session"
-    dock.tasks.stop()
-    dock.stop_following()
+    dock.shutdown()
     window.tasks.stop()
     qtbot.wait(50)
 
@@ -374,8 +373,8 @@ def test_without_a_log_there_is_no_curve() -> None:
 def test_a_run_without_a_map_is_not_shown(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
     _new_run(tiny_session)
     dock.state.open_session(tiny_session)
-    qtbot.waitUntil(lambda: dock.runs.count() == 1)
-    dock.runs.itemClicked.emit(dock.runs.item(0))
+    qtbot.waitUntil(lambda: dock.runs.list.count() == 1)
+    dock.runs.list.itemClicked.emit(dock.runs.list.item(0))
     assert "no map yet" in dock.complaint.sentence.text()
     assert dock.state.run is None
 
@@ -413,5 +412,4 @@ def test_training_again_on_the_selection_keeps_it_as_a_set(
     qtbot.waitUntil(lambda: bool(started))
     assert started[0][started[0].index("--selection") + 1] == "trained on 1"
     assert np.array_equal(tiny_session.selections.mask("trained on 1"), mask)
-    dock.tasks.stop()
-    dock.stop_following()
+    dock.shutdown()

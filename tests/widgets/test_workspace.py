@@ -114,7 +114,7 @@ def test_a_wrong_folder_is_said_in_place(workspace: Any, tmp_path: Any, qtbot: Q
 def test_follows_the_theme(workspace: Any, theme: str, qtbot: QtBot) -> None:
     workspace.viewer.theme = theme
     qtbot.wait(50)
-    text = workspace.train.curves.palette().windowText().color().lightness()
+    text = workspace.train.watch.curves.palette().windowText().color().lightness()
     assert text < 100 if theme == "light" else text > 150
 
 

@@ -24,6 +24,7 @@ from particle_explorer.latents import Agreement, agreement
 from particle_explorer.widgets.background import Tasks
 from particle_explorer.widgets.job_bar import duration, number
 from particle_explorer.widgets.lifetime import follow
+from particle_explorer.widgets.run_list import NAMES, STATES, leak_of, leak_words
 from particle_explorer.widgets.workspace import state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -223,8 +224,6 @@ def lines_of(session: Session) -> list[Line]:
 
 
 def _line(run: Run) -> Line:
-    from particle_explorer.widgets.train import NAMES, STATES, leak_of, leak_words
-
     status, config = run.status, run.config
     metrics = run.metrics()
     fit = speed = ""

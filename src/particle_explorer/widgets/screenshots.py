@@ -195,7 +195,7 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
     hand.wait(lambda: "selected particles" in viewer.layers, "the session", 120)
 
     hand.click(workspace.train.train_button)
-    hand.wait(lambda: workspace.train.panel.n_images > 0, "the first pictures of the training", 300)
+    hand.wait(lambda: workspace.train.watch.panel.n_images > 0, "the first pictures of the training", 300)
     hand.rest(1.5)
     camera.take("train")
     hand.wait(lambda: "reconstruction" in viewer.layers, "the map", 900)
@@ -272,14 +272,14 @@ def _compare(workspace: Workspace, hand: Hand, camera: Camera) -> None:
     assert session is not None
     hand.wait(lambda: len(session.runs()) == 2, "the second training", 60)
     hand.wait(lambda: session.runs()[-1].can_resume, "its first checkpoint", 300)
-    hand.click(train.stop_button)
-    hand.wait(train.resume_button.isVisible, "the stop", 120)
+    hand.click(train.watch.stop_button)
+    hand.wait(train.runs.resume_button.isVisible, "the stop", 120)
     hand.rest(1.0)
     camera.take("stopped")
-    hand.click(train.resume_button)
-    hand.wait(lambda: state.run is not first and not train.bar.isVisible(), "the second map", 900)
+    hand.click(train.runs.resume_button)
+    hand.wait(lambda: state.run is not first and not train.watch.isVisible(), "the second map", 900)
     hand.rest(1.0)
-    hand.click(train.table_button)
+    hand.click(train.runs.table_button)
     hand.wait(lambda: train.table is not None and train.table.table.rowCount() == 2, "the table of runs")
     runs = train.table
     assert runs is not None

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from qtpy.QtCore import QPoint, Qt, QTimer
 from qtpy.QtGui import QColor, QIcon, QKeyEvent, QPixmap
-from qtpy.QtWidgets import QLabel, QListWidget, QListWidgetItem, QMenu, QWidget
+from qtpy.QtWidgets import QLabel, QListWidgetItem, QMenu, QWidget
 
 from particle_explorer.state import AppState, Mask
 from particle_explorer.widgets.background import Failure, Tasks, notify
 from particle_explorer.widgets.colours import CATEGORY_COLOURS, Colouring, rgb
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.lifetime import follow
+from particle_explorer.widgets.short_list import ShortList
 
 if TYPE_CHECKING:
     from particle_explorer.session import Session
@@ -67,18 +68,17 @@ def sets_colouring(session: Session) -> Colouring:
     return Colouring(level, lut, "category", "set", labels=tuple(each.name for each in sets) or ("none",))
 
 
-class SetsList(QListWidget):
+class SetsList(ShortList):
     """The sets of the session. A click selects; everything else is under the right button."""
 
     def __init__(
         self, state: AppState, words: QLabel, failed: Callable[[Failure], None], parent: QWidget | None = None
     ) -> None:
-        super().__init__(parent)
+        super().__init__(6, parent)
         self.state, self._words, self._failed = state, words, failed
         self.tasks = Tasks(self)
         self._sets: dict[str, Named] = {}
         self._renamed = ""
-        self.setMaximumHeight(110)
         self.setToolTip(
             "Click a set to select its particles; Shift adds them, Alt takes them away.\n"
             "Right click: combine, compare, rename, recolour, remove. F2 renames."

@@ -249,7 +249,6 @@ class Workspace(QWidget):
             self.tour = None
         self.marks.flush()
         self.memory.stop()
-        self.train.second.stop()
         self.latent.shutdown()
         self.reconstruction.stop()
         self.explore.shutdown()
@@ -257,14 +256,14 @@ class Workspace(QWidget):
         self.preview.stop()
         self.gallery.shutdown()
         self.decoder.close()
-        docks = (self, self.particles, self.particles.micrograph, self.train, self.classes)
+        docks = (self, self.particles, self.particles.micrograph, self.classes)
         for part in (*docks, self.classes.exporting):
             part.tasks.stop()
-        for panel in (self.particles.join, self.train.coordinates, self.classes.transfer):
+        for panel in (self.particles.join, self.classes.transfer):
             panel.stop()
         for bar in self.findChildren(JobBar):
             bar.stop()
-        self.train.stop_following()
+        self.train.shutdown()
 
     def open(self, path: Path) -> None:
         """Open a session folder."""
