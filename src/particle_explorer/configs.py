@@ -387,7 +387,7 @@ class RotationAEConfig(Config):
     """How drawn particles are told from true ones: by a Wasserstein critic whose slope is held at 1, by a
     plain discriminator, or not at all."""
 
-    adversarial_weight: float = setting(0.01, "Weight of the discriminator", advanced=True, ge=0, le=100)
+    adversarial_weight: float = setting(0.001, "Weight of the discriminator", advanced=True, ge=0, le=100)
     """Weight of the discriminator's term beside the errors of pixels and angle. The published weight is 1, of
     a critic without any hold on its slope."""
 
@@ -596,7 +596,8 @@ class AccuracyConfig(Config):
     """`all`, or some with commas between: `integrin-0.5` and `integrin-0.1` (simulated integrin at that
     signal-to-noise ratio), `hinge-0.1` and `hinge-0.03` (the package's own simulator, with CTF and junk),
     `mnist-n`, `mnist-u` and `mnist-multi` (turned and shifted digits), `mnist-posed` (turned digits whose
-    angles are given to models that learn from poses), `xyrcs` and `dsprites` (plain shapes). Only
+    angles are given to models that learn from poses), `mnist-posed-90` (the same within 90° either way,
+    fitted to upright digits that are turned anew in each pass), `xyrcs` and `dsprites` (plain shapes). Only
     `hinge-…` and `xyrcs` need no folder of large data."""
     models: str = setting("all", "Models")
     """`all`, or some kinds with commas between. `KIND-2d` and the like say the dimensions of the map;
@@ -640,6 +641,9 @@ class SpeedConfig(Config):
 
     what: Literal["all", "models", "images"] = setting("all", "What")
     """All of it, only the models, or only averaging and preprocessing a stack of full-size images."""
+    models: str = setting("all", "Models")
+    """`all`, or some with commas between: `class-map`, `class-map-2d`, `spatial-vae`, `target-vae`, `codae`,
+    `rotation-ae`, `vae`. The plain yardsticks go with `spatial-vae` and `target-vae`."""
     boxes_px: tuple[int, ...] = setting((40, 64, 128), "Boxes")
     """Sides of the images that models are timed on."""
     batch_size: int = setting(0, "Batch size", ge=0, le=100_000)

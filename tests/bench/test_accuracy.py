@@ -141,6 +141,28 @@ def test_posed_digits_carry_the_truth(few_digits: Path) -> None:
         assert np.corrcoef(a[inside], b[inside])[0, 1] > 0.97
 
 
+def test_digits_of_the_published_setting_lie_upright_and_are_scored_turned(
+    few_digits: Path, tmp_path: Path
+) -> None:
+    config = AccuracyConfig(data=str(few_digits), n_particles=75, epochs=1)
+    stack = stacks.make("mnist-posed-90", config, few_digits)
+    table, upright = stack.particles.table, stack.upright
+    test = (table["split"] == 1).to_numpy()
+    assert np.array_equal(table["angle_deg"], table["true_angle_deg"])
+    assert (table["angle_deg"][~test] % 360 == 0).all()
+    assert 35 < table["angle_deg"][test].std() and table["angle_deg"][test].abs().max() < 90
+    assert upright is not None and len(upright) == test.sum() == 15
+    inside = np.hypot(*(np.indices((28, 28)) - 14)) < 10
+    for a, b in zip(brought_back(stack)[test], upright, strict=True):
+        assert np.corrcoef(a[inside], b[inside])[0, 1] > 0.97
+    settings = accuracy._settings("rotation-ae-3d", stack, config)
+    assert settings.poses == "file" and settings.turn_range_deg == 90
+    session = Session.create(tmp_path / "session", stack.particles, stack.preprocess)
+    result = accuracy._one(session, stack, settings, 0, config)
+    # turned further than it was taught it would be asked what it cannot know
+    assert 0 < result["mse_average"] < result["mse_worst"] and "rotation_rmse_160_deg" not in result
+
+
 def test_what_a_taught_autoencoder_draws_is_compared_as_it_is(few_digits: Path, tmp_path: Path) -> None:
     config = AccuracyConfig(data=str(few_digits), n_particles=75)
     stack = stacks.make("mnist-posed", config, few_digits)

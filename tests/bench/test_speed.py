@@ -10,6 +10,7 @@ import pytest
 from particle_explorer.bench import speed
 from particle_explorer.bench.machine import describe
 from particle_explorer.configs import SpeedConfig
+from particle_explorer.files import UserError
 
 TINY = SpeedConfig(boxes_px=(16,), batch_size=8, seconds=0.02, stack_box_px=32, stack_n=16, quick=True)
 
@@ -42,6 +43,16 @@ def test_models_are_timed_and_the_table_compares_like_with_like() -> None:
     rows = speed._tables([ours | {"train_per_s": 300.0}, plain | {"train_per_s": 100.0}], []).splitlines()
     assert rows[2].startswith("| spatial-vae | 32 | 300 | 3.0 |")
     assert rows[3].startswith("| plain spatial-vae | 32 | 100 |  |")
+
+
+def test_chosen_models_are_timed_and_no_others() -> None:
+    said: list[str] = []
+    config = TINY.model_copy(update={"what": "models", "models": "rotation-ae, vae"})
+    report = speed.run(config, say=said.append)
+    assert [(one["model"], one["box_px"]) for one in report["models"]] == [("rotation-ae", 32), ("vae", 32)]
+    assert said[0].startswith("rotation-ae, 32 px: ") and report["images"] == []
+    with pytest.raises(UserError, match="--models rae: choose all, or some of class-map"):
+        speed.run(config.model_copy(update={"models": "vae,rae"}))
 
 
 def test_each_measurement_has_its_own_memory() -> None:

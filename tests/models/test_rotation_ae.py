@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from particle_explorer.configs import DataSpec, RotationAEConfig
 from particle_explorer.files import UserError
 from particle_explorer.io.reading import read
 from particle_explorer.io.writing import export_particles
-from particle_explorer.models.base import Batch
+from particle_explorer.models.base import Batch, Share
 from particle_explorer.models.build import build_model
 from particle_explorer.models.rotation_ae import RotationAE, _angle_loss
 from particle_explorer.transforms import place
@@ -105,9 +106,10 @@ def test_the_angle_error_is_that_on_the_circle() -> None:
     other = torch.tensor([0.3, -math.pi + 0.2, 3.0])
     away = torch.tensor([0.2, 0.2, 2 * math.pi - 6.0])
     direction = torch.stack([other.cos(), other.sin()], 1)
-    torch.testing.assert_close(_angle_loss(direction, angle), (2 - 2 * away.cos()).mean())
+    torch.testing.assert_close(_angle_loss(direction, angle), 2 - 2 * away.cos())
     # who does not know the angle says so by a short direction, and is right to
-    assert _angle_loss(0 * direction, angle) == 1 < _angle_loss(-direction, angle)
+    silent, opposite = _angle_loss(0 * direction, angle), _angle_loss(-direction, angle)
+    assert (silent == 1).all() and opposite.mean() > 1
 
 
 def test_each_answer_of_the_reader_has_its_own_target() -> None:
@@ -115,8 +117,33 @@ def test_each_answer_of_the_reader_has_its_own_target() -> None:
     model = model_of()
     angle = torch.linspace(-3, 3, 8)
     right = torch.stack([angle.cos(), angle.sin()], 1)
-    assert _angle_loss(right, angle) < 1e-5 < 0.1 < _angle_loss(right.flip(0), angle)
+    assert _angle_loss(right, angle).max() < 1e-5 < 0.1 < _angle_loss(right.flip(0), angle).mean()
     assert model.reader(torch.randn(8, 1, 24, 24)).shape == (8, 2)
+
+
+@pytest.mark.parametrize("pixels", ["linear", "sigmoid"])
+@pytest.mark.parametrize("n", [16, 28, 41])
+def test_nothing_is_drawn_where_turned_images_know_nothing(n: int, pixels: str) -> None:
+    drawn = model_of(n, pixels=pixels).decode(torch.randn(3, 4))
+    beyond = torch.from_numpy(np.hypot(*(np.indices((n, n)) - n // 2)) > n / 2)
+    assert drawn.shape == (3, 1, n, n)
+    assert (drawn[..., beyond] == 0).all() and drawn[..., n // 2, n // 2].abs().min() > 0
+
+
+@pytest.mark.parametrize(("total", "cuts"), [(8, (4,)), (9, (5,)), (3, (1, 2)), (1, ())])
+def test_parts_of_a_batch_are_judged_as_the_whole(total: int, cuts: tuple[int, ...]) -> None:
+    model, score = model_of(), torch.randn(total)
+    judged, share = model._judged(score)
+    expected = score[judged].mean()
+    assert len(score[judged]) == math.ceil(total / 4)
+    torch.testing.assert_close(share * score[judged].sum(), expected)
+    found = torch.zeros(())
+    for first, end in itertools.pairwise([0, *cuts, total]):
+        part = score[first:end]
+        model.share = Share(first, total)
+        judged, share = model._judged(part)
+        found += share * part[judged].sum() * len(part) / total
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_critic_steps_once_for_several_steps_and_remembers_which() -> None:
@@ -164,7 +191,9 @@ def test_the_slope_of_the_critic_is_held() -> None:
         batch = batches.take(torch.arange(64))
         _, _, target = model._examples(batch)
         fake = model.drawn_upright(model.infer(batch.images)[0])
-        slopes[held] = float(model.slope(target.detach(), fake.detach()).detach().mean())
+        slopes[held] = float(
+            model.slope(target.detach(), fake.detach(), torch.rand(64, 1, 1, 1)).detach().mean()
+        )
     assert 0.3 < slopes[True] < 2 and slopes[False] > 5 * slopes[True], slopes
 
 

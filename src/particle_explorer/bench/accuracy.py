@@ -38,7 +38,7 @@ from particle_explorer.session import Run, Session
 
 STACKS = (
     "integrin-0.5", "integrin-0.1", "hinge-0.1", "hinge-0.03",
-    "mnist-n", "mnist-u", "mnist-multi", "mnist-posed", "xyrcs", "dsprites",
+    "mnist-n", "mnist-u", "mnist-multi", "mnist-posed", "mnist-posed-90", "xyrcs", "dsprites",
 )  # fmt: skip
 PAPER_EPOCHS = {"spatial-vae": 500, "target-vae": 500, "vae": 500, "beta-vae": 500, "rotation-ae": 200}
 """What `full` trains where the paper says it; other models take their own number."""
@@ -387,6 +387,7 @@ def _scored_digits(
             latents, angle_deg=latents.angle_deg[rows], shift_yx_px=None if shift is None else shift[rows]
         )
         scores |= calibrated(truth, latents_of_test, reference)
+    if latents.angle_deg is not None and _knows_all_turns(model):
         turns = 360 * np.arange(N_TURNS) / N_TURNS
         label = truth["true_label"].to_numpy()
         # as many of every digit
@@ -408,6 +409,10 @@ def _scored_digits(
         scores["rotation_rmse_160_deg"] = float(np.mean(list(per_digit.values())))
     mse = metrics.image_mse(_drawn_upright(model, new.session, latents, rows), upright)
     return scores | {"mse_average": float(mse.mean()), "mse_worst": float(mse.max())}
+
+
+def _knows_all_turns(model: Any) -> bool:
+    return not isinstance(model, RotationAE) or model.settings.turn_range_deg == 180
 
 
 def calibrated(truth: pd.DataFrame, found: Latents, upright: Latents) -> dict[str, float]:

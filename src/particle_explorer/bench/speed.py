@@ -44,7 +44,7 @@ from particle_explorer.configs import (
     TargetVAEConfig,
     VAEConfig,
 )
-from particle_explorer.files import write_text
+from particle_explorer.files import UserError, write_text
 from particle_explorer.io.mrc import write_stack_in_batches
 from particle_explorer.io.reading import read
 from particle_explorer.models.base import Batch
@@ -81,12 +81,16 @@ def run(
         update = {"boxes_px": (32,), "seconds": 0.2, "stack_box_px": 64, "stack_n": 64}
         config = config.model_copy(update=update)
     models: list[dict[str, Any]] = []
+    names = _chosen(config.models)
     for box in () if config.what == "images" else config.boxes_px:
-        for name in MODELS:
+        for name in names:
             models.append(_alone(time_model, name, box, config))
             say(f"{name}, {box} px: " + _words(models[-1]))
-        models.append(_alone(time_plain_vae, box, config))
-        say(f"plain spatial-vae, {box} px: " + _words(models[-1]))
+        if "spatial-vae" in names:
+            models.append(_alone(time_plain_vae, box, config))
+            say(f"plain spatial-vae, {box} px: " + _words(models[-1]))
+        if "target-vae" not in names:
+            continue
         models.append(_alone(time_plain_target, "target-vae", box, config))
         say(f"plain target-vae, {box} px: " + _words(models[-1]))
         if box in PAPER_TARGET:
@@ -111,6 +115,18 @@ def run(
         write_text(json_file, json.dumps(report, indent=1) + "\n")
         say(f"\nwritten to {json_file}")
     return report
+
+
+def _chosen(text: str) -> list[str]:
+    if text == "all":
+        return list(MODELS)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODELS:
+            raise UserError(
+                f"--models {name}: choose all, or some of {', '.join(MODELS)}, with commas between"
+            )
+    return names
 
 
 def _words(result: dict[str, Any]) -> str:
