@@ -6,16 +6,23 @@ The average by the exported pose is taken by a few independent lines, as RELION 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
+import mrcfile
 import numpy as np
+import pandas as pd
 import pytest
+import starfile
 import torch
+from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from particle_explorer import pose
 from particle_explorer.configs import CODAEConfig, Config, DataSpec, SpatialVAEConfig, TargetVAEConfig
+from particle_explorer.io.reading import read
+from particle_explorer.io.writing import export_particles
 from particle_explorer.models.base import Batch, ParticleModel
 from particle_explorer.models.build import build_model
 from particle_explorer.transforms import place
@@ -43,6 +50,9 @@ FITS = {
     ),
     "codae": Fit(CODAEConfig(latent_dim=1, width=4), 140, 8),
 }  # fmt: skip
+
+
+PIXEL_SIZE_A = 2.0
 
 
 def batch_of(images: Tensor) -> Batch:
@@ -78,9 +88,31 @@ def fitted(fit: Fit, box_px: int) -> ParticleModel:
     return model.eval()
 
 
+def exported_poses(
+    folder: Path, images: Tensor, angle_deg: NDArray[np.float32], shift_yx_px: NDArray[np.float32]
+) -> pd.DataFrame:
+    """The particles of the star file that results from these poses and a source with false ones."""
+    n = images.shape[-1]
+    with mrcfile.new(folder / "in.mrcs", images[:, 0].numpy()) as stack:
+        stack.set_image_stack()
+    optics = "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n_rlnImageSize\n"
+    names = ["ImageName", "OpticsGroup", "AnglePsi", "OriginXAngst", "OriginYAngst"]
+    rows = [f"{i + 1}@in.mrcs 1 77.0 8.0 -6.0" for i in range(len(images))]
+    lines = ["data_particles", "", "loop_", *(f"_rln{name}" for name in names), *rows, ""]
+    star = folder / "in.star"
+    star.write_text(f"{optics}1 {PIXEL_SIZE_A} {n}\n\n" + "\n".join(lines))
+    out, table = folder / "out.star", read(star).table
+    export_particles(out, table=table, source=star, kind="star", angle_deg=angle_deg, shift_yx_px=shift_yx_px)
+    particles = starfile.read(out)["particles"]
+    assert isinstance(particles, pd.DataFrame)
+    return particles
+
+
 @pytest.mark.parametrize("kind", FITS)
 @pytest.mark.parametrize("box_px", [24, 25])
-def test_turning_and_moving_the_input_turns_and_moves_the_pose(kind: str, box_px: int) -> None:
+def test_turning_and_moving_the_input_turns_and_moves_the_pose(
+    kind: str, box_px: int, tmp_path: Path
+) -> None:
     model = fitted(FITS[kind], box_px)
     angle, shift = 2 * math.pi * torch.rand(200), torch.randn(200, 2)
     images = place(3 * phantom(box_px), angle, shift, mode="bicubic")
@@ -95,13 +127,14 @@ def test_turning_and_moving_the_input_turns_and_moves_the_pose(kind: str, box_px
     found = (encoding.shift - shift).flip(-1).reshape(-1).numpy()
     centre = np.linalg.lstsq(xy, found, rcond=None)[0]
     assert np.sqrt(np.mean((found - xy @ centre) ** 2)) < 0.5
-    # as RELION takes the exported pose: x_ref = R(psi) (x_particle + origin)
-    psi, *origin = pose.to_relion(np.rad2deg(encoding.angle.numpy()), encoding.shift.numpy(), 2.0)
+    # as RELION takes the pose of the exported file: x_ref = R(psi) (x_particle + origin)
+    exported = exported_poses(tmp_path, images, np.rad2deg(encoding.angle.numpy()), encoding.shift.numpy())
+    psi, *origin = exported[["rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy().T
     grid = np.indices((box_px, box_px))[::-1].reshape(2, -1) - box_px // 2
     average, mirrored = np.zeros(box_px**2), np.zeros(box_px**2)
     for image, turn, x, y in zip(images[:, 0].numpy(), psi, *origin, strict=True):
         for total, sign in ((average, 1), (mirrored, -1)):
-            at = pose.rotation_matrix(-sign * turn) @ grid - sign * np.array([[x / 2.0], [y / 2.0]])
+            at = pose.rotation_matrix(-sign * turn) @ grid - sign * np.array([[x], [y]]) / PIXEL_SIZE_A
             total += map_coordinates(image, at[::-1] + box_px // 2, order=1) / len(images)
     assert average.var() > 0.75 * images.var() > 1.5 * mirrored.var()
     views = model.decode(encoding.z, encoding.angle, encoding.shift).flatten(1)
