@@ -607,7 +607,11 @@ class AccuracyConfig(Config):
     epochs as fit into 25 minutes. `full` takes all images and the epochs of the papers. `smoke` says in a
     minute whether everything runs, not how well: 1 500 particles, two epochs, one seed."""
     n_seeds: int = setting(3, "Seeds", ge=1, le=100)
-    """Runs with seeds 0, 1, … of every model."""
+    """Runs of every model, each with a seed of its own."""
+    first_seed: int = setting(0, "First seed", ge=0, le=2**31 - 1)
+    """Seeds count from this one, to add runs to those measured before."""
+    precision: Literal["auto", "float32", "bf16"] = setting("auto", "Precision")
+    """Of the training, to see whether bf16 changes anything."""
     n_particles: int = setting(0, "Particles", ge=0, le=10_000_000)
     """Particles used of every stack, a fifth of them to score; 0 leaves it to the protocol."""
     epochs: int = setting(0, "Epochs", ge=0, le=100_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
+from particle_explorer import training
 from particle_explorer.bench import accuracy, stacks
-from particle_explorer.configs import AccuracyConfig, PreprocessConfig, SimulateConfig
+from particle_explorer.configs import AccuracyConfig, PreprocessConfig, SimulateConfig, TrainConfig
 from particle_explorer.files import UserError
 from particle_explorer.latents import Latents
 from particle_explorer.pose import recentre
-from particle_explorer.session import Session
+from particle_explorer.session import Run, Session
 
 
 @pytest.fixture
@@ -43,14 +45,33 @@ def test_truth_scores_as_truth_whatever_the_frame(tmp_path: Path, small_hinge: N
     assert found["angle_error_median_deg"] < 1e-3 and found["shift_rms_px"] < 1e-6
 
 
-def test_a_small_benchmark_runs_through(tmp_path: Path, small_hinge: None) -> None:
+def test_a_small_benchmark_runs_through(
+    tmp_path: Path, small_hinge: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
-    config = AccuracyConfig(stacks="hinge-0.1", models="spatial-vae", epochs=1, protocol="smoke")
+    config = AccuracyConfig(
+        stacks="hinge-0.1",
+        models="spatial-vae",
+        epochs=1,
+        protocol="smoke",
+        first_seed=7,
+        precision="float32",
+    )
+    trained: list[TrainConfig] = []
+    fit = training.fit
+
+    def told(run: Run) -> Iterator[training.Progress]:
+        trained.append(run.config.train)
+        return fit(run)
+
+    monkeypatch.setattr(training, "fit", told)
     report = accuracy.run(config, tmp_path / "accuracy.json", said.append)
     assert json.loads((tmp_path / "accuracy.json").read_text()) == report
     (result,) = report["results"]
     motion = {"conformation_abs_r", "rotation_T", "rotation_T_held_still", "shift_rms_px", "seconds"}
     assert {*motion, "stack", "model", "seed", "limit_abs_r"} <= set(result)
+    assert [(one.seed, one.precision, one.n_epochs) for one in trained] == [(7, "float32", 1)]
+    assert result["seed"] == 7
     assert np.isfinite([result[name] for name in motion]).all()
     assert result["seconds"] > 0 and report["machine"]["cores"] >= 1
     assert any(line.strip().startswith("| stack | model |") for line in said)

@@ -64,7 +64,8 @@ def run(
                 Path(folder) / f"session-{stack.name}", stack.particles, stack.preprocess
             )
             for name in models:
-                for seed in range(1 if config.protocol == "smoke" else config.n_seeds):
+                for number in range(1 if config.protocol == "smoke" else config.n_seeds):
+                    seed = config.first_seed + number
                     result = {"stack": stack.name, "model": name, "protocol": config.protocol, "seed": seed}
                     if math.isfinite(stack.limit_abs_r):
                         result["limit_abs_r"] = stack.limit_abs_r
@@ -222,11 +223,11 @@ def _epochs(session: Session, model: Any, seed: int, config: AccuracyConfig) -> 
     images = n_train * built.n_epochs
     if model.kind == "class-map" or images < 20_000:
         return 0
-    affordable = QUICK_MINUTES * 60 * _images_per_second(session, model, seed)
+    affordable = QUICK_MINUTES * 60 * _images_per_second(session, model, seed, config.precision)
     return 0 if affordable >= images else max(1, int(affordable / n_train))
 
 
-def _images_per_second(session: Session, model: Any, seed: int) -> float:
+def _images_per_second(session: Session, model: Any, seed: int, precision: str) -> float:
     """Of training, from four steps after a first."""
     training.seed_everything(seed)
     device = devices.choose_device("auto")
@@ -242,7 +243,7 @@ def _images_per_second(session: Session, model: Any, seed: int) -> float:
             began = time.monotonic()
         batch = batches.take(torch.randint(len(batches), (size,)))
         for part, optimiser in parts.items():
-            with devices.autocast(built, device, "auto"):
+            with devices.autocast(built, device, precision):
                 losses = built(batch, part)
             if not losses:
                 continue
@@ -256,7 +257,8 @@ def _images_per_second(session: Session, model: Any, seed: int) -> float:
 
 
 def _one(session: Session, stack: Stack, model: Any, seed: int, config: AccuracyConfig) -> dict[str, Any]:
-    train = TrainConfig(seed=seed, n_epochs=_epochs(session, model, seed, config))
+    epochs = _epochs(session, model, seed, config)
+    train = TrainConfig(seed=seed, n_epochs=epochs, precision=config.precision)
     settings = RunConfig(model=model, train=train, data=session.data_spec(), where="split == 0")
     new = session.new_run(settings)
     wall, cpu = time.monotonic(), time.process_time()
