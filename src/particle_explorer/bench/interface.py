@@ -15,34 +15,53 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
 from particle_explorer import jobs
-from particle_explorer.configs import ClassMapConfig, PreprocessConfig, RunConfig, SimulateConfig, TrainConfig
+from particle_explorer.bench.window_clocks import (
+    HEARTBEAT_MS,
+    WARM_UP_S,
+    Counter,
+    Heartbeat,
+    Lap,
+    arrivals,
+    spin,
+    spin_until,
+    until_painted,
+)
+from particle_explorer.bench.window_hand import (
+    blob,
+    circle,
+    every,
+    handle_spot,
+    move,
+    press,
+    pressed,
+    release,
+    round_trip,
+    timed_moves,
+)
+from particle_explorer.bench.window_sessions import (
+    large_session,
+    model_session,
+    small_session,
+    training_words,
+)
 from particle_explorer.files import UserError, write_text
-from particle_explorer.latents import Latents
 
 if TYPE_CHECKING:
-    from qtpy.QtCore import QPoint
-
     from particle_explorer.session import Session
-    from particle_explorer.widgets.latent_plot import ScatterCanvas
     from particle_explorer.widgets.workspace import Workspace
 
 WINDOW = (1366, 768)
 EVENTS_HZ = 125
 FAST_HZ = 200
 """As fast as mice report moves"""
-HEARTBEAT_MS = 10
-WARM_UP_S = 2.0
 Say = Callable[[str], None]
 Part = Literal["all", "hand", "models", "jobs", "large"]
 """The handle and its process; other models; jobs of the window; many particles"""
@@ -111,18 +130,6 @@ class Result:
         return cls.of(what, [lap.wall_ms for lap in laps], cpu=[lap.cpu_ms for lap in laps], note=note)
 
 
-class Lap:
-    """Wall time and processor time of this thread in a `with` block."""
-
-    def __enter__(self) -> Lap:
-        self._wall, self._cpu = time.perf_counter(), time.thread_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall_ms = 1e3 * (time.perf_counter() - self._wall)
-        self.cpu_ms = 1e3 * (time.thread_time() - self._cpu)
-
-
 def run(
     json_file: Path | None = None, say: Say = print, plan: Plan | None = None, part: Part = "all"
 ) -> dict[str, Any]:
@@ -138,11 +145,11 @@ def run(
         )
     with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-", ignore_cleanup_errors=True) as folder:
         say(f"training a class map of {plan.n_small} particles, {plan.box_px} px …")
-        session = _small_session(Path(folder) / "small", plan)
+        session = small_session(Path(folder) / "small", plan.n_small, plan.box_px, plan.nodes_per_dim)
         models = {}
         for kind in plan.models if part in ("all", "models") else ():
             say(f"training {kind}, {plan.model_box_px} px …")
-            models[kind] = _model_session(Path(folder) / kind, kind, plan)
+            models[kind] = model_session(Path(folder) / kind, kind, plan.n_model, plan.model_box_px)
         results, opened = _in_a_window(Path(folder), session, models, plan, say, part)
     machine = _machine()
     report = {"machine": machine, "window": opened, "results": [asdict(result) for result in results]}
@@ -173,83 +180,6 @@ def _machine() -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- sessions to look at
-
-
-def _small_session(path: Path, plan: Plan) -> Session:
-    session = _simulated(path, plan.n_small, plan.box_px)
-    _fitted(session, _train(session, plan))
-    return session
-
-
-def _model_session(path: Path, kind: str, plan: Plan) -> Session:
-    """A few particles with a run of one kind; how well it learned does not change how long it draws."""
-    session = _simulated(path, plan.n_model, plan.model_box_px)
-    few = ["--model.nodes-per-dim", "4"] if kind == "class-map" else []
-    few += ["--train.n-epochs", "1", "--device", "cpu"]
-    _fitted(session, ["train", str(session.path), "--model.kind", kind, *few])
-    return session
-
-
-def _simulated(path: Path, n: int, box_px: int) -> Session:
-    from particle_explorer.io.reading import read
-    from particle_explorer.session import Session
-    from particle_explorer.simulate import write
-
-    config = SimulateConfig(n=n, box_px=box_px, pixel_size_A=256 / box_px, snr=0.3, seed=1)
-    write(path / "stack", config)
-    particles = read(next((path / "stack").glob("*.star")))
-    return Session.create(path / "session", particles, PreprocessConfig(box_px=box_px))
-
-
-def _fitted(session: Session, arguments: list[str]) -> None:
-    folder = jobs.start(arguments, session.new_job("train"))
-    while not (status := jobs.read_status(folder)).is_over:
-        time.sleep(0.2)
-    if status.state != "finished":
-        raise RuntimeError(f"training ended as {status.state}: {status.error}\n{jobs.read_log(folder)}")
-
-
-def _train(session: Session, plan: Plan) -> list[str]:
-    return [
-        *("train", str(session.path), "--model.kind", "class-map", "--model.latent-dim", "2"),
-        *("--model.nodes-per-dim", str(plan.nodes_per_dim), "--train.n-epochs", "1", "--device", "cpu"),
-    ]
-
-
-def _large_session(path: Path, small: Session, n: int, n_dims: int = 8) -> Session:
-    """A session of `n` particles with latents: a table made longer, and an image cache that is a hole."""
-    from particle_explorer.session import Session, SessionInfo
-
-    path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    table = small.table.iloc[np.arange(n) % small.n_particles].copy()
-    table.index = pd.Index(rng.permutation(n).astype(np.uint64), name="uid")
-    table["defocus_u_A"] = rng.uniform(8000, 25_000, n)
-    table.to_parquet(path / "particles.parquet")
-    info = SessionInfo(**{**small.info.model_dump(), "n": n})
-    write_text(path / "session.json", info.model_dump_json())
-    session = Session.open(path)
-    shape = (n, *small.images.shape[1:])
-    with (path / "images.npy").open("wb") as file:
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + 2 * int(np.prod(shape)))
-    write_text(path / "images.json", json.dumps({"key": session.cache_key}))
-    run = session.new_run(RunConfig(model=ClassMapConfig(), train=TrainConfig(), data=session.data_spec()))
-    centres = rng.normal(size=(6, n_dims)) * 2
-    z = (centres[rng.integers(0, 6, n)] + rng.normal(size=(n, n_dims))).astype(np.float32)
-    run.save_latents(
-        Latents(
-            session.uid,
-            z,
-            angle_deg=rng.uniform(-180, 180, n).astype(np.float32),
-            shift_yx_px=rng.normal(size=(n, 2)).astype(np.float32),
-            extras={"log_likelihood": rng.normal(size=n).astype(np.float32)},
-        )
-    )
-    clusters = pd.DataFrame({"cluster-kmeans": rng.integers(1, 11, n).astype(np.int32)}, index=table.index)
-    run.write_column("cluster-kmeans", clusters, {})
-    return session
 
 
 # ---------------------------------------------------------------------- the window
@@ -293,7 +223,7 @@ def _in_a_window(
         results += _dragging(workspace, plan, f"{kind}, {plan.model_box_px} px")
     for n in plan.sizes if part != "models" and part != "hand" else ():
         say(f"{n:,} particles …")
-        large = _large_session(folder / f"large-{n}", small, n)
+        large = large_session(folder / f"large-{n}", small, n)
         if part in ("all", "large"):
             results += _large(workspace, large, plan)
             results.append(
@@ -350,7 +280,7 @@ def _while_jobs_run(workspace: Workspace, large: Session, plan: Plan, say: Say) 
     for what, does in (("embedding", groups.embed), ("clustering", groups.cluster), ("exporting", export)):
         say(f"{what} {n:,} particles …")
         n_ended = -1
-        with _Heartbeat() as beat:
+        with Heartbeat() as beat:
             until = time.perf_counter() + WARM_UP_S + plan.seconds
             while time.perf_counter() < until:
                 if not worker.busy:  # begun, or begun again: the load is there all the time
@@ -367,26 +297,26 @@ def _while_jobs_run(workspace: Workspace, large: Session, plan: Plan, say: Say) 
 
 
 def _dragging(workspace: Workspace, plan: Plan, of: str) -> list[Result]:
-    canvas, shown = workspace.latent.canvas, _Counter()
+    canvas, shown = workspace.latent.canvas, Counter()
     workspace.reconstruction.shown.connect(shown)
-    arrivals = _arrivals(canvas)
-    spots = _round_trip(canvas, plan.n_moves)
+    moves = arrivals(canvas)
+    spots = round_trip(canvas, plan.n_moves)
     took: list[float] = []
-    with _pressed(canvas, _handle_spot(canvas)):
+    with pressed(canvas, handle_spot(canvas)):
         for spot in spots:
             spin(25)
             shown.times.clear()
-            arrivals.times.clear()
-            _move(canvas, spot)
-            if spin_until(lambda: shown.n > 0, 2) and arrivals.n:
-                took.append(1e3 * (shown.last - arrivals.times[0]))
+            moves.times.clear()
+            move(canvas, spot)
+            if spin_until(lambda: shown.n > 0, 2) and moves.n:
+                took.append(1e3 * (shown.last - moves.times[0]))
     results = [Result.of(f"drag: mouse move to new picture, {of}", took, note="layer refreshed")]
     for hz in (EVENTS_HZ, FAST_HZ):
         shown.times.clear()
         last = [0.0]
-        with _pressed(canvas, _handle_spot(canvas)):
-            for spot in _every(1000 / hz, spots + spots[::-1]):
-                _move(canvas, spot)
+        with pressed(canvas, handle_spot(canvas)):
+            for spot in every(1000 / hz, spots + spots[::-1]):
+                move(canvas, spot)
                 last[0] = time.perf_counter()
             n_moves = 2 * len(spots)
             spin(300)
@@ -395,7 +325,7 @@ def _dragging(workspace: Workspace, plan: Plan, of: str) -> list[Result]:
         note = f"{len(shown.times)} pictures for {n_moves} moves, last one {after:.0f} ms after the last move"
         results.append(Result.of(f"drag at {hz} moves/s, {of}: between pictures", gaps, note=note))
     workspace.reconstruction.shown.disconnect(shown)
-    arrivals.stop()
+    moves.stop()
     return results
 
 
@@ -446,8 +376,8 @@ def _bare_pan(plan: Plan) -> Result:
     canvas.set_points(Points.of(rng.normal(size=n), rng.normal(size=n)))
     spin(500)
     plot = canvas.plot_rect().center().toPoint()
-    with _pressed(canvas, plot, middle=True):
-        pans = _timed_moves(canvas, _circle(plot, 25, max(10, plan.n_moves // 3)))
+    with pressed(canvas, plot, middle=True):
+        pans = timed_moves(canvas, circle(plot, 25, max(10, plan.n_moves // 3)))
     canvas.close()
     note = f"{_fps(pans)} frames/s; a sample of the points while the hand moves"
     return Result.timed(f"{n:,}: pan, mouse move to painted", pans, note)
@@ -456,24 +386,24 @@ def _bare_pan(plan: Plan) -> Result:
 def _while_training(workspace: Workspace, small: Session, plan: Plan) -> list[Result]:
     canvas = workspace.latent.canvas
     results = []
-    with _Heartbeat() as quiet:
+    with Heartbeat() as quiet:
         spin(1000 * (WARM_UP_S + plan.seconds / 4))
     results.append(_stalls("event loop at rest", quiet))
     workspace.latent.live_button.setChecked(
         False
     )  # the finished map stays, so that it can be dragged through
-    folder = jobs.start(_train(small, plan), small.new_job("train"))
+    folder = jobs.start(training_words(small, plan.nodes_per_dim), small.new_job("train"))
     spin(1000 * WARM_UP_S)
-    with _Heartbeat() as busy:
-        spots, until = _round_trip(canvas, 100), time.perf_counter() + WARM_UP_S + plan.seconds
+    with Heartbeat() as busy:
+        spots, until = round_trip(canvas, 100), time.perf_counter() + WARM_UP_S + plan.seconds
         while time.perf_counter() < until and not jobs.read_status(folder).is_over:
-            with _pressed(canvas, _handle_spot(canvas)):
-                for spot in _every(1000 / EVENTS_HZ, spots):
-                    _move(canvas, spot)
+            with pressed(canvas, handle_spot(canvas)):
+                for spot in every(1000 / EVENTS_HZ, spots):
+                    move(canvas, spot)
             spin(300)
     results.append(_stalls("event loop while a run trains and the handle is dragged", busy))
     workspace.latent.live_button.setChecked(True)
-    with _Heartbeat() as live:
+    with Heartbeat() as live:
         spin(1000 * (WARM_UP_S + plan.seconds / 2))
     results.append(_stalls("event loop while a run trains, live map", live))
     jobs.request_stop(folder)
@@ -484,7 +414,7 @@ def _while_training(workspace: Workspace, small: Session, plan: Plan) -> list[Re
     return results
 
 
-def _stalls(what: str, beat: _Heartbeat) -> Result:
+def _stalls(what: str, beat: Heartbeat) -> Result:
     gaps, own = beat.gaps_ms()
     if not gaps:
         return Result.of(what, [])
@@ -517,8 +447,8 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
     spin(1000)
     plot = canvas.plot_rect().center().toPoint()
 
-    with _pressed(canvas, plot, middle=True):
-        pans = _timed_moves(canvas, _circle(plot, 25, max(10, plan.n_moves // 3)))
+    with pressed(canvas, plot, middle=True):
+        pans = timed_moves(canvas, circle(plot, 25, max(10, plan.n_moves // 3)))
     canvas.fit()
     canvas.repaint()
     mode = "density" if canvas.picture.shows_density else "points"
@@ -528,11 +458,11 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
     columns = dock._columns
     for key in 2 * ("angle_deg", "cluster-kmeans", "log_likelihood"):
         recolours.append(
-            _until_painted(canvas, lambda key=key: canvas.set_colouring(columns.colouring(key)))  # type: ignore[misc]
+            until_painted(canvas, lambda key=key: canvas.set_colouring(columns.colouring(key)))  # type: ignore[misc]
         )
     results.append(Result.timed(f"{n:,}: colour by another column, painted", recolours))
 
-    outline = _blob(canvas)
+    outline = blob(canvas)
     polygon = [(float(spot.x()), float(spot.y())) for spot in outline]
     masks: list[Lap] = []
     for _ in range(7):
@@ -546,10 +476,10 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
     for _ in range(5):
         state.selection.clear()
         spin(200)
-        _press(canvas, outline[0])
-        _timed_moves(canvas, outline[1:])
+        press(canvas, outline[0])
+        timed_moves(canvas, outline[1:])
         with Lap() as lap:
-            _until_painted(canvas, lambda: _release(canvas, outline[-1]))
+            until_painted(canvas, lambda: release(canvas, outline[-1]))
             spin_until(lambda: len(workspace.selected.layer.data) == state.selection.count, 5)
         releases.append(lap)
     note = "scatter painted, layer set"
@@ -565,9 +495,9 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
             spin_until(lambda: len(workspace.selected.layer.data) == int(some.sum()), 5)
         shown.append(lap)
     results.append(Result.timed(f"{n:,}: a selection of {int(some.sum()):,} shown in the layer", shown))
-    spot = _handle_spot(canvas)
-    with _pressed(canvas, spot):
-        drags = _timed_moves(canvas, _circle(spot, 30, max(10, plan.n_moves // 3)))
+    spot = handle_spot(canvas)
+    with pressed(canvas, spot):
+        drags = timed_moves(canvas, circle(spot, 30, max(10, plan.n_moves // 3)))
     results.append(Result.timed(f"{n:,}: handle, mouse move to painted", drags))
     state.selection.clear()
     return results
@@ -575,240 +505,6 @@ def _large(workspace: Workspace, session: Session, plan: Plan) -> list[Result]:
 
 def _fps(laps: list[Lap]) -> str:
     return f"{1e3 / float(np.median([lap.wall_ms for lap in laps])):.0f}" if laps else "?"
-
-
-# ---------------------------------------------------------------------- hands and clocks
-
-
-class _Counter:
-    """Counts a signal and remembers when it came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    @property
-    def n(self) -> int:
-        return len(self.times)
-
-    @property
-    def last(self) -> float:
-        return self.times[-1]
-
-    def __call__(self, *_: object) -> None:
-        self.times.append(time.perf_counter())
-
-
-def _arrivals(canvas: ScatterCanvas) -> Any:
-    """Remembers when mouse moves reach the canvas: under X they take their own way."""
-    from qtpy.QtCore import QEvent, QObject
-
-    class Arrivals(QObject):
-        def __init__(self) -> None:
-            super().__init__(canvas)
-            self.times: list[float] = []
-            canvas.installEventFilter(self)
-
-        @property
-        def n(self) -> int:
-            return len(self.times)
-
-        def stop(self) -> None:
-            canvas.removeEventFilter(self)
-
-        def eventFilter(self, _: QObject | None, event: QEvent | None) -> bool:
-            if event is not None and event.type() == QEvent.Type.MouseMove:
-                self.times.append(time.perf_counter())
-            return False
-
-    return Arrivals()
-
-
-def _watch(canvas: ScatterCanvas) -> Any:
-    """Counts the paintings of the canvas that are done, with the processor time of each."""
-    from qtpy.QtCore import QEvent, QObject
-
-    class Watch(QObject):
-        def __init__(self) -> None:
-            super().__init__(canvas)
-            self.n = 0
-            self.cpu_ms = 0.0
-            canvas.installEventFilter(self)
-
-        def stop(self) -> None:
-            canvas.removeEventFilter(self)
-            self.deleteLater()
-
-        def eventFilter(self, _: QObject | None, event: QEvent | None) -> bool:
-            if event is None or event.type() != QEvent.Type.Paint:
-                return False
-            with Lap() as lap:
-                canvas.event(event)
-            self.n += 1
-            self.cpu_ms += lap.cpu_ms
-            return True
-
-    return Watch()
-
-
-def _until_painted(canvas: ScatterCanvas, act: Callable[[], object]) -> Lap:
-    """Do something and wait until the canvas has painted what came of it.
-
-    The window composes one frame at a time, with napari's OpenGL canvas in it, and paints when that is done,
-    so the wall time holds such a frame; the processor time is that of the canvas alone.
-    """
-    watch = _watch(canvas)
-    whole = Lap()
-    with whole:
-        with Lap() as acting:
-            act()
-        during = watch.cpu_ms
-        spin_until(lambda: watch.n > 0 and canvas.is_painted, 2)
-    watch.stop()
-    whole.cpu_ms = max(acting.cpu_ms - during, 0.0) + watch.cpu_ms
-    return whole
-
-
-def _timed_moves(canvas: ScatterCanvas, spots: list[QPoint]) -> list[Lap]:
-    """Move the mouse from spot to spot and time each until it is painted."""
-    return [_until_painted(canvas, lambda spot=spot: _move(canvas, spot)) for spot in spots]  # type: ignore[misc]
-
-
-class _Heartbeat:
-    """A timer of the event loop; the time between its beats is how long the window was deaf."""
-
-    def __enter__(self) -> _Heartbeat:
-        from qtpy.QtCore import Qt, QTimer
-
-        self._beats: list[tuple[float, float]] = []
-        self._timer = QTimer()
-        self._timer.setTimerType(Qt.TimerType.PreciseTimer)
-        self._timer.setInterval(HEARTBEAT_MS)
-        self._timer.timeout.connect(lambda: self._beats.append((time.perf_counter(), time.thread_time())))
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.stop()
-
-    def gaps_ms(self) -> tuple[list[float], list[float]]:
-        """Between beats after the warm-up: time that passed, and time that this thread itself worked."""
-        beats = np.array(self._beats).reshape(-1, 2)
-        if beats.size:
-            beats = beats[beats[:, 0] > beats[0, 0] + WARM_UP_S]
-        gaps = 1e3 * np.diff(beats, axis=0)
-        return gaps[:, 0].tolist(), gaps[:, 1].tolist()
-
-
-def spin(ms: float) -> None:
-    """Let the event loop run; `QTest.qWait` would sleep in it."""
-    from qtpy.QtCore import QEventLoop, QTimer
-
-    loop = QEventLoop()
-    QTimer.singleShot(round(ms), loop.quit)
-    loop.exec()
-
-
-def spin_until(done: Callable[[], bool], timeout_s: float) -> bool:
-    """Let the event loop run until something is so; whether it came in time."""
-    from qtpy.QtWidgets import QApplication
-
-    until = time.perf_counter() + timeout_s
-    while not done():
-        if time.perf_counter() > until:
-            return False
-        QApplication.processEvents()
-        time.sleep(0.0002)  # a worker thread needs the interpreter to deliver
-    return True
-
-
-def _every(ms: float, spots: list[QPoint]) -> Iterator[QPoint]:
-    """Spots at a steady rate; those that the window was too busy for come at once, as from a real mouse."""
-    from qtpy.QtWidgets import QApplication
-
-    began = time.perf_counter()
-    for i, spot in enumerate(spots):
-        due = began + i * ms / 1e3
-        while time.perf_counter() < due:
-            QApplication.processEvents()
-            time.sleep(0.0002)
-        yield spot
-
-
-def _press(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> None:
-    from qtpy.QtCore import Qt
-    from qtpy.QtTest import QTest
-
-    button = Qt.MouseButton.MiddleButton if middle else Qt.MouseButton.LeftButton
-    QTest.mousePress(canvas, button, Qt.KeyboardModifier.NoModifier, spot)
-
-
-def _move(canvas: ScatterCanvas, spot: QPoint) -> None:
-    from qtpy.QtTest import QTest
-
-    QTest.mouseMove(canvas, spot)
-
-
-def _release(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> None:
-    from qtpy.QtCore import Qt
-    from qtpy.QtTest import QTest
-
-    button = Qt.MouseButton.MiddleButton if middle else Qt.MouseButton.LeftButton
-    QTest.mouseRelease(canvas, button, Qt.KeyboardModifier.NoModifier, spot)
-
-
-@contextmanager
-def _pressed(canvas: ScatterCanvas, spot: QPoint, *, middle: bool = False) -> Iterator[None]:
-    _press(canvas, spot, middle=middle)
-    try:
-        yield
-    finally:
-        _release(canvas, spot, middle=middle)
-
-
-def _handle_spot(canvas: ScatterCanvas) -> QPoint:
-    at = canvas.handle_position()
-    if at is None:
-        raise RuntimeError("the map has no handle")
-    return at.toPoint()
-
-
-def _round_trip(canvas: ScatterCanvas, n: int) -> list[QPoint]:
-    """A path across most of the map, a few pixels per step, no two spots in a row the same."""
-    from qtpy.QtCore import QPoint
-
-    plot = canvas.plot_rect()
-    turn = 2 * np.pi * np.arange(n) / max(n, 30)
-    x = plot.center().x() + 0.33 * plot.width() * np.cos(turn)
-    y = plot.center().y() + 0.33 * plot.height() * np.sin(2 * turn)
-    spots = [QPoint(round(a), round(b)) for a, b in zip(x, y, strict=True)]
-    return [spot for i, spot in enumerate(spots) if i == 0 or spot != spots[i - 1]]
-
-
-def _circle(centre: QPoint, radius: float, n: int) -> list[QPoint]:
-    from qtpy.QtCore import QPoint
-
-    turn: NDArray[np.float64] = 2 * np.pi * np.arange(1, n + 1) / n
-    return [
-        QPoint(
-            centre.x() + round(radius * float(np.sin(t))), centre.y() + round(radius * float(1 - np.cos(t)))
-        )
-        for t in turn
-    ]
-
-
-def _blob(canvas: ScatterCanvas) -> list[QPoint]:
-    """A hand-drawn looking outline around a good part of the map."""
-    from qtpy.QtCore import QPoint
-
-    plot = canvas.plot_rect()
-    turn = np.linspace(0, 2 * np.pi, 140, endpoint=False)
-    reach = 0.33 * (1 + 0.15 * np.sin(9 * turn))
-    return [
-        QPoint(
-            round(plot.center().x() + r * plot.width() * c), round(plot.center().y() + r * plot.height() * s)
-        )
-        for r, c, s in zip(reach, np.cos(turn), np.sin(turn), strict=True)
-    ]
 
 
 def _memory_MiB() -> float:
