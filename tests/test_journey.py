@@ -42,12 +42,12 @@ def test_from_a_stack_to_class_averages_by_hand(
     particles = workspace.particles
     hand.click(particles.open_button)
     hand.choose_file(tmp_path / tiny_stack.name)
-    hand.wait(lambda: particles.preview.n_images > 0, "the preview")
-    assert "120" in particles.summary.text()
-    hand.write(particles.form.editor("diameter_A").native, "200")
+    hand.wait(lambda: particles.stack.preview.n_images > 0, "the preview")
+    assert "120" in particles.stack.summary.text()
+    hand.write(particles.stack.form.editor("diameter_A").native, "200")
     hand.rest()
     camera.take("1-open")
-    hand.click(particles.prepare_button)
+    hand.click(particles.stack.prepare_button)
     hand.wait(lambda: "selected particles" in viewer.layers, "the session", 120)
     assert workspace.state.session.info.preprocess.diameter_A == 200
 
@@ -85,7 +85,7 @@ def test_from_a_stack_to_class_averages_by_hand(
     # average
     classes = workspace.classes
     hand.tab("Classes")
-    hand.click(classes.average_button)
+    hand.click(classes.make.average_button)
     hand.wait(lambda: "class averages" in viewer.layers, "the average", 120)
     assert classes.stored.classes[0]["n"] == selection.count
     hand.rest()

@@ -27,9 +27,11 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Session
 from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
-from particle_explorer.widgets.classes import SHARED, ClassesDock, made_words
+from particle_explorer.widgets.average_words import SHARED, made_words
+from particle_explorer.widgets.classes import ClassesDock
 from particle_explorer.widgets.exporting import groupings
 from particle_explorer.widgets.montage import caption_lines, montage
+from particle_explorer.widgets.set_comparison import NO_OTHER
 
 SLOW = 20_000
 
@@ -41,10 +43,7 @@ def dock(qtbot: QtBot) -> Iterator[ClassesDock]:
     widget.resize(392, 600)
     widget.show()
     yield widget
-    widget.tasks.stop()
-    widget.exporting.tasks.stop()
-    for bar in (widget.bar, widget.held_bar, widget.exporting.bar):
-        bar.stop()
+    widget.shutdown()
 
 
 def _show_run(dock: ClassesDock, session: Session) -> None:
@@ -82,16 +81,16 @@ def test_without_a_run_it_says_what_to_do(dock: ClassesDock) -> None:
 
 def test_an_empty_selection_cannot_be_averaged_and_says_why(dock: ClassesDock, tiny_session: Session) -> None:
     _show_run(dock, tiny_session)
-    dock.what.setCurrentIndex(0)
-    assert not dock.average_button.isEnabled() and "lasso" in dock.average_button.toolTip()
+    dock.make.what.setCurrentIndex(0)
+    assert not dock.make.average_button.isEnabled() and "lasso" in dock.make.average_button.toolTip()
     mask = np.arange(tiny_session.n_particles) < 12
     dock.state.selection.set(mask)
-    assert dock.average_button.isEnabled() and "12" in dock.average_button.text()
+    assert dock.make.average_button.isEnabled() and "12" in dock.make.average_button.text()
 
 
 def test_the_newest_clusters_are_proposed(dock: ClassesDock, tiny_session: Session) -> None:
     _show_run(dock, tiny_session)
-    assert dock.what.currentData() == "cluster-kmeans"
+    assert dock.make.what.currentData() == "cluster-kmeans"
     table = pd.DataFrame(
         {"class_id": [1, 1], "cluster-kmeans": [0, 1], "cluster-kmeans-2 cluster-kmeans": [1, 0]}
     )
@@ -126,14 +125,15 @@ def test_averages_become_one_layer_with_their_quality(
     assert curve.y[0] == pytest.approx(1, abs=0.01) and dock.quality.x_as_period
     assert dock.quality_words.text().startswith(SHARED) and "N 40" in dock.quality_words.text()
 
-    made = dock.montage
+    made = dock.picture.montage
     assert made is not None
     event: Any = type("Event", (), {})()
-    event.position = dock.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 0.5))  # second row
-    dock._on_click(dock.layer, event)
+    event.position = dock.picture.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 0.5))  # second row
+    dock.picture.on_click(dock.picture.layer, event)
     assert dock.one.currentIndex() == 2
-    event.position = dock.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 1.5))  # an empty place
-    dock._on_click(dock.layer, event)
+    empty = (made.tile[0] * 1.3, made.tile[1] * 1.5)
+    event.position = dock.picture.layer.data_to_world(empty)
+    dock.picture.on_click(dock.picture.layer, event)
     assert dock.one.currentIndex() == 2
 
 
@@ -257,19 +257,20 @@ def test_averages_are_judged_by_keys_and_the_good_are_selected(
     name = _save_averages(tiny_session)
     dock.state.classes_changed.emit(name)
     qtbot.waitUntil(lambda: dock.stored is not None, timeout=SLOW)
-    assert dock.montage is not None and not dock.select_good_button.isEnabled()
-    before = dock.montage.pixels.copy()
+    assert dock.picture.montage is not None and not dock.select_good_button.isEnabled()
+    before = dock.picture.montage.pixels.copy()
 
     def stored() -> list[str]:
         return [str(one.get("mark", "")) for one in tiny_session.classes.read(name).classes]
 
     dock.one.setCurrentIndex(1)
-    dock.layer.keymap[next(key for key in dock.layer.keymap if str(key) == "G")](dock.layer)
+    layer = dock.picture.layer
+    layer.keymap[next(key for key in layer.keymap if str(key) == "G")](layer)
     dock.one.setCurrentIndex(2)
     QTest.mouseClick(dock.bad_button, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: stored() == ["", "good", "bad"], timeout=SLOW)
-    changed = np.any(dock.montage.pixels != before, axis=1)
-    assert changed[dock.montage.tile[1] :].any(), "the caption says it"
+    changed = np.any(dock.picture.montage.pixels != before, axis=1)
+    assert changed[dock.picture.montage.tile[1] :].any(), "the caption says it"
     QTest.mouseClick(dock.select_good_button, Qt.MouseButton.LeftButton)
     expected = np.arange(tiny_session.n_particles) % 3 == 1
     qtbot.waitUntil(lambda: np.array_equal(dock.state.selection.mask, expected), timeout=SLOW)
@@ -333,12 +334,12 @@ def test_averages_are_sorted_and_the_picture_follows(
     dock: ClassesDock, tiny_session: Session, qtbot: QtBot
 ) -> None:
     _shown(dock, tiny_session, qtbot)
-    assert dock.stored is not None and dock.montage is not None
+    assert dock.stored is not None and dock.picture.montage is not None
     dock.stored.classes[2]["mark"] = "good"
     dock.stored.classes[0]["mark"] = "bad"
-    before = dock.montage.pixels.copy()
+    before = dock.picture.montage.pixels.copy()
     dock.tools.sort.setCurrentIndex(dock.tools.sort.findData("mark"))
-    assert dock.tools.order == [2, 1, 0] and not np.array_equal(dock.montage.pixels, before)
+    assert dock.tools.order == [2, 1, 0] and not np.array_equal(dock.picture.montage.pixels, before)
     assert "good" in dock.tools.list.item(0).text()
     dock.tools.list.setCurrentRow(0)
     assert dock.one.currentIndex() == 2, "list and box look at the same average"
@@ -421,15 +422,15 @@ def test_grid_weights_and_poses_reach_the_worker(
     dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
 ) -> None:
     _show_run(dock, tiny_session)
-    assert [dock.poses.itemData(i) for i in range(dock.poses.count())] == ["run"]
+    assert [dock.make.poses.itemData(i) for i in range(dock.make.poses.count())] == ["run"]
     table = tiny_session.table.assign(angle_deg=0.0, shift_y_px=0.0, shift_x_px=0.0)
     tiny_session.__dict__["table"] = table
     dock.state.set_features(dock.state.features.assign(**{"pose-refined_moved_deg": 1.0}))
-    assert [dock.poses.itemData(i) for i in range(dock.poses.count())] == ["run", "refined", "file"]
-    dock.poses.setCurrentIndex(1)
-    dock.weights.setCurrentIndex(dock.weights.findData("posterior"))
-    dock.what.setCurrentIndex(dock.what.findData("grid"))
-    dock.average_button.click()
+    assert [dock.make.poses.itemData(i) for i in range(dock.make.poses.count())] == ["run", "refined", "file"]
+    dock.make.poses.setCurrentIndex(1)
+    dock.make.weights.setCurrentIndex(dock.make.weights.findData("posterior"))
+    dock.make.what.setCurrentIndex(dock.make.what.findData("grid"))
+    dock.make.average_button.click()
     qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
     words = started[0][0]
     assert words[2:4] == ["--by", "grid"] and " ".join(words).endswith("--poses refined --weights posterior")
@@ -439,11 +440,11 @@ def test_poses_are_refined_against_classes(
     dock: ClassesDock, tiny_session: Session, started: list[tuple[list[str], Path]], qtbot: QtBot
 ) -> None:
     _show_run(dock, tiny_session)
-    dock.what.setCurrentIndex(dock.what.findData("grid"))
-    dock.refine_button.click()
+    dock.make.what.setCurrentIndex(dock.make.what.findData("grid"))
+    dock.make.refine_button.click()
     assert "cluster first" in dock.complaint.sentence.text() and not started
-    dock.what.setCurrentIndex(dock.what.findData("cluster-kmeans"))
-    dock.refine_button.click()
+    dock.make.what.setCurrentIndex(dock.make.what.findData("cluster-kmeans"))
+    dock.make.refine_button.click()
     qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
     assert started[0][0][0] == "refine" and started[0][0][2:] == ["--by", "cluster-kmeans"]
 
@@ -476,7 +477,7 @@ def test_report_and_aligned_images_are_written_on_demand(
 
 
 def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
-    from particle_explorer.widgets.classes import refined_words
+    from particle_explorer.widgets.average_words import refined_words
 
     step = {"median_deg": 1.25, "median_px": 0.4}
     words = refined_words({"history": [step, {"median_deg": 0.5, "median_px": 0.125}]})
@@ -497,18 +498,25 @@ def test_captions_say_the_class_its_particles_its_mark_and_its_signal() -> None:
 
 def test_two_sets_are_compared(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
-    dock.beside.setCurrentText("cluster-kmeans")
-    dock._compare()
-    qtbot.waitUntil(lambda: bool(dock.comparison.text()), timeout=SLOW)
-    assert "100% share one there" in dock.comparison.text() and "2 → 2: 40 (100%)" in dock.comparison.text()
-    assert dock.layer.metadata["averages"] == "cluster-kmeans" and dock.layer.metadata["how"]["run"]
+    comparison = dock.comparison
+    assert not comparison.beside.isVisibleTo(comparison) and comparison.words.text() == NO_OTHER
+    other = _save_averages(tiny_session)
+    dock.state.classes_changed.emit("")
+    qtbot.waitUntil(lambda: comparison.beside.findData(other) > 0, timeout=SLOW)
+    assert comparison.beside.findData("cluster-kmeans") < 0, "what is shown is not compared with itself"
+    comparison.beside.setCurrentIndex(comparison.beside.findData(other))
+    comparison.beside.activated.emit(comparison.beside.currentIndex())
+    qtbot.waitUntil(lambda: bool(comparison.words.text()), timeout=SLOW)
+    assert "100% share one there" in comparison.words.text() and "2 → 2: 40 (100%)" in comparison.words.text()
+    metadata = dock.picture.layer.metadata
+    assert metadata["averages"] == "cluster-kmeans" and metadata["how"]["run"]
     assert dock.stored is not None and "away" not in made_words(dock.stored, 0)
     dock.stored.how["apart"] = {"from": "file", "median_deg": 2.0, "within_10_deg": 1.0, "median_px": 0.3}
     assert "those of the file are 2.0°, 0.30 px away" in made_words(dock.stored, 0)
 
 
 def test_halves_are_called_independent_by_their_models_alone() -> None:
-    from particle_explorer.widgets.classes import quality_words
+    from particle_explorer.widgets.average_words import quality_words
 
     one = {"n": 10, "n_effective": 10.0, "halves_independent": False, "ssnr_radius_A": 12.0}
     assert SHARED in quality_words(one, True) and "resolution" not in quality_words(one, True)

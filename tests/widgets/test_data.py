@@ -37,8 +37,7 @@ def dock(qtbot: QtBot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     widget.resize(392, 500)
     widget.show()
     yield widget
-    widget.tasks.stop()
-    widget.import_bar.stop()
+    widget.shutdown()
 
 
 @pytest.fixture
@@ -64,11 +63,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def _open(dock: ParticlesDock, path: Path, qtbot: QtBot) -> None:
     dock.open(path)
-    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+    qtbot.waitUntil(lambda: dock.stack.preview.n_images > 0, timeout=SLOW)
 
 
 def test_empty_it_says_what_to_do(dock: ParticlesDock) -> None:
-    assert dock.start_page.isVisible() and not dock.stack_page.isVisible()
+    assert dock.start_page.isVisible() and not dock.stack.isVisible()
     assert dock.open_button.isVisible() and dock.sample_button.isVisible()
     assert not dock.layer_button.isEnabled() and "layer list" in dock.layer_button.toolTip()
 
@@ -78,13 +77,13 @@ def test_a_stack_is_summed_up_and_previewed(
     dock: ParticlesDock, stack: Path, suffix: str, qtbot: QtBot
 ) -> None:
     _open(dock, stack.with_suffix(suffix), qtbot)
-    assert "120" in dock.summary.text() and "32" in dock.summary.text()
-    assert dock.preview.n_images == 18, "nine before and nine after"
-    assert dock.form.value().diameter_A == pytest.approx(0.9 * 32 * 7, rel=0.01)
-    assert "Å" in dock.form.editor("diameter_A").native.text()
-    assert "about" in dock.prepare_button.text()
-    assert dock.form.editor("ctf").enabled == (suffix != ".mrcs")
-    assert Path(dock.folder.text()) == stack.with_name(f"{stack.stem}_explorer")
+    assert "120" in dock.stack.summary.text() and "32" in dock.stack.summary.text()
+    assert dock.stack.preview.n_images == 18, "nine before and nine after"
+    assert dock.stack.form.value().diameter_A == pytest.approx(0.9 * 32 * 7, rel=0.01)
+    assert "Å" in dock.stack.form.editor("diameter_A").native.text()
+    assert "about" in dock.stack.prepare_button.text()
+    assert dock.stack.form.editor("ctf").enabled == (suffix != ".mrcs")
+    assert Path(dock.stack.folder.text()) == stack.with_name(f"{stack.stem}_explorer")
 
 
 def test_an_unknown_pixel_size_is_asked_for(
@@ -93,38 +92,38 @@ def test_an_unknown_pixel_size_is_asked_for(
     images = np.random.default_rng(0).normal(size=(12, 20, 20)).astype(np.float32)
     np.save(tmp_path / "bare.npy", images)
     _open(dock, tmp_path / "bare.npy", qtbot)
-    size, diameter = dock.form.editor("pixel_size_A"), dock.form.editor("diameter_A")
+    size, diameter = dock.stack.form.editor("pixel_size_A"), dock.stack.form.editor("diameter_A")
     assert size.native.isVisible() and size.native.text() == "the file does not say it"
     assert diameter.native.text() == "18 px"
     size.value = 2.5
     assert diameter.native.text() == "45 Å", "the same length"
     size.value = 2.0
     assert diameter.native.text() == "36 Å"
-    qtbot.waitUntil(lambda: "2 Å, as given" in dock.plan_words.text(), timeout=SLOW)
-    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: "2 Å, as given" in dock.stack.plan_words.text(), timeout=SLOW)
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     assert started[0][4:8] == ["--preprocess.diameter-A", "36.0", "--preprocess.pixel-size-A", "2.0"]
 
 
 def test_a_known_pixel_size_is_not_asked_for(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
     _open(dock, stack, qtbot)
-    assert not dock.form.editor("pixel_size_A").native.isVisible()
+    assert not dock.stack.form.editor("pixel_size_A").native.isVisible()
 
 
 def test_settings_and_subset_reach_the_worker(
     dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
 ) -> None:
     _open(dock, stack, qtbot)
-    dock.form.editor("diameter_A").value = 150
-    dock.subset.setChecked(True)
-    column = next(name for name, values in dock.found.columns.items() if len(values) == 0)  # type: ignore[union-attr]
-    dock.column.setCurrentText("box_px")
-    dock.subset_value.setCurrentText("32")
-    assert column and dock.where() == "box_px == 32"
-    dock.prepare_button.click()
+    dock.stack.form.editor("diameter_A").value = 150
+    dock.stack.part.subset.setChecked(True)
+    column = next(name for name, values in dock.stack.found.columns.items() if len(values) == 0)  # type: ignore[union-attr]
+    dock.stack.part.column.setCurrentText("box_px")
+    dock.stack.part.subset_value.setCurrentText("32")
+    assert column and dock.stack.part.where() == "box_px == 32"
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     [line] = started
-    assert line[:4] == ["import", str(stack), "--session", dock.folder.text()]
+    assert line[:4] == ["import", str(stack), "--session", dock.stack.folder.text()]
     assert line[4:6] == ["--preprocess.diameter-A", "150.0"]
     assert line[-2:] == ["--where", "box_px == 32"]
 
@@ -133,12 +132,12 @@ def test_an_impossible_setting_is_said_at_once_and_not_started(
     dock: ParticlesDock, stack: Path, qtbot: QtBot
 ) -> None:
     _open(dock, stack, qtbot)
-    dock.form.editor("diameter_A").value = 1000
+    dock.stack.form.editor("diameter_A").value = 1000
     qtbot.waitUntil(lambda: dock.complaint.isVisible(), timeout=SLOW)
     assert "larger than the box" in dock.complaint.sentence.text()
-    assert not dock.prepare_button.isEnabled()
-    dock.form.editor("diameter_A").value = 150
-    qtbot.waitUntil(lambda: dock.prepare_button.isEnabled(), timeout=SLOW)
+    assert not dock.stack.prepare_button.isEnabled()
+    dock.stack.form.editor("diameter_A").value = 150
+    qtbot.waitUntil(lambda: dock.stack.prepare_button.isEnabled(), timeout=SLOW)
     assert not dock.complaint.isVisible()
 
 
@@ -154,7 +153,7 @@ def test_a_broken_file_is_one_sentence(dock: ParticlesDock, tmp_path: Path, qtbo
 def test_preparing_makes_a_session_and_opens_it(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
     _open(dock, stack, qtbot)
     with qtbot.waitSignal(dock.prepared, timeout=60_000):
-        dock.prepare_button.click()
+        dock.stack.prepare_button.click()
     assert dock.state.session is not None
     assert dock.state.session.path == stack.with_name(f"{stack.stem}_explorer")
     assert dock.session_page.isVisible()
@@ -167,9 +166,9 @@ def test_a_session_made_before_is_offered(
     there = stack.with_name(f"{stack.stem}_explorer")
     shutil.copytree(tiny_session.path, there)
     _open(dock, stack, qtbot)
-    assert dock.existing_button.isVisible() and there.name in dock.existing_button.text()
-    assert Path(dock.folder.text()) == there.with_name(f"{there.name}-2")
-    dock.existing_button.click()
+    assert dock.stack.existing_button.isVisible() and there.name in dock.stack.existing_button.text()
+    assert Path(dock.stack.folder.text()) == there.with_name(f"{there.name}-2")
+    dock.stack.existing_button.click()
     qtbot.waitUntil(lambda: dock.state.session is not None, timeout=SLOW)
     assert dock.state.session.path == there  # type: ignore[union-attr]
 
@@ -182,14 +181,14 @@ def test_a_file_can_be_dropped(dock: ParticlesDock, stack: Path, qtbot: QtBot) -
     for event in (QDragEnterEvent(QPoint(50, 50), *how), QDropEvent(QPointF(50, 50), *how)):
         QApplication.sendEvent(dock, event)
         assert event.isAccepted()
-    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+    qtbot.waitUntil(lambda: dock.stack.found is not None, timeout=SLOW)
 
 
 def test_a_stack_opened_by_napari_is_adopted(dock: ParticlesDock, stack: Path, qtbot: QtBot) -> None:
     [(data, attributes, _)] = plugin.read_stack(str(stack))
     dock.viewer.add_image(data, **attributes)
-    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
-    assert dock.found.particles.source == stack  # type: ignore[union-attr]
+    qtbot.waitUntil(lambda: dock.stack.found is not None, timeout=SLOW)
+    assert dock.stack.found.particles.source == stack  # type: ignore[union-attr]
 
 
 def test_a_layer_can_be_taken(
@@ -199,8 +198,8 @@ def test_a_layer_can_be_taken(
     dock.viewer.add_image(images, name="my picks")
     assert dock.layer_button.isEnabled() and "my picks" in dock.layer_button.toolTip()
     dock.layer_button.click()
-    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
-    dock.prepare_button.click()
+    qtbot.waitUntil(lambda: dock.stack.preview.n_images > 0, timeout=SLOW)
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     saved = Path(started[0][1])
     assert saved == tmp_path / "my_picks.npy"
@@ -233,7 +232,7 @@ def test_the_summary_is_short() -> None:
     ]
     first, second, third = in_short(lines)
     assert first == "9 particles · box 64\u00a0px · pixel size 2\u00a0Å"
-    assert second == "looks dark" and third == "c.mrcs is old"
+    assert second == "Looks dark" and third == "c.mrcs is old"
 
 
 def test_a_free_folder_is_found(tmp_path: Path) -> None:
@@ -259,9 +258,9 @@ def test_missing_stacks_are_mended_by_one_folder(
 
     monkeypatch.setattr(data, "ask_path", lambda parent, title, chosen, **_: chosen(str(elsewhere)))
     dock.project_button.click()
-    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
+    qtbot.waitUntil(lambda: dock.stack.preview.n_images > 0, timeout=SLOW)
     assert not dock.missing.isVisible()
-    dock.prepare_button.click()
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     assert started[0][started[0].index("--project-dir") + 1] == str(elsewhere)
 
@@ -273,21 +272,21 @@ def test_a_folder_of_pictures_is_opened(dock: ParticlesDock, tmp_path: Path, qtb
     for i, each in enumerate(pixels):
         image.fromarray(each).save(tmp_path / "pictures" / f"{i}.png")
     _open(dock, tmp_path / "pictures", qtbot)
-    assert "4 particles" in dock.summary.text() and "3 colour channels" in dock.summary.text()
+    assert "4 particles" in dock.stack.summary.text() and "3 colour channels" in dock.stack.summary.text()
 
 
 def test_a_random_subset_and_the_check_of_every_image_reach_workers(
     dock: ParticlesDock, stack: Path, started: list[list[str]], qtbot: QtBot
 ) -> None:
     _open(dock, stack, qtbot)
-    assert not dock.sample.isVisible() and "to prepare and" in dock.summary.text()
-    dock.check_button.click()
+    assert not dock.stack.part.sample.isVisible() and "to prepare and" in dock.stack.summary.text()
+    dock.stack.check_button.click()
     qtbot.waitUntil(lambda: len(started) == 1, timeout=SLOW)
     assert started[0] == ["inspect", str(stack), "--full"]
-    dock.random.setChecked(True)
-    assert dock.sample.isVisible()
-    dock.sample.setValue(50)
-    dock.prepare_button.click()
+    dock.stack.part.random.setChecked(True)
+    assert dock.stack.part.sample.isVisible()
+    dock.stack.part.sample.setValue(50)
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: len(started) == 2, timeout=SLOW)
     assert "--sample 50" in " ".join(started[1]) and "--sample-by" not in started[1]
 
@@ -300,15 +299,15 @@ def test_as_many_of_each_class_and_what_would_be_left_out_are_seen_before(
     images[::40] *= 30
     np.savez(tmp_path / "half.npz", images=images, kind=np.arange(200) % 4)
     _open(dock, tmp_path / "half.npz", qtbot)
-    assert "outlier" not in dock.plan_words.text() and "on disk" in dock.plan_words.text()
-    dock.form.setValue(dock.form.value().model_copy(update={"outlier_sd": 6.0}))
-    qtbot.waitUntil(lambda: "5 would be left out as outliers" in dock.plan_words.text(), timeout=SLOW)
-    assert dock.preview.n_images == 9 + 9 + 5
-    dock.random.setChecked(True)
-    dock.sample.setValue(10)
-    dock.sample_by.setCurrentIndex(dock.sample_by.findData("kind"))
-    qtbot.waitUntil(lambda: "40 of 200 particles" in dock.plan_words.text(), timeout=SLOW)
-    dock.prepare_button.click()
+    assert "outlier" not in dock.stack.plan_words.text() and "on disk" in dock.stack.plan_words.text()
+    dock.stack.form.setValue(dock.stack.form.value().model_copy(update={"outlier_sd": 6.0}))
+    qtbot.waitUntil(lambda: "5 would be left out as outliers" in dock.stack.plan_words.text(), timeout=SLOW)
+    assert dock.stack.preview.n_images == 9 + 9 + 5
+    dock.stack.part.random.setChecked(True)
+    dock.stack.part.sample.setValue(10)
+    dock.stack.part.sample_by.setCurrentIndex(dock.stack.part.sample_by.findData("kind"))
+    qtbot.waitUntil(lambda: "40 of 200 particles" in dock.stack.plan_words.text(), timeout=SLOW)
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     assert "--sample 10 --sample-by kind" in " ".join(started[0])
 
@@ -320,7 +319,7 @@ def test_the_preview_leaves_out_what_cannot_be_shown(
     images[::2] = 0
     np.save(tmp_path / "half.npy", images)
     _open(dock, tmp_path / "half.npy", qtbot)
-    assert dock.preview.n_images == 12, "six that are not blank, before and after"
+    assert dock.stack.preview.n_images == 12, "six that are not blank, before and after"
 
 
 def test_several_star_files_are_opened_as_one(
@@ -338,12 +337,12 @@ def test_several_star_files_are_opened_as_one(
         data, "ask_paths", lambda parent, title, chosen, **_: chosen([str(p) for p in halves])
     )
     dock.ask_for_file()
-    qtbot.waitUntil(lambda: dock.preview.n_images > 0, timeout=SLOW)
-    found = dock.found
+    qtbot.waitUntil(lambda: dock.stack.preview.n_images > 0, timeout=SLOW)
+    found = dock.stack.found
     assert found is not None and len(found.particles) == len(rows)
     assert found.particles.source == tmp_path / "first_joined.star" and found.particles.source.is_file()
     assert "joined into" in found.lines[0]
-    dock.prepare_button.click()
+    dock.stack.prepare_button.click()
     qtbot.waitUntil(lambda: bool(started), timeout=SLOW)
     assert started[0][:2] == ["import", str(found.particles.source)]
     mrcs = next(tmp_path.glob("*.mrcs"))
@@ -366,7 +365,7 @@ def test_reading_says_how_far_it_is(
     dock.open(stack)
     qtbot.waitUntil(lambda: dock.reading_words.text() == f"Reading {stack.name} … 42%", timeout=SLOW)
     go_on.set()
-    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
+    qtbot.waitUntil(lambda: dock.stack.found is not None, timeout=SLOW)
     assert not dock.reading.isVisible()
 
 
@@ -376,14 +375,14 @@ def test_reading_can_be_called_off(dock: ParticlesDock, stack: Path, qtbot: QtBo
     dock.cancel_button.click()
     assert dock.start_page.isVisible() and not dock.reading.isVisible()
     qtbot.wait(1500)
-    assert dock.found is None and dock.start_page.isVisible(), "an answer that comes later is dropped"
+    assert dock.stack.found is None and dock.start_page.isVisible(), "an answer that comes later is dropped"
     _open(dock, stack, qtbot)
 
 
 def test_a_stack_of_blank_images_is_one_sentence(dock: ParticlesDock, tmp_path: Path, qtbot: QtBot) -> None:
     np.save(tmp_path / "blank.npy", np.zeros((40, 16, 16), np.float32))
     dock.open(tmp_path / "blank.npy")
-    qtbot.waitUntil(lambda: dock.found is not None, timeout=SLOW)
-    assert "blank or broken" in dock.summary.text()
+    qtbot.waitUntil(lambda: dock.stack.found is not None, timeout=SLOW)
+    assert "blank or broken" in dock.stack.summary.text()
     qtbot.waitUntil(dock.complaint.isVisible, timeout=SLOW)
     assert "blank" in dock.complaint.sentence.text() and "Error" not in dock.complaint.sentence.text()

@@ -18,9 +18,10 @@ from qtpy.QtWidgets import QApplication, QDockWidget, QWidget
 
 from particle_explorer.session import Session
 from particle_explorer.state import AppState, Preview
-from particle_explorer.widgets.gallery import Average, Gallery, ordered, sortable
+from particle_explorer.widgets.gallery import Gallery, ordered, sortable
 from particle_explorer.widgets.pictures import Decoder, Pictures
 from particle_explorer.widgets.preview_average import N_AVERAGED, PreviewAverage, sampled
+from particle_explorer.widgets.preview_tile import Average
 from particle_explorer.widgets.provenance import ProvenanceDialog, provenance_words
 from particle_explorer.widgets.workspace import open_workspace
 

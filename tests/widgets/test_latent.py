@@ -565,7 +565,7 @@ def test_a_set_is_saved_by_keyboard(open_dock: Open, qtbot: QtBot, tiny_session:
     mask = np.arange(tiny_session.n_particles) % 3 == 0
     dock.state.selection.set(mask)
     QTest.keyClick(dock.canvas, Qt.Key.Key_S)
-    assert dock.actions.set_name.text() == "set 1"
+    qtbot.waitUntil(lambda: dock.actions.set_name.text() == "set 1")
     QTest.keyClicks(dock.actions.set_name, "open ones")
     with qtbot.waitSignal(SignalBridge(dock.state.sets_changed, dock).told):
         QTest.keyClick(dock.actions.set_name, Qt.Key.Key_Return)
@@ -700,8 +700,10 @@ def test_a_new_column_leaves_what_follows_from_the_positions() -> None:
     table = pd.DataFrame({"z_0": rng.normal(size=50), "z_1": rng.normal(size=50), "z_2": rng.normal(size=50)})
     before = read_columns(table)
     grouped = read_columns(table.assign(cluster=np.arange(50) % 3), None, before)
-    assert grouped.z is before.z and grouped.pca is before.pca
+    assert grouped.positions is before.positions
     assert [choice for choice in grouped.axes if choice.key != "cluster"] == list(before.axes)
     assert "cluster" in [choice.key for choice in grouped.colours]
     moved = read_columns(table.assign(z_0=2 * table["z_0"]), None, before)
-    assert moved.z is not before.z and moved.spread[0, 1] == pytest.approx(2 * before.spread[0, 1])
+    assert moved.z is not before.z and moved.positions.spread[0, 1] == pytest.approx(
+        2 * before.positions.spread[0, 1]
+    )

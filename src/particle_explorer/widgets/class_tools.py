@@ -16,7 +16,6 @@ from qtpy.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QLineEdit,
-    QListWidget,
     QListWidgetItem,
     QPushButton,
     QSpinBox,
@@ -30,6 +29,7 @@ from particle_explorer.preprocess import original_pixels
 from particle_explorer.widgets.background import Tasks
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.painted import ImageRows
+from particle_explorer.widgets.short_list import ShortList
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,9 +108,8 @@ class ClassTools(QWidget):
             self.sort.addItem(words, key)
         self.sort.setToolTip("In what order the averages are shown")
         self.sort.currentIndexChanged.connect(self._on_sort)
-        self.list = QListWidget()
+        self.list = ShortList(7)
         self.list.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
-        self.list.setMaximumHeight(110)
         self.list.setToolTip("<p>Ctrl or Shift chooses several: they can be joined or removed together</p>")
         self.list.currentRowChanged.connect(self._on_row)
         self.list.itemSelectionChanged.connect(self._update)

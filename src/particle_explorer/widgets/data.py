@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtpy.QtCore import Qt, QTimer, Signal
 from qtpy.QtGui import QDragEnterEvent, QDropEvent
 from qtpy.QtWidgets import (
-    QCheckBox,
-    QComboBox,
     QHBoxLayout,
     QLabel,
-    QLineEdit,
     QMenu,
     QPushButton,
     QSizePolicy,
-    QSpinBox,
     QVBoxLayout,
     QWidget,
 )
 
-from particle_explorer.configs import PREPROCESS_PRESETS, PreprocessConfig
 from particle_explorer.io.paths import StacksMissing
 from particle_explorer.widgets.ask import ask_path, ask_paths
 from particle_explorer.widgets.background import Failure, Tasks
-from particle_explorer.widgets.form import ConfigForm, Folded, command_line
-from particle_explorer.widgets.job_bar import Complaint, JobBar, duration, number
+from particle_explorer.widgets.form import Folded
+from particle_explorer.widgets.job_bar import Complaint, number
 from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.looking import (
-    MAX_CHOICES,
     Found,
-    Preview,
-    free_folder,
-    in_short,
-    is_number,
     look_at_joined,
     look_at_layer,
     look_or_miss,
-    preview,
-    save_layer,
     session_lines,
 )
 from particle_explorer.widgets.micrograph import MicrographPanel
 from particle_explorer.widgets.moving import JoinPanel
-from particle_explorer.widgets.number_box import Number
-from particle_explorer.widgets.painted import ImageRows
 from particle_explorer.widgets.sets import SetsList
+from particle_explorer.widgets.stack_page import StackPage
 from particle_explorer.widgets.tour import was_seen
 from particle_explorer.widgets.workspace import show_session, state_of, unwrapped
 
@@ -55,7 +41,6 @@ if TYPE_CHECKING:
     import napari
 
     from particle_explorer.session import Session
-    from particle_explorer.status import Status
 
 MISSING_SHOWN = 4
 METADATA = "particle_explorer"
@@ -72,7 +57,6 @@ OPENS = (
     "RELION .star, cryoSPARC .cs, .mrcs and .mrc (also .gz, .bz2), EMAN2 .hdf, SPIDER .spi and .stk,"
     " IMAGIC .hed and .img, .tif, .npy, .npz, .zarr, or a folder of PNG, JPEG or TIFF pictures"
 )
-COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 
 
 class ParticlesDock(QWidget):
@@ -85,8 +69,6 @@ class ParticlesDock(QWidget):
         self.viewer = unwrapped(napari_viewer)
         self.state = state_of(self.viewer)
         self.tasks = Tasks(self)
-        self.found: Found | None = None
-        self._pixel_size = 0.0
         self._layer_source: Path | None = None
         self._asked = [Path()]
         self.setAcceptDrops(True)
@@ -94,7 +76,10 @@ class ParticlesDock(QWidget):
         self.complaint = Complaint()
         self.missing = self._build_missing()
         self.start_page = self._build_start()
-        self.stack_page = self._build_stack()
+        self.stack = StackPage(self.complaint)
+        self.stack.imported.connect(self._on_imported)
+        self.stack.open_asked.connect(self.open)
+        self.stack.back_asked.connect(self._back)
         self.session_page = self._build_session()
         self.join = JoinPanel(self.state)
         self.join.joined.connect(self.open)
@@ -113,15 +98,11 @@ class ParticlesDock(QWidget):
         layout.setContentsMargins(6, 6, 6, 6)
         for part in (
             *(self.reading, self.complaint, self.missing),
-            *(self.start_page, self.stack_page, self.session_page, self.join_part),
+            *(self.start_page, self.stack, self.session_page, self.join_part),
         ):
             layout.addWidget(part)
         layout.addStretch(1)
 
-        self._preview_timer = QTimer(self)
-        self._preview_timer.setSingleShot(True)
-        self._preview_timer.setInterval(250)
-        self._preview_timer.timeout.connect(self._preview)
         follow(self, self.state.session_changed, self._on_session)
         self.viewer.layers.events.inserted.connect(self._on_layer_inserted)
         self.viewer.layers.selection.events.active.connect(self._on_active_layer)
@@ -170,141 +151,6 @@ class ParticlesDock(QWidget):
         layout.addWidget(steps)
         return page
 
-    def _build_stack(self) -> QWidget:
-        page = QWidget()
-        self.summary = QLabel()
-        self.summary.setWordWrap(True)
-        self.summary.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
-        self.summary.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        self.existing_button = QPushButton("Open session")
-        self.existing_button.clicked.connect(self._open_existing)
-
-        self.form = ConfigForm(PreprocessConfig)
-        self.form.valueChanged.connect(self._on_pixel_size)
-        self.form.valueChanged.connect(self._preview_timer_start)
-
-        self.preset = QComboBox()
-        self.preset.addItem("particles in ice", "ice")
-        self.preset.addItem("negative stain", "stain")
-        self.preset.setToolTip(
-            "<p>Sets contrast, CTF and low-pass under Advanced. In negative stain particles are bright as"
-            " they are recorded, the CTF is left out, and details finer than 20 Å, which are grains of stain,"
-            " are taken away.</p>"
-        )
-        self.preset.activated.connect(self._on_preset)
-        preset_row = QHBoxLayout()
-        preset_row.addWidget(QLabel("Sample"))
-        preset_row.addWidget(self.preset, 1)
-
-        self.subset = QCheckBox("Only particles where")
-        self.subset.setToolTip(
-            "<p>Explore inside one class: a map of particles seen from different sides learns the viewing"
-            " direction first.</p>"
-        )
-        self.column, self.comparison, self.subset_value = QComboBox(), QComboBox(), QComboBox()
-        self.comparison.addItems(COMPARISONS)
-        self.subset_value.setEditable(True)
-        self.column.setToolTip("Column of the particle file")
-        self.comparison.setToolTip("Comparison")
-        self.subset_value.setToolTip("Value to compare with")
-        for combo in (self.column, self.subset_value):
-            combo.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
-            combo.setMinimumContentsLength(6)
-            combo.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
-        self.subset.toggled.connect(self._on_subset)
-        self.column.currentTextChanged.connect(self._on_column)
-        self.comparison.currentTextChanged.connect(self._preview_timer_start)
-        self.subset_value.currentTextChanged.connect(self._preview_timer_start)
-        self.subset_row = QWidget()
-        row = QHBoxLayout(self.subset_row)
-        row.setContentsMargins(0, 0, 0, 0)
-        row.addWidget(self.column, 3)
-        row.addWidget(self.comparison)
-        row.addWidget(self.subset_value, 2)
-        self.sample = QSpinBox()
-        self.sample.setRange(1, 10_000_000)
-        self.sample.setValue(10_000)
-        self.sample.setSingleStep(1000)
-        self.sample.setPrefix("at most ")
-        self.sample.setToolTip("Particles that are taken at most")
-        self.random = QCheckBox("Only some, at random")
-        self.random.setToolTip("A first look at a large stack is quick with a part of it")
-        self.sample_by = QComboBox()
-        self.sample_by.setToolTip("At random of all particles, or as many of each value of a column")
-        self.sample_by.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
-        self.sample_by.setMinimumContentsLength(8)
-        self.sample_row = QWidget()
-        row = QHBoxLayout(self.sample_row)
-        row.setContentsMargins(0, 0, 0, 0)
-        row.addWidget(self.sample, 1)
-        row.addWidget(self.sample_by, 1)
-        self.random.toggled.connect(self.sample_row.setVisible)
-        self.random.toggled.connect(self._preview_timer_start)
-        self.sample.valueChanged.connect(self._preview_timer_start)
-        self.sample_by.currentIndexChanged.connect(self._preview_timer_start)
-        self.subset_row.setVisible(False)
-        self.sample_row.setVisible(False)
-        self.views_note = QLabel(
-            "These particles show several views. The first thing a map of mixed views learns is the viewing"
-            " direction; to see motion, take one class."
-        )
-        self.views_note.setWordWrap(True)
-
-        self.folder = QLineEdit()
-        self.folder.setToolTip("The session: a folder that keeps prepared images, runs, sets and averages")
-        self.folder_button = QPushButton("…")
-        self.folder_button.setMaximumWidth(32)
-        self.folder_button.setToolTip("Choose the folder above the session")
-        self.folder_button.clicked.connect(self._ask_for_folder)
-        folder_row = QHBoxLayout()
-        folder_row.addWidget(QLabel("Session"))
-        folder_row.addWidget(self.folder, 1)
-        folder_row.addWidget(self.folder_button)
-
-        self.preview = ImageRows()
-        self.plan_words = QLabel()
-        self.plan_words.setWordWrap(True)
-        self.prepare_button = QPushButton("Prepare")
-        self.prepare_button.setToolTip("Write the prepared images into the session folder; once per stack")
-        self.prepare_button.clicked.connect(self.prepare)
-        self.back_button = QPushButton("Back")
-        self.back_button.setToolTip("Leave this stack without preparing it")
-        self.back_button.clicked.connect(self._back)
-        self.check_button = QPushButton("Check every image")
-        self.check_button.setToolTip("Read them all in the background: which are blank, broken or doubled?")
-        self.check_button.clicked.connect(self.check_all)
-        self.check_bar = JobBar()
-        self.check_bar.finished.connect(self._on_checked)
-        self.check_bar.failed.connect(self._on_import_failed)
-        self.import_bar = JobBar()
-        self.import_bar.finished.connect(self._on_imported)
-        self.import_bar.stopped.connect(self._on_import_stopped)
-        self.import_bar.failed.connect(self._on_import_failed)
-        buttons = QHBoxLayout()
-        buttons.addWidget(self.prepare_button, 1)
-        buttons.addWidget(self.back_button)
-
-        layout = QVBoxLayout(page)
-        layout.setContentsMargins(0, 0, 0, 0)
-        layout.setSpacing(5)
-        layout.addWidget(self.summary)
-        layout.addWidget(self.check_button)
-        layout.addWidget(self.check_bar)
-        layout.addWidget(self.existing_button)
-        layout.addLayout(preset_row)
-        layout.addWidget(self.form)
-        layout.addWidget(self.subset)
-        layout.addWidget(self.subset_row)
-        layout.addWidget(self.random)
-        layout.addWidget(self.sample_row)
-        layout.addWidget(self.views_note)
-        layout.addLayout(folder_row)
-        layout.addLayout(buttons)
-        layout.addWidget(self.import_bar)
-        layout.addWidget(self.preview)
-        layout.addWidget(self.plan_words)
-        return page
-
     def _build_session(self) -> QWidget:
         page = QWidget()
         self.session_words = QLabel()
@@ -345,11 +191,18 @@ class ParticlesDock(QWidget):
         box.setVisible(False)
         return box
 
+    def shutdown(self) -> None:
+        """End all background work of this dock; jobs go on."""
+        self.tasks.stop()
+        self.stack.stop()
+        self.micrograph.tasks.stop()
+        self.join.stop()
+
     def _show(self, page: QWidget | None, reading: str = "") -> None:
         self.missing.setVisible(False)
         self.reading_words.setText(reading)
         self.reading.setVisible(bool(reading))
-        for each in (self.start_page, self.stack_page, self.session_page):
+        for each in (self.start_page, self.stack, self.session_page):
             each.setVisible(each is page)
         self.join_part.setVisible(page in (self.start_page, self.session_page))
 
@@ -364,8 +217,7 @@ class ParticlesDock(QWidget):
         self._back()
 
     def _back(self) -> None:
-        self.tasks.forget("preview")
-        self.found = None
+        self.stack.leave()
         self._show(self.start_page if self.state.session is None else self.session_page)
 
     # --- opening ----------------------------------------------------------------------------------
@@ -489,212 +341,14 @@ class ParticlesDock(QWidget):
         )
 
     def _on_found(self, found: Found) -> None:
-        self.found = found
-        self.summary.setText("\n".join(in_short(found.lines)))
-        self.summary.setToolTip("\n".join(found.lines))
-        self.existing_button.setVisible(found.existing is not None)
-        if found.existing is not None:
-            self.existing_button.setText(f"Open the session that is there: {found.existing.name}")
-            self.existing_button.setToolTip(str(found.existing))
-        self._pixel_size = 0.0
-        self.form.editor("diameter_A").native.setSuffix(f" {found.unit}")
-        self.form.show_row("pixel_size_A", not found.pixel_size_known, zero="the file does not say it")
-        self.form.setValue(PreprocessConfig(diameter_A=found.diameter))
-        self.preset.setCurrentIndex(0)
-        has_ctf = "defocus_u_A" in found.columns
-        self.form.set_applicable("ctf", has_ctf, "The file has no CTF parameters")
-        self.folder.setText(str(found.folder))
-        self.column.clear()
-        self.column.addItems(list(found.columns))
-        if "class_id" in found.columns:
-            self.column.setCurrentText("class_id")
-        self.sample_by.clear()
-        self.sample_by.addItem("of all", "")
-        for name, values in found.columns.items():
-            if 1 < len(values) < MAX_CHOICES:
-                self.sample_by.addItem(f"of each {name}", name)
-        self.views_note.setVisible(found.mixed_views)
-        self.check_button.setVisible(found.particles.kind != "layer")  # a worker sees no layer
-        self.check_bar.stop()
-        self.subset.setChecked(False)
-        self.random.setChecked(False)
-        self.preview.clear()
-        self.plan_words.clear()
-        self.prepare_button.setText("Prepare")
-        self._set_busy(False)
-        self._show(self.stack_page)
-        self._preview_timer_start()
+        self.stack.show_stack(found)
+        self._show(self.stack)
 
-    def _on_pixel_size(self) -> None:
-        """The diameter is in pixels until the pixel size is known; it stays the same length."""
-        value, before = self.form.value(), self._pixel_size
-        if value.pixel_size_A == before or self.found is None or self.found.unit == "Å":
-            return
-        self._pixel_size = value.pixel_size_A
-        editor = self.form.editor("diameter_A")
-        assert isinstance(editor, Number)
-        editor.native.setSuffix(" Å" if value.pixel_size_A else " px")
-        diameter = value.diameter_A * (value.pixel_size_A or 1.0) / (before or 1.0)
-        diameter = min(float(f"{diameter:.3g}"), editor.max)
-        self.form.setValue(value.model_copy(update={"diameter_A": diameter}))
+    # --- a session is open ------------------------------------------------------------------------
 
-    def _on_preset(self, *_: object) -> None:
-        found = self.found
-        wanted = dict(PREPROCESS_PRESETS[self.preset.currentData()])
-        if found is not None and found.unit == "px" and not self.form.value().pixel_size_A:
-            wanted["low_pass_A"] = 0.0  # without a pixel size there is no ångström
-        self.form.setValue(self.form.value().model_copy(update=wanted))
-
-    def _open_existing(self) -> None:
-        if self.found is not None and self.found.existing is not None:
-            self.open(self.found.existing)
-
-    # --- subset, preview --------------------------------------------------------------------------
-
-    def _on_subset(self, wanted: bool) -> None:
-        self.subset_row.setVisible(wanted)
-        self._preview_timer_start()
-
-    def subset_taken(self) -> tuple[int, str]:
-        """At most so many at random, 0 for all; and the column of whose values each gives as many."""
-        if not self.random.isChecked():
-            return 0, ""
-        return self.sample.value(), str(self.sample_by.currentData() or "")
-
-    def _on_column(self, name: str) -> None:
-        if self.found is None:
-            return
-        self.subset_value.clear()
-        self.subset_value.addItems(self.found.columns.get(name, []))
-        self._preview_timer_start()
-
-    def where(self) -> str:
-        """The subset as `COLUMN OP VALUE`; empty takes all particles."""
-        value = self.subset_value.currentText().strip()
-        if not self.subset.isChecked() or not value:
-            return ""
-        if not is_number(value):
-            value = f'"{value}"'
-        return f"{self.column.currentText()} {self.comparison.currentText()} {value}"
-
-    def _preview_timer_start(self, *_: object) -> None:
-        self._preview_timer.start()
-
-    def _preview(self) -> None:
-        found = self.found
-        if found is None:
-            return
-        config, where, taken = self.form.value(), self.where(), self.subset_taken()
-        self.tasks.run(
-            "preview",
-            lambda: preview(found.particles, config, where, *taken),
-            self._on_preview,
-            self._on_no_preview,
-        )
-
-    def _on_preview(self, shown: Preview) -> None:
-        self.complaint.clear()
-        rows = [("As recorded", shown.before), ("As the model will see them", shown.after)]
-        if len(shown.outliers):
-            rows.append(("Would be left out as outliers", shown.outliers))
-        self.preview.set_rows(rows)
-        self.plan_words.setText(shown.words)
-        self.prepare_button.setText(f"Prepare (about {duration(shown.seconds)})")
-        self.prepare_button.setEnabled(self.import_bar.folder is None)
-
-    def _on_no_preview(self, failure: Failure) -> None:
-        self.preview.clear()
-        self.plan_words.clear()
-        self.prepare_button.setEnabled(False)
-        self.complaint.show_failure(failure)
-
-    # --- preparing --------------------------------------------------------------------------------
-
-    def _ask_for_folder(self) -> None:
-        now = Path(self.folder.text())
-
-        def chosen(folder: str) -> None:
-            self.folder.setText(str(free_folder(Path(folder) / now.name)))
-
-        ask_path(self, "Folder in which to make the session", chosen, kind="folder", start=str(now.parent))
-
-    def prepare(self) -> None:
-        """Start the worker that makes the session."""
-        from particle_explorer import jobs
-
-        found = self.found
-        if found is None:
-            return
-        self.complaint.clear()
-        target = Path(self.folder.text()).expanduser()
-        where, settings = self.where(), command_line("preprocess", self.form.value())
-        sample, sample_by = self.subset_taken()
-
-        def work() -> Path:
-            source = found.particles.source
-            if found.particles.kind == "layer":
-                source = save_layer(found.particles, target)
-            arguments = ["import", str(source), "--session", str(target), *settings]
-            if found.project_dir is not None:
-                arguments += ["--project-dir", str(found.project_dir)]
-            if sample:
-                arguments += ["--sample", str(sample)]
-                arguments += ["--sample-by", sample_by] if sample_by else []
-            status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
-            return jobs.start([*arguments, "--where", where] if where else arguments, status_folder)
-
-        self._target = target
-        self._set_busy(True)
-        self.tasks.run(
-            "prepare",
-            work,
-            lambda folder: self.import_bar.follow(folder, "Preparing the images"),
-            self._on_import_failed,
-        )
-
-    def check_all(self) -> None:
-        """Start the worker that reads every image."""
-        from particle_explorer import jobs
-
-        found = self.found
-        if found is None:
-            return
-        arguments = ["inspect", str(found.particles.source), "--full"]
-        if found.project_dir is not None:
-            arguments += ["--project-dir", str(found.project_dir)]
-
-        def work() -> Path:
-            folder = Path(tempfile.mkdtemp(prefix="particle-explorer-check-"))
-            return jobs.start(arguments, folder)
-
-        self.tasks.run(
-            "check",
-            work,
-            lambda folder: self.check_bar.follow(folder, "Reading every image"),
-            self._on_import_failed,
-        )
-
-    def _on_checked(self, status: Status) -> None:
-        self.summary.setText(f"{self.summary.text()}\n{status.message}")
-
-    def _set_busy(self, busy: bool) -> None:
-        for part in (
-            self.prepare_button,
-            self.back_button,
-            self.form,
-            self.preset,
-            self.subset,
-            self.subset_row,
-            self.random,
-            self.sample_row,
-            self.folder,
-        ):
-            part.setEnabled(not busy)
-
-    def _on_imported(self, _: object) -> None:
-        self._set_busy(False)
+    def _on_imported(self, session: Path) -> None:
         self._hide_adopted_layers()
-        show_session(self.state, self.tasks, self._target, shown=self._on_shown, failed=self.complain)
+        show_session(self.state, self.tasks, session, shown=self._on_shown, failed=self.complain)
 
     def _on_shown(self) -> None:
         self._back()
@@ -705,16 +359,6 @@ class ParticlesDock(QWidget):
         for layer in self.viewer.layers:
             if METADATA in layer.metadata:
                 layer.visible = False
-
-    def _on_import_stopped(self, _: object) -> None:
-        self._set_busy(False)
-        self.plan_words.setText("Cancelled. Preparing the same again goes on from where it was.")
-
-    def _on_import_failed(self, failure: Failure) -> None:
-        self._set_busy(False)
-        self.complaint.show_failure(failure)
-
-    # --- a session is open ------------------------------------------------------------------------
 
     def _on_session(self, session: Session | None) -> None:
         self.complaint.clear()

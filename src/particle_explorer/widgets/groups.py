@@ -18,7 +18,6 @@ from qtpy.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QLineEdit,
-    QListWidget,
     QListWidgetItem,
     QMenu,
     QPushButton,
@@ -36,6 +35,7 @@ from particle_explorer.widgets.form import ConfigForm
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.sets import NAMED_COLOURS
+from particle_explorer.widgets.short_list import ShortList
 from particle_explorer.widgets.workspace import state_of, unwrapped
 
 if TYPE_CHECKING:
@@ -64,12 +64,11 @@ class GroupsPanel(QWidget):
         self.which = QComboBox()
         self.which.setToolTip("The grouping that is listed and coloured")
         self.which.activated.connect(self._on_which)
-        self.groups = QListWidget()
+        self.groups = ShortList(7)
         self.groups.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
         self.groups.setToolTip(
             "Click a group to select its particles; Ctrl or Shift for several. Right click: its colour"
         )
-        self.groups.setMaximumHeight(130)
         self.groups.itemSelectionChanged.connect(self._select)
         self.groups.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
         self.groups.customContextMenuRequested.connect(self._show_menu)

@@ -190,7 +190,7 @@ class HoldStillPanel(QWidget):
         self._show()
 
     def _show(self, *_: object) -> None:
-        from particle_explorer.widgets.classes import gauge_words
+        from particle_explorer.widgets.rigid_part import gauge_words
 
         run = self.state.run
         gauge = None if run is None else run.gauge()

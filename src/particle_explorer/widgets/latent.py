@@ -14,7 +14,6 @@ from qtpy.QtWidgets import (
     QComboBox,
     QHBoxLayout,
     QLabel,
-    QSizePolicy,
     QToolButton,
     QVBoxLayout,
     QWidget,
@@ -30,6 +29,7 @@ from particle_explorer.widgets.latent_axes import (
     Choice,
     Columns,
     HandleAxes,
+    Live,
     LiveReader,
     Place,
     Seen,
@@ -91,12 +91,13 @@ class LatentDock(QWidget):
         self.tasks = Tasks(self)
         self._pictures: Pictures | None = None
         self._thumbnails = Mailbox(self, _thumbnail, self._on_thumbnail, lambda _: None, "thumbnail")
-        self._columns = Columns(state.features, np.zeros((0, 0)))
+        self._columns = Columns.none(state.features)
         self._axes: HandleAxes | None = None
         self._drawn: tuple[NDArray[np.float64], str, str] | None = None  # what the points were made of
         self._held: tuple[NDArray[np.float64], Place] | None = (
             None  # where the hand put the handle, and its z
         )
+        self._has_sets = False
         self._live_run: Path | None = None
         self._hint_shown = False
         self._asked_axes: tuple[str, str] | None = None
@@ -242,8 +243,8 @@ class LatentDock(QWidget):
         below.addWidget(self.live_button)
         self.counts = QLabel()
         self.counts.setAlignment(Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
-        self.counts.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
-        below.addWidget(self.counts, 1)
+        self.counts.setMinimumWidth(1)  # no wider dock for more digits
+        below.addWidget(self.counts)
         rows = QVBoxLayout()
         rows.setSpacing(3)
         for row in (axes, below):
@@ -254,6 +255,7 @@ class LatentDock(QWidget):
     def resizeEvent(self, event: QResizeEvent | None) -> None:
         super().resizeEvent(event)
         self.sliders.fit_into(self.height())
+        self._show_counts()
 
     # ---- what is open ----------------------------------------------------------
 
@@ -276,13 +278,16 @@ class LatentDock(QWidget):
 
     def _on_features(self) -> None:
         if not self._shows_live:
-            features, before = self.state.features, self._columns
-            self.tasks.run(
-                "columns",
-                lambda: in_turn(read_columns, features, None, before),
-                self._on_columns,
-                self._complain,
-            )
+            self._read_columns(None, self._columns)
+
+    def _read_columns(self, live: Live | None, before: Columns | None = None) -> None:
+        features, session = self.state.features, self.state.session
+
+        def work() -> tuple[Columns, bool]:
+            columns = in_turn(read_columns, features, live, before)
+            return columns, session is not None and bool(session.selections.names())
+
+        self.tasks.run("columns", work, self._on_columns, self._complain)
 
     @property
     def _shows_live(self) -> bool:
@@ -293,10 +298,7 @@ class LatentDock(QWidget):
         self._live_run = seen.run_path
         self.live_button.setVisible(self._live_run is not None)
         if self._shows_live and seen.live is not None:
-            features, live = self.state.features, seen.live
-            self.tasks.run(
-                "columns", lambda: in_turn(read_columns, features, live), self._on_columns, self._complain
-            )
+            self._read_columns(seen.live)
         if was != self._live_run:
             if was is not None and self._live_run is None and self.state.run is not None:
                 self._on_features()  # it has ended without a map of its own, or that map is being opened now
@@ -307,8 +309,9 @@ class LatentDock(QWidget):
             self._on_features()
         self._show_state()
 
-    def _on_columns(self, columns: Columns) -> None:
+    def _on_columns(self, found: tuple[Columns, bool]) -> None:
         """Offer and show the columns that were found; choices made before stay where they still fit."""
+        columns, self._has_sets = found
         if len(columns.features) != self.state.selection.mask.size:
             return  # of a session that has been closed meanwhile
         self._columns = columns
@@ -334,7 +337,7 @@ class LatentDock(QWidget):
         self._view_of = source
         self._show_colour()
         if columns.n_dims and self.state.handle_z.size == columns.n_dims and not self.state.handle_z.any():
-            self.state.set_handle(columns.median)  # the origin may be far from every particle
+            self.state.set_handle(columns.positions.median)  # the origin may be far from every particle
         self._offer_sliders()
         self._show_state()
 
@@ -394,7 +397,7 @@ class LatentDock(QWidget):
 
     def _offer_columns(self, columns: Columns) -> None:
         axes, colours = (columns.axes, columns.colours) if columns.n_dims else ((), ())
-        if colours and self.state.session is not None and self.state.session.selections.names():
+        if colours and self._has_sets:
             colours = (*colours[:1], Choice(SETS, "set"), *colours[1:])
         for combo, choices in ((self.x, axes), (self.y, axes), (self.colour, colours)):
             _offer(combo, choices)
@@ -488,6 +491,12 @@ class LatentDock(QWidget):
         self.tasks.run("colour", work, done, self._complain)
 
     def _on_sets(self) -> None:
+        session = self.state.session
+        if session is not None:
+            self.tasks.run("sets", lambda: bool(session.selections.names()), self._on_sets_read)
+
+    def _on_sets_read(self, some: bool) -> None:
+        self._has_sets = some
         self._offer_columns(self._columns)
         if self.colour.currentData() == SETS:
             self._show_colour()
@@ -587,7 +596,10 @@ class LatentDock(QWidget):
         if not total:
             self.counts.setText("")
         elif n:
-            self.counts.setText(f"{number(n)} of {number(total)} selected")
+            words = f"{number(n)} of {number(total)}"
+            room = self.width() // 2  # less of a number than all of it would be another number
+            whole = self.counts.fontMetrics().horizontalAdvance(f"{words} selected") <= room
+            self.counts.setText(f"{words} selected" if whole else words)
         else:
             self.counts.setText(f"{number(total)} particles")
 

@@ -52,19 +52,60 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """All that can be shown of the particles of a session: columns, latent positions, components."""
+class Positions:
+    """Where particles lie on the map, and all that follows from it alone."""
 
-    features: pd.DataFrame
     z: Floats
     """`(n, d)`, NaN where not known (yet)"""
     pca: PCA | None = None
-    axes: tuple[Choice, ...] = ()
-    colours: tuple[Choice, ...] = ()
     median: Floats = field(default_factory=lambda: np.zeros(0))
     """`(d,)` position of the particle nearest to the middle of all"""
     spread: Floats = field(default_factory=lambda: np.zeros((0, 2)))
     """`(d, 2)` lowest and highest value of each dimension"""
+
+    @classmethod
+    def of(cls, z: Floats) -> Positions:
+        """What positions `(n, d)` say; without dimensions where none of them is known."""
+        known = z[np.isfinite(z).all(axis=1)] if z.shape[1] else z[:0]
+        if not len(known):
+            return cls(np.zeros((len(z), 0)))
+        components = pca(known.astype(np.float32)) if z.shape[1] > 1 else None
+        middle = np.median(known[: 10 * NEIGHBOUR_SAMPLE], axis=0)
+        median = known[int(np.argmin(((known - middle) ** 2).sum(axis=1)))]
+        return cls(z, components, median, np.stack([known.min(axis=0), known.max(axis=0)], axis=1))
+
+    def are(self, z: Floats) -> bool:
+        """Whether these are the positions `z`."""
+        return self.z.shape[1] > 0 and np.array_equal(self.z, z, equal_nan=True)
+
+    @functools.cached_property
+    def density(self) -> Floats:
+        """`(n,)` decimal logarithm of how densely particles lie on the map, over that at their median."""
+        return local_density(self.z)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All that can be shown of the particles of a session: columns, latent positions, components."""
+
+    features: pd.DataFrame
+    positions: Positions
+    axes: tuple[Choice, ...] = ()
+    colours: tuple[Choice, ...] = ()
+
+    @classmethod
+    def none(cls, features: pd.DataFrame) -> Columns:
+        """Of particles that lie on no map (yet)."""
+        return cls(features, Positions(np.zeros((len(features), 0))))
+
+    @property
+    def z(self) -> Floats:
+        """`(n, d)`, NaN where not known (yet)"""
+        return self.positions.z
+
+    @property
+    def pca(self) -> PCA | None:
+        return self.positions.pca
 
     @property
     def n_dims(self) -> int:
@@ -79,13 +120,8 @@ class Columns:
             if found[1] == "pc" and self.pca is not None:
                 return np.asarray((self.z - self.pca.mean) @ self.pca.components[i], float)
         if key == DENSITY:
-            return self.density
+            return self.positions.density
         return np.asarray(self.features[key], float)
-
-    @functools.cached_property
-    def density(self) -> Floats:
-        """`(n,)` decimal logarithm of how densely particles lie on the map, over that at their median."""
-        return local_density(self.z)
 
     def title(self, key: str) -> str:
         return next(choice.title for choice in (*self.axes, *self.colours) if choice.key == key)
@@ -138,8 +174,8 @@ class Columns:
 def read_columns(features: pd.DataFrame, live: Live | None = None, before: Columns | None = None) -> Columns:
     """Find out what a table offers; with `live`, the positions of a run that trains. A thread's work.
 
-    What follows from the positions alone is taken from `before` where they are the same ones, as after a
-    clustering; `z` is then the very same array.
+    Where the positions are those of `before`, as after a clustering, they are the very same object, with what
+    has been computed of them.
     """
     n = len(features)
     if live is not None:
@@ -147,22 +183,12 @@ def read_columns(features: pd.DataFrame, live: Live | None = None, before: Colum
         z[live.row] = live.z
     else:
         z = features[latent_columns(features)].to_numpy(float)
-    n_dims = z.shape[1]
-    if before is not None and before.n_dims and np.array_equal(before.z, z, equal_nan=True):
-        z, components, median, spread = before.z, before.pca, before.median, before.spread
-    else:
-        known = z[np.isfinite(z).all(axis=1)] if n_dims else z
-        if not len(known):
-            return Columns(features, np.zeros((n, 0)))
-        components = pca(known.astype(np.float32)) if n_dims > 1 else None
-        middle = np.median(known[: 10 * NEIGHBOUR_SAMPLE], axis=0)
-        median = known[int(np.argmin(((known - middle) ** 2).sum(axis=1)))]
-        spread = np.stack([known.min(axis=0), known.max(axis=0)], axis=1)
-    latent = [Choice(f"z_{i}", title_of(f"z_{i}")) for i in range(n_dims)]
-    if components is not None:
+    positions = before.positions if before is not None and before.positions.are(z) else Positions.of(z)
+    latent = [Choice(f"z_{i}", title_of(f"z_{i}")) for i in range(positions.z.shape[1])]
+    if positions.pca is not None:
         latent += [
             Choice(f"pc_{i}", f"{title_of(f'pc_{i}')} ({100 * share:.0f} %)")
-            for i, share in enumerate(components.share)
+            for i, share in enumerate(positions.pca.share)
         ]
     skipped = set(latent_columns(features))
     others: list[Choice] = []
@@ -177,10 +203,7 @@ def read_columns(features: pd.DataFrame, live: Live | None = None, before: Colum
     others.append(Choice(DENSITY, "local density on the map (log₁₀)"))
     others.sort(key=lambda choice: _rank(choice.key))
     colours = (Choice(ONE_COLOUR, "one colour"), *others[:8], *latent, *words, *others[8:])
-    columns = Columns(features, z, components, (*latent, *others), colours, median, spread)
-    if before is not None and z is before.z and "density" in before.__dict__:
-        columns.__dict__["density"] = before.density
-    return columns
+    return Columns(features, positions, (*latent, *others), colours)
 
 
 class HandleAxes(Protocol):

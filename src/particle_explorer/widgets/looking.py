@@ -226,7 +226,12 @@ def in_short(lines: list[str]) -> list[str]:
     bare = [re.sub(r" \([^()]{12,}\)", "", line) for line in lines]
     bare = [re.sub(r"/(?:[^\s/]+/)+", "", line) for line in bare]
     bare = [re.sub(r"(\d) (Å|px|µm)", "\\1\u00a0\\2", line) for line in bare]  # a number keeps its unit
-    return [" · ".join(bare[:3]), *bare[3:]]
+    return [_sentence(line) for line in (" · ".join(bare[:3]), *bare[3:])]
+
+
+def _sentence(line: str) -> str:
+    """With a capital, unless it begins with the name of a file."""
+    return line[:1].upper() + line[1:] if re.match(r"[a-z]+(?![.\w])", line) else line
 
 
 def plan_words(plan: Plan) -> str:
@@ -245,8 +250,8 @@ def session_lines(session: Session) -> list[str]:
     diameter = plan.diameter_px * (plan.cached_pixel_size_A if known else 1.0)
     return [
         f"{number(info.n)} particles of {Path(info.source).name}{where}",
-        f"prepared in {plan.cached_box_px} px{size}, diameter {diameter:.3g} {'Å' if known else 'px'}",
-        f"session {session.path}",
+        f"Prepared in {plan.cached_box_px} px{size}, diameter {diameter:.3g} {'Å' if known else 'px'}",
+        f"Session {session.path}",
     ]
 
 

@@ -108,11 +108,15 @@ class MapActions(QStackedWidget):
         if not self.state.selection.count or self.state.session is None:
             return
         self.setCurrentWidget(self._naming)
-        taken = set(self.state.session.selections.names())
-        free = next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken)
-        self.set_name.setText(free)
-        self.set_name.selectAll()
+        self.set_name.clear()
         self.set_name.setFocus()
+        self._tasks.run("names", self.state.session.selections.names, self._propose)
+
+    def _propose(self, taken: list[str]) -> None:
+        """A name that is free, unless somebody has begun to type another."""
+        if not self.set_name.text():
+            self.set_name.setText(next(name for i in range(1, 10_000) if (name := f"set {i}") not in taken))
+            self.set_name.selectAll()
 
     def save_set(self) -> None:
         """Keep the selection under the name that was typed."""

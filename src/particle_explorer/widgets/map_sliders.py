@@ -86,7 +86,7 @@ class MapSliders(QScrollArea):
                 self._dimension_rows.addWidget(slider)
                 slider.show()  # now: the room for the rows is measured in a moment
         for i, slider in self.dimensions.items():
-            slider.set_range(*(float(value) for value in columns.spread[i]))
+            slider.set_range(*(float(value) for value in columns.positions.spread[i]))
             slider.set_value(float(self.state.handle_z[i]))
         self._fit_soon.start()  # when the style has had its say
 

@@ -65,7 +65,7 @@ class MicrographPanel(QWidget):
         ):
             arrow.setArrowType(kind)
             arrow.setToolTip(tip)
-            arrow.setEnabled(False)
+            arrow.setVisible(False)
             arrow.clicked.connect(lambda _=False, step=step: self.step(step))
         self.words = QLabel()
         self.words.setWordWrap(True)
@@ -266,8 +266,7 @@ class MicrographPanel(QWidget):
         self._say(f"{name}: {words}. {sheet.missing}".strip())
         of = f"{number(chosen)} of {number(n)} selected" if chosen else f"{number(n)} particles"
         caption(self.viewer, "micrograph", f"{name}: {of} (M goes back)")
-        for arrow in (self.before, self.after):
-            arrow.setEnabled(those.size > 1)
+        self._offer_others(those.size > 1)
 
     def _on_click(self, layer: Any, event: Any) -> Any:
         """A click on a point looks at that particle; Shift selects it too, Alt takes it away."""
@@ -341,8 +340,11 @@ class MicrographPanel(QWidget):
             if named
             else "The file does not say which micrographs its particles come from"
         )
+        self._offer_others(False)
+
+    def _offer_others(self, there: bool) -> None:
         for arrow in (self.before, self.after):
-            arrow.setEnabled(False)
+            arrow.setVisible(there)
 
     def _on_selection(self, _: object) -> None:
         if self.is_on and self._locations is not None:

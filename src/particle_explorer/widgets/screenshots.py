@@ -188,10 +188,10 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
 
     hand.click(workspace.particles.open_button)
     hand.choose_file(stack)
-    hand.wait(lambda: workspace.particles.preview.n_images > 0, "the preview")
+    hand.wait(lambda: workspace.particles.stack.preview.n_images > 0, "the preview")
     hand.rest()
     camera.take("open")
-    hand.click(workspace.particles.prepare_button)
+    hand.click(workspace.particles.stack.prepare_button)
     hand.wait(lambda: "selected particles" in viewer.layers, "the session", 120)
 
     hand.click(workspace.train.train_button)
@@ -245,7 +245,7 @@ def journey(viewer: napari.Viewer, stack: Path, folder: Path) -> None:
         layer.visible = False
     hand.lasso((0.3, 0.5), 0.22)
     hand.tab("Classes")
-    hand.click(workspace.classes.average_button)
+    hand.click(workspace.classes.make.average_button)
     hand.wait(lambda: workspace.classes.stored is not None, "the averages", 180)
     hand.rest(1.0)
     camera.take("classes")

@@ -256,14 +256,12 @@ class Workspace(QWidget):
         self.preview.stop()
         self.gallery.shutdown()
         self.decoder.close()
-        docks = (self, self.particles, self.particles.micrograph, self.classes)
-        for part in (*docks, self.classes.exporting):
-            part.tasks.stop()
-        for panel in (self.particles.join, self.classes.transfer):
-            panel.stop()
+        self.tasks.stop()
+        self.particles.shutdown()
         for bar in self.findChildren(JobBar):
             bar.stop()
         self.train.shutdown()
+        self.classes.shutdown()
 
     def open(self, path: Path) -> None:
         """Open a session folder."""
@@ -360,6 +358,15 @@ class Workspace(QWidget):
                 right = Qt.DockWidgetArea.RightDockWidgetArea
                 main.setCorner(Qt.Corner.BottomRightCorner, right)
                 main.resizeDocks([dock], [GALLERY_PX], Qt.Orientation.Vertical)
+            self.gallery.fold_button.toggled.connect(self._on_gallery_folded)
+            self._on_gallery_folded(not self.gallery.is_folded)
+
+    def _on_gallery_folded(self, shown: bool) -> None:
+        """Folded, it is too low for all the buttons that napari puts beside it, one above the other."""
+        bar = None if self.gallery_dock is None else self.gallery_dock.titleBarWidget()
+        for button in (getattr(bar, "hide_button", None), getattr(bar, "float_button", None)):
+            if button is not None:
+                button.setVisible(shown)
 
     def _on_run(self, run: object) -> None:
         if run is not None and not self._had_run:
