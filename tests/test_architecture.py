@@ -22,7 +22,7 @@ RANKS: dict[str, int] = {
     for rank, names in enumerate(
         [
             ["configs", "pose", "files", "transforms", "vectors", "ctf_sums", "resampling"],
-            ["particles", "ctf", "spectra", "shears", "status", "records"],
+            ["particles", "ctf", "spectra", "shears", "status", "records", "layouts"],
             ["summing"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
             ["cache", "devices", "estimates", "selections", "class_sets"],
@@ -73,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "PySide2": set(),
     "PySide6": set(),
     "sklearn": {"latents", "metrics", "bench"},
-    "umap": {"latents"},
+    "umap": {"layouts"},
     "mrcfile": {"io"},
     "cryosparc": set(),
     "starfile": set(),

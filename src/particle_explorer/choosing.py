@@ -174,7 +174,7 @@ class _Trial:
         seed_everything(self.train.seed)
         model = build_model(config, self.data).to(self.device)
         assert isinstance(model, ClassMap)
-        side = round(len(model.node_z) ** (1 / config.latent_dim))
+        side = round(len(model.grid_z) ** (1 / config.latent_dim))
         what = (
             f"trying {config.latent_dim} dimension{'s' if config.latent_dim > 1 else ''}, {side} classes each"
         )

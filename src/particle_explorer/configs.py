@@ -161,12 +161,14 @@ class ClassMapConfig(Config):
     explained; the run says how well each was."""
 
     varies: Literal["motion", "classes"] = setting("motion", "What varies")
-    """`motion` starts the map from the main motions of one object. `classes` lets it freeze slowly out of
-    disorder, for different objects or views in one stack: it takes some five times as long."""
+    """`motion` starts the map from the main motions of one object. `classes` is for different objects or
+    views in one stack: particles are laid out by which look alike at some turn, and where nothing lies there
+    is no class. In much noise, which makes neighbours of anything, the map freezes slowly out of disorder. It
+    takes some five times as long, in noise ten."""
 
     nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64, zero="automatic")
     """Classes along each side of the map, of the one that finds poses from 4 dimensions on. 0 chooses: 24 in
-    one dimension, 12 in two, 7 in three; where classes vary 15 in two, 8 in three."""
+    one dimension, 12 in two, 7 in three; where classes vary 18 in two, 8 in three."""
 
     angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
     """Step of the angular search while fitting; reported angles are refined far below it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from scipy.spatial import cKDTree
 
 from particle_explorer.configs import ClusterConfig, EmbedConfig
 from particle_explorer.files import UserError, replacing
+from particle_explorer.layouts import laid_out
 
 Array = NDArray[np.float32]
 Tell = Callable[[float], None]
@@ -206,44 +206,18 @@ def _start_of_layout(z: Array, seed: int, span: float) -> Array:
 
 
 def _umap(z: Array, config: EmbedConfig, tell: Tell) -> Array:
-    from umap import UMAP
-
     to_neighbours = 0.4
     near, distance = _neighbours(z, config.n_neighbours, lambda done: tell(to_neighbours * done))
-    reducer = UMAP(
-        n_neighbors=config.n_neighbours,
-        min_dist=config.min_distance,
+    return laid_out(
+        near,
+        distance,
+        z,
+        min_distance=config.min_distance,
         n_epochs=EPOCHS if len(z) <= MANY else EPOCHS_OF_MANY,
-        init=_start_of_layout(z, config.seed, 10.0),
-        random_state=config.seed,
-        n_jobs=1,  # several threads would make the picture differ from one run to the next
-        precomputed_knn=(near, distance, None),
-        tqdm_kwds={
-            "disable": False,
-            "bar_format": "{percentage}",
-            "mininterval": 0.3,
-            "file": _Percentages(lambda done: tell(to_neighbours + (1 - to_neighbours) * done)),
-        },
+        start=_start_of_layout(z, config.seed, 10.0),
+        seed=config.seed,
+        tell=lambda done: tell(to_neighbours + (1 - to_neighbours) * done),
     )
-    with warnings.catch_warnings():  # that it cannot place more particles later: see `_between_neighbours`
-        warnings.filterwarnings("ignore", message="precomputed_knn")
-        return np.asarray(reducer.fit_transform(z), np.float32)
-
-
-class _Percentages:
-    """A file that a progress bar writes percentages to, and that tells them on."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
-
-    def write(self, text: str) -> int:
-        words = text.strip("\r\n \x1b[A")
-        if words.replace(".", "", 1).isdigit():
-            self._tell(float(words) / 100)
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing waits."""
 
 
 def _tsne(z: Array, config: EmbedConfig, tell: Tell) -> Array:

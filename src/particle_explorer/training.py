@@ -216,23 +216,28 @@ class _Fit:
         self.batches = SessionBatches(
             self.session, self.rows, self.device, with_ctf=self.model.uses_ctf, with_pose=self.model.uses_pose
         )
-        self.n_epochs = train.n_epochs or self.model.n_epochs
         self.batch_size = min(train.batch_size or self.model.batch_size, len(self.rows))
         self.at_once = self._images_at_once()
         self.learning_rate = train.learning_rate or self.model.learning_rate
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
-        self.n_steps = self.n_epochs * self.steps_per_epoch
+        self._plan()
         self.optimisers = {
             part: torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.model.betas)
             for part, parameters in self.model.parts().items()
             if parameters
         }
-        self.status.update(n_epochs=self.n_epochs)
         if self.config.warm_start:
             self.model.skip_warm_up()
         if self.resume and self.run_.can_resume:
             self._load_checkpoint()
+            self._plan()
         self.began = time.monotonic()
+
+    def _plan(self) -> None:
+        """How long the run is; a model may know more of that once it has started."""
+        self.n_epochs = self.config.train.n_epochs or self.model.n_epochs
+        self.n_steps = self.n_epochs * self.steps_per_epoch
+        self.status.update(n_epochs=self.n_epochs)
 
     def _start(self) -> Iterator[Progress]:
         if self.started:
@@ -249,10 +254,13 @@ class _Fit:
             if self.stop.is_set():
                 raise Stopped("stopped")  # nothing is worth keeping yet: resuming starts over
         self.started = True
+        self._plan()
         # everybody has started alike, up to what devices compute differently
         state = torch.get_rng_state()
         self.team.same(state, *self.model.state_dict().values())
         torch.set_rng_state(state)
+        if self.team.size > 1:
+            self.model.agreed()
 
     def _train(self) -> Iterator[Progress]:
         checkpoint_s = 60 * self.config.train.checkpoint_minutes

@@ -402,8 +402,8 @@ def test_a_window_has_the_ctf_of_its_box() -> None:
     assert float((found - expected)[:, seen].abs().mean()) < 0.02
 
 
-def test_classes_of_different_kinds_freeze_out_of_disorder() -> None:
-    torch.manual_seed(0)
+def of_three_kinds(noise: float) -> tuple[Tensor, Tensor]:
+    """240 bars, rings and corners at any turn, and which is which."""
     random = torch.Generator().manual_seed(2)
     kind = torch.arange(240) % 3
     y, x = torch.meshgrid(torch.arange(24) - 12.0, torch.arange(24) - 12.0, indexing="ij")
@@ -411,9 +411,46 @@ def test_classes_of_different_kinds_freeze_out_of_disorder() -> None:
     corner = ((x - y).abs() < 12).float() * ((x < -2) | (y > 2)).float() * (torch.hypot(x, y) < 9).float()
     angle = torch.rand(240, generator=random) * 2 * math.pi
     images = place(torch.stack([bar, ring, corner])[kind][:, None], angle, mode="bicubic")
-    images = images + 0.1 * torch.randn(images.shape, generator=random)
-    model = model_of(nodes_per_dim=5, angle_step_deg=30, latent_dim=2, n_particles=240, varies="classes")
+    return images + noise * torch.randn(images.shape, generator=random), kind
+
+
+def map_of_classes() -> ClassMap:
+    return model_of(nodes_per_dim=5, angle_step_deg=30, latent_dim=2, n_particles=240, varies="classes")
+
+
+def test_classes_of_different_kinds_start_from_their_neighbours() -> None:
+    torch.manual_seed(0)
+    images, kind = of_three_kinds(noise=0.1)
+    model = map_of_classes()
+    fit(model, images, n_epochs=10)
+    encoding = model.encode(batch_of(images))
+    assert metrics.clustering_accuracy(encoding.z, kind) > 0.95
+    assert 3 <= len(model.nodes()) < 25 and len(model.known) == 240
+    # the classes that are left, and the neighbours, go with the weights
+    other = map_of_classes()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.nodes(), model.nodes())
+    torch.testing.assert_close(other.eval().encode(batch_of(images)).z, encoding.z)
+
+
+def test_in_noise_neighbours_say_nothing_and_the_map_freezes_out_of_disorder() -> None:
+    torch.manual_seed(0)
+    images, _ = of_three_kinds(noise=3.0)
+    model = map_of_classes()
+    for _ in model.start(Fitted(images)):
+        pass
+    assert not len(model.known) and len(model.nodes()) == 25
+    model.schedule(0.0, 0)
+    assert model.heat < 0.1
+
+
+def test_classes_of_different_kinds_freeze_out_of_disorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("particle_explorer.models.class_map._CLEAR", 1e9)
+    images, kind = of_three_kinds(noise=0.1)
+    model = map_of_classes()
     fit(model, images, n_epochs=30)
+    assert not len(model.known)
     z = model.encode(batch_of(images)).z
     assert metrics.clustering_accuracy(z, kind) > 0.9
     # what the map did not show yet of them has not passed for noise

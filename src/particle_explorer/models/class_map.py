@@ -20,10 +20,12 @@ from particle_explorer.configs import ClassMapConfig, DataSpec
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Step
 from particle_explorer.models.layers import fast_products
+from particle_explorer.models.neighbours import log_prior, places_among_neighbours
 from particle_explorer.models.pose_posterior import PosePosterior, Seen, block, polynomial
 from particle_explorer.transforms import (
     FourierBand,
     fourier_radius,
+    fourier_resize,
     place,
     real_rows,
     register,
@@ -40,8 +42,16 @@ _WIENER = 0.05
 _MOST_JUNK = 0.5
 """A map that explains less than this is no map to call others junk by."""
 _MOST_NODES = 4096
-_N_STEPS_OF_CLASSES = 600
-_HEAT_OF_CLASSES = 0.02
+_N_STEPS_OF_CLASSES, _N_STEPS_OF_DISORDER = 240, 600
+"""Steps of a map of classes, with and without a first layout."""
+_N_STEPS_OF_DRAWING = 250
+"""Steps that a decoder takes to draw the first classes."""
+_HEAT_OF_DISORDER, _HEAT_OF_NEIGHBOURS = 0.02, 0.5
+"""Inverse temperature that a map of classes starts with, without and with a first layout."""
+_FEW, _MANY = 100, 6_000
+"""Particles that are laid out by their neighbours: no fewer, and no more."""
+_CLEAR = 1.5
+"""Signal over noise, in the pixels that neighbours are compared in, from which on they say something."""
 _FLOOR_OF_CLASSES = 0.25
 """Least noise, as a share of the variance of the signal inside the disc, where classes differ in kind: what
 a smooth map cannot show of them is noise to it."""
@@ -66,14 +76,10 @@ class ClassMap(PosePosterior):
         super().__init__(config, data)
         self.warm_up = config.warm_up
         """Share of the fit in which the posterior is sharpened; 0 for one that starts from a map."""
-        n_steps, most = _N_STEPS, 30
         if self.classes:  # shapes that have little in common take the decoder many steps
-            n_steps, self.batch_size, self.learning_rate = _N_STEPS_OF_CLASSES, 500, 4e-3
-        else:  # all of a small stack are one step
-            most = max(most, math.ceil(n_steps / math.ceil(data.n_particles / self.batch_size)))
-        self.n_epochs = max(2, min(most, math.ceil(n_steps * self.batch_size / data.n_particles)))
-        if self.classes:
+            self.batch_size, self.learning_rate = 500, 4e-3
             self.n_proposals = len(self.angles)
+        self.n_epochs = self._epochs_of(_N_STEPS_OF_CLASSES if self.classes else _N_STEPS)
         self._epoch = 0
         self._proposals: Tensor | None = None
         self._proposed_in: Tensor | None = None
@@ -81,6 +87,17 @@ class ClassMap(PosePosterior):
         self._power: Tensor | None = None
         self._signal: Tensor | None = None
         self._centres: Tensor | None = None
+        self._first_heat = _HEAT_OF_DISORDER
+        self._clearness = 0.0
+        """Variance of the signal over that of the noise in a pixel, where classes vary."""
+        self._guide: Tensor | None = None
+        """`(N, d)` where each particle lies among its neighbours; nan where that is not known yet."""
+
+    def _epochs_of(self, n_steps: int) -> int:
+        n, most = self.data.n_particles, 30
+        if not self.classes:  # all of a small stack are one step
+            most = max(most, math.ceil(n_steps / math.ceil(n / self.batch_size)))
+        return max(2, min(most, math.ceil(n_steps * self.batch_size / n)))
 
     # ---- fitted on the way to something else
 
@@ -114,7 +131,7 @@ class ClassMap(PosePosterior):
     def schedule(self, fraction: float, epoch: int) -> None:
         sharpened = min(1.0, fraction / self.warm_up) if self.warm_up else 1.0
         if self.classes:
-            self.heat = _HEAT_OF_CLASSES ** (1 - sharpened)
+            self.heat = self._first_heat ** (1 - sharpened)
         else:
             self.heat = min(1.0, 0.3 + 0.7 * sharpened)
         if epoch != self._epoch and self._power is not None and (self.heat == 1 or not self.classes):
@@ -136,8 +153,9 @@ class ClassMap(PosePosterior):
             seen = self._seen(batch, None if due else self._places_of(batch.row))
             versions = self._versions(seen)
             pose = self._propose(versions, batch.row, nodes, due)
+            where = self._where(batch.row, seen)
             evidence, gradient, node = self._expect(
-                versions.images, versions.transfer, pose, templates, versions.turns
+                versions.images, versions.transfer, pose, templates, versions.turns, where
             )
         (pulled,) = torch.autograd.grad(graph, fixed, gradient)
         pulled = pulled / len(batch.row)
@@ -221,6 +239,9 @@ class ClassMap(PosePosterior):
             "power": self._power,
             "signal": self._signal,
             "centres": self._centres,
+            "guide": self._guide,
+            "first_heat": self._first_heat,
+            "n_epochs": self.n_epochs,
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -231,6 +252,13 @@ class ClassMap(PosePosterior):
         self._power = state["power"]
         self._signal = state.get("signal")
         self._centres = state.get("centres")
+        self._guide = state.get("guide")
+        self._first_heat = state.get("first_heat", _HEAT_OF_DISORDER)
+        self.n_epochs = int(state.get("n_epochs", self.n_epochs))
+
+    def agreed(self) -> None:
+        self.keep(self.kept)
+        self._guide = None  # of this process's own layout
 
     def latest(self) -> tuple[Tensor, Tensor] | None:
         if self._last_z is None:
@@ -241,7 +269,8 @@ class ClassMap(PosePosterior):
     def start(self, batches: Batches) -> Iterator[Step]:
         """Noise, one template by annealed EM, alignment and components, and a decoder that draws them.
 
-        A map that starts at random folds: two of its parts come to describe the same conformation.
+        A map that starts at random folds: two of its parts come to describe the same conformation. Where
+        classes vary, particles are laid out by their neighbours instead of components.
         """
         if self.wide_px > self.data.box_px // 2:  # refused here, not of runs that are fitted already
             raise UserError(
@@ -262,6 +291,11 @@ class ClassMap(PosePosterior):
             # no motion to start from: a round object, and a decoder that is still disorder
             with torch.no_grad():
                 self.decoder.base.copy_(self._turned_average(template)[0])
+            targets = yield from self._start_kinds(batches, template)
+            if targets is None:
+                self.n_epochs = self._epochs_of(_N_STEPS_OF_DISORDER)
+            else:
+                yield from self._start_decoder(targets, _N_STEPS_OF_DRAWING)
             self._places = None
             return
         targets = yield from self._start_components(batches, template)
@@ -287,6 +321,7 @@ class ClassMap(PosePosterior):
             inside = (images.square().mean(0) * self.mask).sum() / (self.mask.sum() * self.data.n_channels)
             # white noise has one power in all shells, its variance
             beyond = total[len(total) // 2 :].mean()
+            self._clearness = float((inside - beyond) / beyond.clamp_min(1e-6 * inside))
             self.noise_floor.copy_(_FLOOR_OF_CLASSES * (inside - beyond).clamp_min(0))
             total = around if share > 0.05 else beyond.expand_as(total)
         self._set_noise(total)
@@ -416,14 +451,60 @@ class ClassMap(PosePosterior):
         nodes = flat_mean * self.mask + torch.einsum("kd,dchw->kchw", self.node_z * math.sqrt(3), components)
         return self._filter(nodes, self._unwhitener())
 
-    def _start_decoder(self, targets: Tensor) -> Iterator[Step]:
+    @torch.no_grad()
+    def _start_kinds(self, batches: Batches, template: Tensor) -> Generator[Step, None, Tensor | None]:
+        """Node images `(k, c, n, n)` of particles laid out among their neighbours, if those say anything."""
+        n, m, n_fit = self.box, self.small_px, len(batches)
+        if n_fit < _FEW or self._clearness * (n / m) ** 2 < _CLEAR:
+            return None
+        chosen = torch.randperm(n_fit)[:_MANY]
+        self.centring = self._turned_average(template)
+        small, rows = [], []
+        for i, part in enumerate(chosen.split(1000)):
+            batch = batches.take(part)
+            rows.append(batch.row)
+            with fast_products(self.precision):
+                small.append(self.centred(self._seen(batch)))
+            yield Step("neighbours", min(1.0, i * 1000 / len(chosen)))
+        disc = soft_disc(m, self.disc_px * m / n, device=template.device)
+        seed = int(torch.randint(2**31, (1,)))
+        known = torch.cat(small)
+        with fast_products(self.precision):
+            found = yield from places_among_neighbours(
+                known.unflatten(1, (-1, m, m)), disc, self.angles, self.grid_z, 0.5 * (n / m) ** 2, seed
+            )
+        self.keep(found.kept)
+        self.known, self.known_place = known.half(), found.place
+        row = torch.cat(rows)
+        self._guide_of(int(row.max()))[row] = found.place
+        self._show(row, found.place)
+        self._first_heat = _HEAT_OF_NEIGHBOURS
+        return self._filter(fourier_resize(found.pictures[found.kept], n), self._unwhitener())
+
+    def _guide_of(self, last_row: int) -> Tensor:
+        if self._guide is None:
+            size = max(self.data.n_particles, last_row + 1)
+            self._guide = torch.full((size, self.latent_dim), torch.nan, device=self.node_z.device)
+        return self._guide
+
+    def _where(self, row: Tensor, seen: Seen) -> Tensor | None:
+        """`(b, k)` log prior of the nodes by the neighbours of each particle, found once."""
+        if not len(self.known):
+            return None
+        guide = self._guide_of(int(row.max()))
+        unknown = guide[row, 0].isnan().nonzero()[:, 0]
+        if len(unknown):
+            some = Seen._make(None if field is None else field[unknown] for field in seen)
+            guide[row[unknown]] = self.among_neighbours(some)
+        return log_prior(guide[row], self.node_z, self.spacing)
+
+    def _start_decoder(self, targets: Tensor, n_steps: int = 150) -> Iterator[Step]:
         targets = targets * self.decoder.disc
         scale = (targets - targets.mean(0)).std().clamp_min(1e-3)
         with torch.no_grad():
             self.decoder.base.copy_(targets.mean(0))
         # a subset of a large map per step: the decoder is smooth
-        n_nodes = min(len(targets), 36)
-        n_steps = 150
+        n_nodes = min(len(targets), 64 if self.classes else 36)
         optimizer = torch.optim.Adam(self.decoder.parameters(), lr=4e-3)
         for step in range(n_steps):
             for group in optimizer.param_groups:

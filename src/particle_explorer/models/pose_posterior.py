@@ -33,6 +33,7 @@ from particle_explorer.configs import ClassMapConfig, DataSpec
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Encoding, ParticleModel
 from particle_explorer.models.layers import SmoothDecoder, fast_products
+from particle_explorer.models.neighbours import log_prior, place_among
 from particle_explorer.transforms import (
     FourierBand,
     fourier_radius,
@@ -55,13 +56,21 @@ _MAX_BOX_PX = 96
 """The map is drawn and compared in at most this box; larger images are cropped in Fourier space."""
 _DISC_EDGE_PX = 2.0
 _JUNK_AT_FIRST = 0.02
+_RIVAL_NATS, _RIVAL_SHARE = 5.0, 0.05
+"""A second pose whose log posterior comes this close, in nats and as a share of it, is refined too: the
+poses of a search lie a third of an angle step apart."""
+_SOFTENED = 0.3
+"""Inverse temperature at which a particle is centred to be compared with others."""
 _NARROW = 0.12
 """Shifts within this share of the box are searched at once; beyond, a particle's place is found first."""
 _SIDE = {1: 24, 2: 12, 3: 7}
-_SIDE_OF_CLASSES = {1: 24, 2: 15, 3: 8}
+_SIDE_OF_CLASSES = {1: 24, 2: 18, 3: 8}
 """Nodes along each side by the dimensions of the map, where the settings leave it open."""
 _COARSE_SIDE = {1: 8, 2: 4, 3: 3}
 """Of these, nodes along each side that a search over all poses goes by."""
+
+
+_OF_NEIGHBOURS = ("known", "known_place", "centring")
 
 
 class Seen(NamedTuple):
@@ -86,6 +95,21 @@ class _Poses(NamedTuple):
     """`(b, p, 2)` px of the model (y, x)"""
     node: Tensor
     """`(b, p)`"""
+
+
+class _Refined(NamedTuple):
+    """Poses after refinement against the picture of one node each."""
+
+    angle: Tensor
+    """`(b,)` rad"""
+    move: Tensor
+    """`(b, 2)` px of the model (y, x)"""
+    curvature: Tensor
+    """`(b, 3, 3)` of the log posterior"""
+    residual: Tensor
+    """`(b,)` mean square of what is left"""
+    score: Tensor
+    """`(b,)` log posterior at the best, up to what is the same for all poses and nodes of an image"""
 
 
 class _Expectation(NamedTuple):
@@ -119,6 +143,14 @@ def _upgraded(model: ParticleModel, weights: dict[str, Tensor], prefix: str, *_:
     weights.setdefault(prefix + "junk_share", torch.tensor(0.0))
     weights.setdefault(prefix + "noise_floor", torch.tensor(0.0))
     weights.setdefault(prefix + "signal_power", torch.zeros_like(model.get_buffer("signal_power")))
+    weights.setdefault(prefix + "kept", torch.ones_like(model.get_buffer("kept")))
+    for name in _OF_NEIGHBOURS:  # as many as there were particles
+        empty = model.get_buffer(name)
+        setattr(model, name, torch.empty_like(weights.setdefault(prefix + name, empty), device=empty.device))
+
+
+def _kept_as_loaded(model: PosePosterior, _: object) -> None:
+    model.keep(model.kept)
 
 
 class _Turn(torch.autograd.Function):
@@ -208,7 +240,7 @@ class PosePosterior(ParticleModel):
         self.gauge_degree = 4 if d <= 2 else 3
         side = config.nodes_per_dim or (_SIDE_OF_CLASSES if self.classes else _SIDE)[d]
         axis = torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
-        node_z = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
+        grid_z = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
         n_coarse = min(side, _COARSE_SIDE[d])
         pick = torch.linspace(0, side - 1, 2 * n_coarse + 1)[1::2].round().long().unique()
         coarse = torch.cartesian_prod(*[pick] * d).reshape(-1, d) @ side ** torch.arange(d - 1, -1, -1)
@@ -229,7 +261,9 @@ class PosePosterior(ParticleModel):
         def constant(name: str, value: Tensor) -> None:
             self.register_buffer(name, value, persistent=False)
 
-        constant("node_z", node_z)
+        constant("grid_z", grid_z)
+        constant("coarse_z", grid_z[coarse])
+        constant("node_z", grid_z)
         constant("coarse", coarse)
         constant("angles", torch.arange(n_angles) * self.angle_step)
         constant("shifts", shifts)
@@ -242,8 +276,30 @@ class PosePosterior(ParticleModel):
         self.register_buffer("noise_floor", torch.tensor(0.0))
         self.noise_floor: Tensor
         self.register_buffer("gauge", torch.zeros(n_terms, 3))
+        self.register_buffer("kept", torch.ones(len(grid_z), dtype=torch.bool))
+        # turns of half a step move the rim by this much; shorter waves only blur the search
+        rim = self.disc_px * self.angle_step / 2
+        shells = max(8.0, n / (3 * rim))
+        self.small_px = min(n, max(16, 2 * math.ceil(1.25 * shells)))
+        """Side of the images that neighbours are compared in."""
+        self.register_buffer("known", torch.zeros(0, data.n_channels * self.small_px**2, dtype=torch.float16))
+        self.register_buffer("known_place", torch.zeros(0, d))
+        self.register_buffer("centring", torch.zeros(0, data.n_channels, n, n))
+        self.known: Tensor
+        """`(q, px)` some of the particles that were fitted, centred, in the pixels that neighbours are
+        compared in; none where the map goes by no neighbours."""
+        self.known_place: Tensor
+        """`(q, d)` where they were laid out."""
+        self.centring: Tensor
+        """`(1, c, n, n)` round picture that they were centred by."""
+        self.grid_z: Tensor
+        self.coarse_z: Tensor
+        self.kept: Tensor
+        """`(side^d,)` which points of the grid have a class."""
         self.node_z: Tensor
+        """`(k, d)` those that have."""
         self.coarse: Tensor
+        """Of these, the ones that a search over all poses goes by."""
         self.angles: Tensor
         self.shifts: Tensor
         self.mask: Tensor
@@ -254,9 +310,7 @@ class PosePosterior(ParticleModel):
         self.noise_power: Tensor
         self.shift_sd: Tensor
         self.gauge: Tensor
-        # turns of half a step move the rim by this much; shorter waves only blur the search
-        rim = self.disc_px * self.angle_step / 2
-        self.coarse_band = FourierBand(n, min(n // 2, max(8.0, n / (3 * rim))))
+        self.coarse_band = FourierBand(n, min(n // 2, shells))
         # beyond 0.4 / px turned templates hold more interpolation error than signal
         self.band = FourierBand(n, 0.4 * n)
         self._matrices: tuple[Tensor, Tensor] | None = None
@@ -273,7 +327,14 @@ class PosePosterior(ParticleModel):
         self._places: tuple[tuple[object, ...], Tensor] | None = None
         """What a particle's place is found by: `(t, c, n, n // 2 + 1)` spectra in the box of the batch."""
         self.register_load_state_dict_pre_hook(_upgraded)
+        self.register_load_state_dict_post_hook(_kept_as_loaded)
         self._fine_key: tuple[object, ...] = ()
+
+    def keep(self, kept: Tensor) -> None:
+        """Leave out the classes at the points of the grid that are not `kept` `(side^d,)`."""
+        self.kept.copy_(kept)
+        self.node_z = self.grid_z[self.kept]
+        self.coarse = torch.cdist(self.coarse_z, self.node_z).argmin(1).unique()
 
     # ---- pictures
 
@@ -572,9 +633,11 @@ class PosePosterior(ParticleModel):
         pose: Tensor,
         templates: Tensor,
         turns: Tensor | None = None,
+        where: Tensor | None = None,
     ) -> _Expectation:
         """Score all nodes at proposed poses `(b, p)` in the full band, `templates` being `(r, k, px)`.
 
+        `where` `(b, k)` is the log prior of the nodes, against an even one, if something is known of it.
         Images are versions one after the other; what is found is of the particles, fewer by `n_versions`.
         """
         r, k, px = templates.shape
@@ -616,10 +679,13 @@ class PosePosterior(ParticleModel):
             by_image = torch.empty_like(scores)
             by_image[order] = scores
             logits = by_image.view(len(part) // v, v * p * k).mul_(self.heat)
+            if where is not None:  # what is known of the content is known from the first step on
+                of_part = where[start // v : (start + step) // v, None]
+                logits.view(len(part) // v, v * p, k).add_(of_part)
             total = logits.logsumexp(1, keepdim=True)
             if junk is not None:
-                of_part = junk[start // v : (start + step) // v, None]
-                total = torch.logaddexp(total + (1 - self.junk_share).log(), of_part)
+                of_junk = junk[start // v : (start + step) // v, None]
+                total = torch.logaddexp(total + (1 - self.junk_share).log(), of_junk)
                 logits.add_((1 - self.junk_share).log())
             gamma = logits.sub_(total).exp_().view(len(part) // v, v * p, k)
             evidence.append(total[:, 0] / self.heat)
@@ -636,6 +702,36 @@ class PosePosterior(ParticleModel):
                     by_pixel = gradient[a].view(k, self.data.n_channels, -1, 2)
                     by_pixel.addcmul_(templates[a].view_as(by_pixel), square[:, None, :, None], value=-1)
         return _Expectation(torch.cat(evidence), gradient, torch.cat(nodes))
+
+    # ---- neighbours
+
+    def centred(self, seen: Seen) -> Tensor:
+        """`(b, px)` images as neighbours are compared: whitened, centred by a round picture, and small.
+
+        Its mean position under a softened posterior turns with the image; that of a picture that is not round
+        depends on how it happens to fit.
+        """
+        rows = self._rows(seen.images, self.coarse_band, seen.transfer)
+        picture = real_rows(self._rows(self.centring, self.coarse_band))[0]
+        back = self.coarse_band.phases(-self.shifts)
+        score = torch.stack([real_rows(rows * phase) @ picture for phase in back], 1)
+        move = (_SOFTENED * score + self._log_prior_shifts()).softmax(1) @ self.shifts.float()
+        factor = 1 / self._unwhitener()
+        if seen.transfer is not None:
+            factor = factor * seen.transfer[:, None]
+        images = unplace(self._filter(seen.images, factor), None, move, mode="bicubic")
+        return fourier_resize(images * self.mask, self.small_px).flatten(1)
+
+    def among_neighbours(self, seen: Seen) -> Tensor:
+        """`(b, d)` where images lie among the known ones that are most like them at any turn."""
+        disc = soft_disc(self.small_px, self.disc_px * self.small_px / self.box, device=self.known.device)
+        small = self.centred(seen).unflatten(1, (-1, *disc.shape))
+        return place_among(small, disc, self.angles, self.known.float(), self.known_place, self.spacing)
+
+    @property
+    def spacing(self) -> float:
+        """From one point of the grid to the next."""
+        return 2 / max(1.0, len(self.grid_z) ** (1 / self.latent_dim) - 1)
 
     # ---- junk
 
@@ -705,8 +801,8 @@ class PosePosterior(ParticleModel):
         """Angle, move and mean squared residual, refined against one whitened picture for each image."""
         images, transfer, _, _ = self._seen(batch, centre)
         own = torch.arange(len(images), device=images.device)
-        angle, move, _, residual = self._refine(self.whitened(images), transfer, whitened, own, angle, move)
-        return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi, move, residual
+        found = self._refine(self.whitened(images), transfer, whitened, own, angle, move)
+        return torch.remainder(found.angle + math.pi, 2 * math.pi) - math.pi, found.move, found.residual
 
     # ---- encoding
 
@@ -791,6 +887,9 @@ class PosePosterior(ParticleModel):
         cell_score = images.new_empty(b * p, n_fine)
         best_score = images.new_empty(b * p)
         best_at = order.new_empty(b * p)
+        where = None
+        if len(self.known):
+            where = log_prior(self.among_neighbours(seen), self.node_z, self.spacing)
         n_alike = k * n_fine * (1 if prior_of_turns is not None else r)
         normaliser = self._log_prior(self.shifts).logsumexp(0) + math.log(n_alike)
         done = 0
@@ -811,11 +910,13 @@ class PosePosterior(ParticleModel):
             score += (self._log_prior(self.shifts[shift, None] + moves) - normaliser)[..., None]
             if prior_of_turns is not None:
                 score += prior_of_turns[image[done : done + size], a, None, None]
-            top, where = score.flatten(1).max(1)
+            if where is not None:
+                score += where[image[done : done + size], None]
+            top, cell_at = score.flatten(1).max(1)
             weight = score.sub_(top[:, None, None]).exp_()
             node_score[at] = weight.sum(1).log() + top[:, None]
             cell_score[at] = weight.sum(2).log() + top[:, None]
-            best_score[at], best_at[at] = top, where
+            best_score[at], best_at[at] = top, cell_at
             done += size
 
         node_score, cell_score = node_score.view(b, p, k), cell_score.view(b, p * n_fine)
@@ -835,8 +936,10 @@ class PosePosterior(ParticleModel):
             self.shifts[pose // r] + moves[best_cell // k],
             best_cell % k,
         )
-        pick = torch.arange(b, device=pose.device)
-        angle, move, best_node = (part[pick, best.argmax(1)] for part in poses)
+        whitener = self._whitener()
+        white, white_nodes = self._filter(images, whitener), self._filter(nodes, whitener)
+        modes = self._modes(white, transfer, white_nodes, poses, best, n_modes) if n_modes else {}
+        (angle, move, best_node), refined = self._best_pose(white, transfer, white_nodes, poses, best)
         cell_angle = (self.angles[pose % r][..., None] + turns).flatten(1)
         cell_move = (self.shifts[pose // r][:, :, None] + moves).flatten(1, 2)
         away = torch.remainder(cell_angle - angle[:, None] + math.pi, 2 * math.pi) - math.pi
@@ -849,19 +952,15 @@ class PosePosterior(ParticleModel):
         mode_move = torch.einsum("bm,bmi->bi", mode, cell_move)
         shift_var = torch.einsum("bm,bmi->bi", mode, (cell_move - mode_move[:, None]) ** 2).mean(1)
 
-        whitener = self._whitener()
-        white, white_nodes = self._filter(images, whitener), self._filter(nodes, whitener)
-        modes = self._modes(white, transfer, white_nodes, poses, best, n_modes) if n_modes else {}
-        angle, move, curvature, residual = self._refine(white, transfer, white_nodes, best_node, angle, move)
-        local = torch.linalg.inv(curvature)
+        local = torch.linalg.inv(refined.curvature)
         angle_std = torch.maximum(angle_var.clamp_min(0), local[:, 0, 0]).sqrt()
         shift_std = torch.maximum(shift_var, (local[:, 1, 1] + local[:, 2, 2]) / 2).sqrt()
 
-        angle, move = self._reported(angle, move, best_node)
+        angle, move = self._reported(refined.angle, refined.move, best_node)
         return modes | {
             "z": z, "z_std": z_std, "angle": angle, "shift": centre + move * self.px_per_px,
             "log_likelihood": evidence, "angle_std": angle_std, "shift_std": shift_std * self.px_per_px,
-            "pose_entropy": entropy, "residual": residual, "proposal_mass": proposal_mass,
+            "pose_entropy": entropy, "residual": refined.residual, "proposal_mass": proposal_mass,
         }  # fmt: skip
 
     def _reported(self, angle: Tensor, move: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
@@ -870,6 +969,40 @@ class PosePosterior(ParticleModel):
         angle = angle - turn
         move = move - _rotated(shift, angle)
         return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi, move
+
+    def _best_pose(
+        self, whitened: Tensor, transfer: Tensor | None, nodes: Tensor, poses: _Poses, score: Tensor
+    ) -> tuple[_Poses, _Refined]:
+        """The best `(b,)` of some poses `(b, p)` by their `score`, as it was found and refined.
+
+        What looks almost alike after half a turn has two poses, which differ by less than the search leaves
+        open: where the best of those that are no neighbours comes close, both are refined and compared.
+        """
+        at = torch.arange(len(score), device=score.device)
+        value, first = score.max(1)
+        best = _Poses(*(part[at, first] for part in poses))
+        refined = self._refine(whitened, transfer, nodes, best.node, best.angle, best.move)
+        others = torch.where(self._near(poses, best.angle, best.move), -torch.inf, score)
+        rival_value, second = others.max(1)
+        close = (rival_value > value - _RIVAL_NATS - _RIVAL_SHARE * value.abs()).nonzero()[:, 0]
+        if len(close):
+            rival = _Poses(*(part[close, second[close]] for part in poses))
+            again = self._refine(
+                whitened[close], None if transfer is None else transfer[close], nodes,
+                rival.node, rival.angle, rival.move,
+            )  # fmt: skip
+            better = again.score > refined.score[close]
+            won = close[better]
+            for mine, theirs in zip((*best, *refined), (*rival, *again), strict=True):
+                mine[won] = theirs[better]
+        return best, refined
+
+    def _near(self, poses: _Poses, angle: Tensor, move: Tensor) -> Tensor:
+        """`(b, p)` which poses belong to the mode about `angle` `(b,)` and `move` `(b, 2)`."""
+        away = torch.remainder(poses.angle - angle[:, None] + math.pi, 2 * math.pi) - math.pi
+        return (away.abs() <= 2.5 * self.angle_step) & (
+            (poses.move - move[:, None]).norm(dim=-1) <= 3 * self.shift_step
+        )
 
     def _modes(
         self,
@@ -886,13 +1019,9 @@ class PosePosterior(ParticleModel):
         for _ in range(n_modes):
             value, best = score.max(1)
             angle, move, node = (part[pick, best] for part in poses)
-            away = torch.remainder(poses.angle - angle[:, None] + math.pi, 2 * math.pi) - math.pi
-            near = (away.abs() <= 2.5 * self.angle_step) & (
-                (poses.move - move[:, None]).norm(dim=-1) <= 3 * self.shift_step
-            )
-            score = torch.where(near, -torch.inf, score)
-            angle, move, _, _ = self._refine(whitened, transfer, nodes, node, angle, move)
-            found.append((*self._reported(angle, move, node), value))
+            score = torch.where(self._near(poses, angle, move), -torch.inf, score)
+            refined = self._refine(whitened, transfer, nodes, node, angle, move)
+            found.append((*self._reported(refined.angle, refined.move, node), value))
         angles, moves, values = (torch.stack(part, 1) for part in zip(*found, strict=True))
         return {"mode_angle": angles, "mode_move": moves, "mode_score": values}
 
@@ -921,11 +1050,10 @@ class PosePosterior(ParticleModel):
         angle: Tensor,
         move: Tensor,
         n_steps: int = 3,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> _Refined:
         """Gauss-Newton on angle and shift against each image's own node; only improvements are kept.
 
-        `nodes` are whitened, `node` `(b,)` says which. Returns angle, shift, curvature `(b, 3, 3)` of the log
-        posterior and mean squared residual `(b,)`.
+        `nodes` are whitened, `node` `(b,)` says which.
         """
         # an image brought back, times every node and its gradients, is one product
         flat = (nodes * self.mask).flatten(1)
@@ -971,7 +1099,7 @@ class PosePosterior(ParticleModel):
             reach = 1.5 * self.shift_step
             ahead = move + _rotated(delta[:, 1:], angle)
             move = start_move + (ahead - start_move).clamp(-reach, reach)
-        return best_angle, best_move, curvature, residual / n_pixels
+        return _Refined(best_angle, best_move, curvature, residual / n_pixels, best)
 
     def _products_by_shell(self, nodes: Tensor, ctf_square: Tensor, node: Tensor) -> Tensor:
         """`(b, 4, 4)` products ⟨C u, C v⟩ of each image's node and its three gradients, C² `(b, shells)`."""
