@@ -22,10 +22,10 @@ RANKS: dict[str, int] = {
     for rank, names in enumerate(
         [
             ["configs", "pose", "files", "transforms", "vectors", "ctf_sums", "resampling"],
-            ["particles", "ctf", "spectra", "shears", "status", "records", "layouts"],
+            ["particles", "ctf", "spectra", "shears", "status", "records", "devices", "layouts"],
             ["summing"],
             ["io", "models", "averaging", "preprocess", "simulate", "latents", "metrics", "movies", "report"],
-            ["cache", "devices", "estimates", "selections", "class_sets"],
+            ["cache", "estimates", "selections", "class_sets"],
             ["session", "gauge", "team", "traversals", "membership", "refining", "examining"],
             ["encoding"],
             ["training", "exporting", "coordinates", "amending", "aligned", "class_report"],

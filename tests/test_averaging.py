@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from particle_explorer import averaging, spectra, summing
+from particle_explorer import averaging, spectra
 from particle_explorer.averaging import average_classes, class_average
 from particle_explorer.commands.averaging import apart_words, poses_apart
 from particle_explorer.configs import AverageConfig, RefineConfig
@@ -21,6 +21,8 @@ from particle_explorer.pose import recentre, rotation_matrix
 from particle_explorer.refining import compare, refine
 from particle_explorer.resampling import Scale, common_scale
 from particle_explorer.spectra import align, frc, ssnr_ring
+from particle_explorer.summing import shearing, splines
+from particle_explorer.summing.work import Members
 
 PIXEL_A = 3.0
 
@@ -299,7 +301,7 @@ def test_all_classes_in_one_pass_equal_each_alone(state: str, monkeypatch: pytes
     images = phantom(n, angle, shift) + rng.normal(size=(k, n, n))
     labels = rng.integers(-1, 3, k)
     session = Originals(images, table)
-    monkeypatch.setattr(summing, "BLOCK_BYTES", 7 * 4 * n * n)  # seven images at a time
+    monkeypatch.setattr(splines, "BLOCK_BYTES", 7 * 4 * n * n)  # seven images at a time
     done: list[float] = []
     together = average_classes(session, labels, angle, shift, progress=done.append)
     # each image once, in the order of the disk
@@ -483,13 +485,13 @@ def test_sheared_classes_equal_each_alone_and_may_share_members(monkeypatch: pyt
     session = Originals(images, make_table(k, n))
     row = np.concatenate([np.arange(25), np.arange(10, 40), np.arange(5)])
     which = np.repeat([0, 1, 2], [25, 30, 5])
-    members = summing.Members(row, which, rng.uniform(0.2, 1, len(row)))
-    monkeypatch.setattr(summing, "BLOCK_BYTES", 7 * 4 * n * n)
-    monkeypatch.setattr(summing, "STEP_BYTES", 3 * 4 * n * n)
+    members = Members(row, which, rng.uniform(0.2, 1, len(row)))
+    monkeypatch.setattr(shearing, "BLOCK_BYTES", 7 * 4 * n * n)
+    monkeypatch.setattr(shearing, "STEP_BYTES", 3 * 4 * n * n)
     config = AverageConfig(interpolation="shears")
     names = ["a", "b", "c"]
     for sums in (2**30, 1):  # all together, and one class after the other
-        monkeypatch.setattr(summing, "SUMS_BYTES", sums)
+        monkeypatch.setattr(shearing, "SUMS_BYTES", sums)
         found = averaging.average_members(session, members, names, angle, shift, config)
         for i, average in enumerate(found):
             own = which == i

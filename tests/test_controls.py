@@ -43,7 +43,7 @@ def test_the_control_shows_what_an_inference_of_poses_puts_into_noise(tiny_sessi
     from particle_explorer.averaging import average_members
     from particle_explorer.configs import AverageConfig, ClassMapConfig, RunConfig
     from particle_explorer.latents import Latents
-    from particle_explorer.summing import Members
+    from particle_explorer.summing.work import Members
 
     n = 32
     template = gaussian_filter(np.random.default_rng(3).normal(size=(n, n)), 1.3)

@@ -160,7 +160,7 @@ def test_classes_keep_their_numbers():
 
 def test_a_particle_of_several_averages_is_in_the_one_where_it_counts_most(tiny_session: Session):
     from particle_explorer.averaging import average_members
-    from particle_explorer.summing import Members
+    from particle_explorer.summing.work import Members
 
     members = Members(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), np.array([0.2, 0.8, 1.0, 1.0]))
     averages = average_members(tiny_session, members, ["a", "b"], np.zeros(120), np.zeros((120, 2)))

@@ -19,7 +19,7 @@ from particle_explorer.io.mrc import write_stack_in_batches
 from particle_explorer.io.writing import export_particles
 from particle_explorer.session import Session
 from particle_explorer.spectra import align, outside_circle
-from particle_explorer.summing import Event
+from particle_explorer.summing.work import Event
 
 BLOCK = 32
 WARNING = (

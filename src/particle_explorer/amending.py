@@ -19,7 +19,7 @@ from particle_explorer.class_sets import StoredClasses
 from particle_explorer.configs import AverageConfig
 from particle_explorer.files import UserError
 from particle_explorer.session import Session
-from particle_explorer.summing import Event, Members, Progress
+from particle_explorer.summing.work import Event, Members, Progress
 
 Floats = NDArray[np.float64]
 
@@ -119,6 +119,7 @@ def amend(
     name: str,
     change: Change,
     *,
+    device: str = "auto",
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> str:
@@ -136,7 +137,7 @@ def amend(
         if old is not None:
             copies[int(i)] = old
     anew = [i for i in range(len(labels)) if i not in copies]
-    made = _averaged(session, stored, members, anew, progress, stop) if anew else []
+    made = _averaged(session, stored, members, anew, device, progress, stop) if anew else []
     averages = dict(zip(anew, made, strict=True))
     how = {**stored.how, "from": name, "changed": described(stored, change)}
     return session.classes.save_changed(stored, members, labels, averages, copies, how)
@@ -157,6 +158,7 @@ def _averaged(
     stored: StoredClasses,
     members: pd.DataFrame,
     which: Sequence[int],
+    device: str,
     progress: Progress | None,
     stop: Event | None,
 ) -> list[ClassAverage]:
@@ -175,6 +177,7 @@ def _averaged(
         angle,
         shift,
         config,
+        device=device,
         progress=progress,
         stop=stop,
     )

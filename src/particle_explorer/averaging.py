@@ -3,13 +3,13 @@
 With a CTF, an average is the Wiener sum of its members, Σ CTF·F / (Σ CTF² + σ²/τ²), where noise σ² and
 signal τ² are estimated ring by ring from the members: from the power of the sum and the sum of the powers.
 The same two numbers give the spectral signal-to-noise ratio (Unser et al. 1987; Penczek 2010). `summing`
-moves the images back and adds them up.
+moves the images back and adds them up, on the CPU or on a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -17,14 +17,18 @@ import numpy as np
 import pandas as pd
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, sparse
+from scipy import sparse
 
 from particle_explorer.configs import AverageConfig
 from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import UserError
 from particle_explorer.resampling import AtOneScale, Scale
 from particle_explorer.spectra import Float, frc, outside_circle, ring_sums, ssnr_ring
-from particle_explorer.summing import Event, Images, Members, Progress, Sums, Work, shear_sums, spline_sums
+from particle_explorer.summing.balance import Balance
+from particle_explorer.summing.shearing import shear_sums
+from particle_explorer.summing.splines import spline_sums
+from particle_explorer.summing.where import DEVICE_PIXELS, gpu
+from particle_explorer.summing.work import Event, Images, Members, Progress, Sums, Work
 
 FRC_THRESHOLD = 0.143
 """Of two halves, each with half of the members (Rosenthal & Henderson 2003)."""
@@ -145,6 +149,7 @@ def class_average(
     weights: ArrayLike | None = None,
     label: str = "",
     sign: int = 1,
+    device: str = "auto",
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> ClassAverage:
@@ -161,6 +166,10 @@ def class_average(
         `(m,)`, at least 0; 1 by default.
     sign
         -1 turns particles bright that are dark, where the table's `contrast_sign` does not say.
+    device
+        What computes: `cpu`, `cuda:N`, `mps`, or `auto`: a CUDA device where there is one and the images are
+        many. A GPU moves images back by splines, whatever their number. `torch-cpu` has torch do on the CPU
+        what it would do on a GPU, to compare.
     """
     rows = np.asarray(rows, dtype=np.int64)
     shift = np.asarray(shift_yx_px, dtype=np.float64).reshape(len(rows), 2)
@@ -177,6 +186,7 @@ def class_average(
         config=config or AverageConfig(),
         labels=[label],
         signs=_signs(table, sign, len(rows)),
+        device=device,
         progress=progress,
         stop=stop,
     )
@@ -191,6 +201,7 @@ def average_classes(
     config: AverageConfig | None = None,
     *,
     names: Sequence[str] | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> list[ClassAverage]:
@@ -218,7 +229,15 @@ def average_classes(
     rows = np.flatnonzero(label >= 0)
     members = Members(rows, which.reshape(-1), np.ones(len(rows)))
     return average_members(
-        session, members, captions, angle_deg, shift_yx_px, config, progress=progress, stop=stop
+        session,
+        members,
+        captions,
+        angle_deg,
+        shift_yx_px,
+        config,
+        device=device,
+        progress=progress,
+        stop=stop,
     )
 
 
@@ -231,6 +250,7 @@ def average_members(
     config: AverageConfig | None = None,
     *,
     half: NDArray[np.int64] | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> list[ClassAverage]:
@@ -274,6 +294,7 @@ def average_members(
         config=config,
         labels=[names[i] for i in present],
         signs=np.full(len(rows), plan.sign, dtype=np.float32),
+        device=device,
         progress=progress,
         stop=stop,
     )
@@ -297,6 +318,7 @@ def _average(
     config: AverageConfig,
     labels: list[str],
     signs: NDArray[np.float32],
+    device: str,
     progress: Progress | None,
     stop: Event | None,
 ) -> list[ClassAverage]:
@@ -332,13 +354,29 @@ def _average(
         ring_sums(m),
         stop,
     )
+    pixels = len(order) * float(boxes.max()) ** 2
+    # by splines, a GPU is worth its start where the CPU would be asked for shears
+    least = {"auto": DEVICE_PIXELS, "spline": SPLINE_PIXELS, "shears": math.inf}[config.interpolation]
+    on = gpu(device, pixels, least)
     shears = config.interpolation == "shears"
     if config.interpolation == "auto":
-        shears = len(order) * float(boxes.max()) ** 2 > SPLINE_PIXELS
-    shears &= bool((boxes == boxes[0]).all())
-    sums = shear_sums(work, progress) if shears else spline_sums(work, progress)
+        shears = pixels > SPLINE_PIXELS
+    shears &= not on and bool((boxes == boxes[0]).all())
+    sums: Iterator[Sums]
+    if on:
+        from particle_explorer.summing.on_device import device_sums, device_words
+
+        sums, computed_on = device_sums(work, on, progress), device_words(on)
+    else:
+        sums = shear_sums(work, progress) if shears else iter(spline_sums(work, progress))
+        computed_on = "CPU, 2 threads"
     uid = rows.astype(np.uint64) if table is None else table.index.to_numpy(np.uint64)
-    settings = {**config.model_dump(), "box_px": m, "interpolation": "shears" if shears else "spline"}
+    settings = {
+        **config.model_dump(),
+        "box_px": m,
+        "interpolation": "shears" if shears else "spline",
+        "computed_on": computed_on,
+    }
     pixel_size = float(np.median(result_pixel_sizes))
     averages = []
     for i, label in enumerate(labels):
@@ -346,7 +384,7 @@ def _average(
         at = members.row[own]
         averages.append(
             _finish(
-                sums[i],
+                next(sums),  # kept by nobody: one group's memory is needed by the next
                 Placed(uid[at], members.weight[own], angle_deg[at], shift_yx_px[at]),
                 pixel_size,
                 label,
@@ -404,7 +442,7 @@ def _finish(
     noise_gain: NDArray[Any] | None = sums.noise_gain
     if gain is None or noise_gain is None:
         gain, noise_gain = (np.broadcast_to(sums.weight[:, i, None, None], shape) for i in (0, 2))
-    balance = _Balance.of(sums, spectra.sum(0), gain.sum(0), noise_gain.sum(0), rings, channels)
+    balance = Balance.of(sums, spectra.sum(0), gain.sum(0), noise_gain.sum(0), rings, channels)
 
     def image(total: NDArray[np.complex128], gain: NDArray[Any], noise_gain: NDArray[Any]) -> Float:
         if mode == "wiener":
@@ -434,62 +472,3 @@ def _finish(
         settings=settings,
         halves_independent=halves_independent,
     )
-
-
-class _Balance(NamedTuple):
-    """Signal and noise of a class, ring by ring, in units of one image."""
-
-    signal: NDArray[np.float64]
-    noise: NDArray[np.float64]
-    ssnr: NDArray[np.float64]
-
-    @classmethod
-    def of(
-        cls,
-        sums: Sums,
-        total: NDArray[np.complex128],
-        gain: NDArray[Any],
-        noise_gain: NDArray[Any],
-        rings: sparse.csr_matrix,
-        channels: int,
-    ) -> _Balance:
-        """Two equations per ring: power of the sum and sum of the powers, each signal plus noise."""
-        of_sum = rings @ (np.abs(total) ** 2).sum(0).ravel()
-        signal_in_sum = channels * (rings @ np.asarray(gain, dtype=np.float64).ravel() ** 2)
-        noise_in_sum = channels * (rings @ np.asarray(noise_gain, dtype=np.float64).ravel())
-        signal_in_powers, noise_in_powers = sums.power_gain
-        terms = [of_sum, sums.power, signal_in_sum, noise_in_sum, signal_in_powers, noise_in_powers]
-
-        def solve(terms: list[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            total_, powers, a, b, c, d = terms
-            determinant = a * d - b * c
-            known = determinant > 1e-9 * a * d
-            safe = np.where(known, determinant, 1.0)
-            signal = np.where(known, (total_ * d - b * powers) / safe, 0.0)
-            noise = np.where(known, (a * powers - c * total_) / safe, 0.0)
-            return np.maximum(signal, 0.0), np.maximum(noise, 0.0)
-
-        signal, noise = solve(terms)
-        floor = 1e-9 * (signal + noise).max() + 1e-300
-        # noise is counted as if every image covered the whole average
-        covered = sums.weight[:, 2].sum() / max(sums.weight[:, 1].sum(), 1e-300)
-        per_noise = signal_in_sum * covered / np.where(noise_in_sum > 0, noise_in_sum, np.inf)
-        ssnr = per_noise * signal / np.maximum(noise, floor)
-        # the filter wants steady numbers more than sharp ones: three rings together
-        smooth = solve([ndimage.uniform_filter1d(term, 3, mode="nearest") for term in terms])
-        return cls(*smooth, ssnr)
-
-    def wiener(self, gain: NDArray[Any], noise_gain: NDArray[Any], m: int) -> NDArray[np.float64]:
-        """`(m, m // 2 + 1)` factors that turn Σ CTF·F into the average.
-
-        Rings without measurable signal are kept at a tenth of it rather than wiped out: a blank average would
-        hide what is there.
-        """
-        ky, kx = np.meshgrid(np.fft.fftfreq(m, 1 / m), np.arange(m // 2 + 1), indexing="ij")
-        ring = np.minimum(np.rint(np.hypot(ky, kx)).astype(int), m // 2)
-        noise = np.where(self.noise > 0, self.noise, 1.0)
-        total_gain, total_noise = np.asarray(gain, dtype=np.float64), np.asarray(noise_gain, dtype=np.float64)
-        typical = max(float(total_gain.mean()), 1e-12)
-        least = 0.1 * max(float(total_noise.mean()), 1e-12) / typical**2
-        ratio = np.maximum(np.where(self.noise > 0, self.signal / noise, 1.0), least)[ring]
-        return total_gain * ratio / (total_gain**2 * ratio + np.maximum(total_noise, 1e-12))

@@ -548,7 +548,8 @@ class AverageConfig(Config):
     """Side of the averages; 0 keeps the original box."""
     interpolation: Literal["auto", "spline", "shears"] = setting("auto", "Interpolation", advanced=True)
     """How images are moved back: `spline` is exact up to the last ring, `shears` several times as fast and
-    exact up to 0.3 of the sampling. `auto` takes splines for what they do in seconds, else shears."""
+    exact up to 0.3 of the sampling. `auto` takes splines for what they do in seconds, else shears. A GPU
+    always takes splines."""
 
 
 class RefineConfig(Config):
@@ -660,5 +661,8 @@ class SpeedConfig(Config):
     """Side of the images of the stack that averaging and preprocessing are timed on."""
     stack_n: int = setting(1000, "Images of the stack", ge=8, le=1_000_000)
     """Images of that stack; it is written to the temporary folder."""
+    device: str = setting("auto", "Device")
+    """Where averaging is timed once more, by torch: auto, on a GPU where there is one; mps or cuda:N; or cpu,
+    where torch does what it would do on a GPU."""
     quick: bool = setting(False, "Quick")
     """A small box, a small stack and a fraction of a second each: whether everything runs, not how fast."""

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from particle_explorer import averaging
 from particle_explorer.averaging import ClassAverage
 from particle_explorer.configs import AverageConfig
+from particle_explorer.devices import choose_device
 from particle_explorer.encoding import encode_prepared, load_model
 from particle_explorer.files import UserError
 from particle_explorer.particles import Particles
 from particle_explorer.preprocess import Plan
 from particle_explorer.session import Run
-from particle_explorer.summing import Event, Members
+from particle_explorer.summing.work import Event, Members
 
 MEMBERS = 1000
 """Twins of at most so many members of every average: the control needs no more, and takes as long as they."""
@@ -84,7 +85,7 @@ def noise_control(
     averages: list[ClassAverage],
     config: AverageConfig | None = None,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
     tell: Callable[[str, float], None] = lambda what, share: None,
     stop: Event | None = None,
@@ -111,7 +112,7 @@ def noise_control(
         source=session.original_source,
         kind=session.info.source_kind,
     )
-    model = load_model(run, device)
+    model = load_model(run, choose_device(device))
     latents = None
     for share, found in encode_prepared(model, particles, session.plan, precision=run.config.train.precision):
         if stop is not None and stop.is_set():
@@ -130,6 +131,7 @@ def noise_control(
         angle,
         shift,
         config,
+        device=device,
         progress=lambda share: tell("averaging noise", share),
         stop=stop,
     )

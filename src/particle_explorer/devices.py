@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from particle_explorer.files import UserError
-from particle_explorer.models.base import ParticleModel
 
 FREE_MEMORY_UNKNOWN = 2 * 2**30
+
+
+class Model(Protocol):
+    """The part of `models.base.ParticleModel` that is needed here."""
+
+    autocast: bool
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -58,7 +63,7 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def autocast(model: ParticleModel, device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def autocast(model: Model, device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The context that steps and encoding of `model` run in."""
     if not model.autocast or precision == "float32" or (precision == "auto" and not has_bf16(device)):
         return nullcontext()

@@ -19,7 +19,7 @@ from particle_explorer.ctf import TableCTF, ctf_mode
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.resampling import AtOneScale
 from particle_explorer.spectra import Float, Grid, align, outside_circle, placed
-from particle_explorer.summing import Event, Images
+from particle_explorer.summing.work import Event, Images
 
 Floats = NDArray[np.float64]
 

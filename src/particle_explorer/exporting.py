@@ -30,7 +30,7 @@ from particle_explorer.pose import wrap_deg
 from particle_explorer.preprocess import Plan
 from particle_explorer.report import png_file
 from particle_explorer.session import Run, Session
-from particle_explorer.summing import Event
+from particle_explorer.summing.work import Event
 
 PARTICLE_SUFFIXES = (".star", ".cs")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")

@@ -24,7 +24,7 @@ from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix, wrap_deg
 from particle_explorer.session import Run, Session
 from particle_explorer.spectra import Placement, cropped, placed
-from particle_explorer.summing import Event, Members
+from particle_explorer.summing.work import Event, Members
 
 Tell = Callable[[str, float], None]
 HALVES = ("independent-a", "independent-b")
@@ -89,6 +89,7 @@ def independent_averages(
     config: AverageConfig | None = None,
     *,
     seed: int = 0,
+    device: str = "auto",
     tell: Tell = lambda what, share: None,
     stop: Event | None = None,
 ) -> Paired:
@@ -104,7 +105,7 @@ def independent_averages(
         angles.append(angle)
         shifts.append(shift)
     small_and_side = [
-        _averages(session, label, angle, shift, config, tell, stop)
+        _averages(session, label, angle, shift, config, device, tell, stop)
         for label, angle, shift in zip(labels, angles, shifts, strict=True)
     ]
     (first, side), (second, _) = small_and_side
@@ -134,6 +135,7 @@ def independent_averages(
         shift,
         config,
         half=which,
+        device=device,
         progress=lambda share: tell("averaging both halves", share),
         stop=stop,
     )
@@ -172,6 +174,7 @@ def _averages(
     angle: NDArray[np.float64],
     shift: NDArray[np.float64],
     config: AverageConfig | None,
+    device: str,
     tell: Tell,
     stop: Event | None,
 ) -> tuple[NDArray[np.float32], int]:
@@ -185,6 +188,7 @@ def _averages(
         angle,
         shift,
         config,
+        device=device,
         progress=lambda share: tell("averaging either half", share),
         stop=stop,
     )

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from particle_explorer.files import UserError
 from particle_explorer.latents import rand_index
-from particle_explorer.summing import Members
+from particle_explorer.summing.work import Members
 
 Floats = NDArray[np.float64]
 Weighting = Literal["hard", "distance", "posterior"]

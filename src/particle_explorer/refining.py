@@ -24,7 +24,7 @@ from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import rotation_matrix, wrap_deg
 from particle_explorer.resampling import AtOneScale
 from particle_explorer.spectra import align, cropped, outside_circle
-from particle_explorer.summing import Event, Images
+from particle_explorer.summing.work import Event, Images
 
 Floats = NDArray[np.float64]
 Float = NDArray[np.float32]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from particle_explorer.bench.averages import Scene, ml2d, table
-from particle_explorer.summing import Members
+from particle_explorer.summing.work import Members
 
 N = 40
 

@@ -28,7 +28,8 @@ def test_a_rate_is_images_over_seconds() -> None:
 
 def test_images_are_timed_beside_their_yardsticks(tmp_path: Path) -> None:
     star = speed._stack(tmp_path, TINY)
-    for result in (speed.time_averaging(star, TINY), speed.time_preprocessing(star, TINY)):
+    averaging = [speed.time_averaging(star, TINY, device) for device in ("", "cpu")]
+    for result in (*averaging, speed.time_preprocessing(star, TINY)):
         assert result["images_per_s"] > 0
         assert result["ratio"] == pytest.approx(result["images_per_s"] / result["yardstick_per_s"], abs=1e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.mrcs", "stack.star"]

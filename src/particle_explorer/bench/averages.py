@@ -27,7 +27,7 @@ from particle_explorer.configs import AverageConfig, AveragesConfig, ClassMapCon
 from particle_explorer.files import write_text
 from particle_explorer.session import Session
 from particle_explorer.spectra import align, placed
-from particle_explorer.summing import Members
+from particle_explorer.summing.work import Members
 
 Floats = NDArray[np.float64]
 DISC_PX = 18.0

@@ -101,7 +101,11 @@ def run(
     if config.what != "models":
         with tempfile.TemporaryDirectory(prefix="particle-explorer-bench-") as folder:
             stack = _stack(Path(folder), config)
-            images = [_alone(time_averaging, stack, config), _alone(time_preprocessing, stack, config)]
+            images = [_alone(time_averaging, stack, config, "")]
+            device = config.device if config.device != "auto" else str(devices.choose_device("auto"))
+            if config.device != "auto" or device != "cpu":
+                images.append(_alone(time_averaging, stack, config, device))
+            images.append(_alone(time_preprocessing, stack, config))
     for result in images:
         say(f"{result['what']}: " + _words(result))
     say("\n" + _tables(models, images))
@@ -399,9 +403,9 @@ def _stack(folder: Path, config: SpeedConfig) -> Path:
     return folder / "stack.star"
 
 
-def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
+def time_averaging(star: Path, config: SpeedConfig, device: str) -> dict[str, Any]:
     """One average of all full-size images, beside reading the file and summing it: from memory, and from the
-    disk."""
+    disk. By the compiled functions, or by torch on `device`."""
     particles = read(star)
     n, box = len(particles), config.stack_box_px
     path = star.with_name("stack.mrcs")
@@ -415,6 +419,8 @@ def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
             total += data[start : start + 64].sum(0)
         return n
 
+    on = {"": "cpu", "cpu": "torch-cpu"}.get(device, device)
+
     def averaged(ctf: str, k: int = n) -> Callable[[], int]:
         def step() -> int:
             averaging.class_average(
@@ -423,7 +429,8 @@ def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
                 angle[:k],
                 shift[:k],
                 table=particles.table[:k],
-                config=AverageConfig(ctf=ctf, interpolation="shears"),  # type: ignore[arg-type]
+                config=AverageConfig(ctf=ctf, interpolation="auto" if device else "shears"),  # type: ignore[arg-type]
+                device=on,
             )
             return k
 
@@ -432,7 +439,9 @@ def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
     for ctf in ("none", "wiener"):
         averaged(ctf, min(n, 32))()  # compiled, libraries loaded
     names = {"none": "images_per_s", "wiener": "with_wiener_per_s"}
-    result: dict[str, Any] = {"what": f"averaging, {box} px", "n": n, "yardstick": "reading and summing"}
+    words = f", torch on {devices.describe_device(devices.choose_device(device))}" if device else ""
+    what = f"averaging, {box} px{words}"
+    result: dict[str, Any] = {"what": what, "n": n, "yardstick": "reading and summing"}
     for ctf, name in names.items():
         result[name] = round(_rate(averaged(ctf), config.seconds), 1)
     result["peak_memory_MB"] = peak_memory_MB()  # now: the yardstick maps the file into memory
@@ -450,6 +459,10 @@ def time_averaging(star: Path, config: SpeedConfig) -> dict[str, Any]:
             "from_disk_per_s": round(n / times[1], 1),
             "from_disk_ratio": round(times[0] / times[1], 3),
         }
+    if device:
+        if device.startswith("cuda"):
+            result["peak_device_memory_MB"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+        return result
     result["alignment_1_minus_r"] = _alignment_error(particles.images, angle, shift, min(n, 200))
     return result
 

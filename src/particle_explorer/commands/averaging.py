@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from particle_explorer.session import Run
-    from particle_explorer.summing import Members
+    from particle_explorer.summing.work import Members
 
 
 class Average(JobCommand):
@@ -50,20 +50,22 @@ class Average(JobCommand):
     noise_control: bool = False
     """Also put noise through the same inference of poses and the same averaging: what the alignment alone
     puts into an average. Takes about as long again"""
+    device: str = "auto"
+    """What averages: auto, cpu, mps or cuda:N; auto takes a CUDA device where the images are many"""
     average: AverageConfig = AverageConfig()
 
     def execute(self) -> None:
         """Average, and print the path of the averages."""
         import numpy as np
 
-        from particle_explorer.summing import Members
+        from particle_explorer.summing.work import Members
 
         with self.job("averaging") as job:
             run = open_run(self.run, needs="weights" if self.noise_control else "")
             session = run.session
             members, names, name, positions = members_of(self, run)
             source = "held" if self.held else self.poses
-            averages = average_members_of(run, members, names, source, self.average, job)
+            averages = average_members_of(run, members, names, source, self.average, job, self.device)
             if self.noise_control:
                 from particle_explorer.controls import noise_control
                 from particle_explorer.devices import stand_back
@@ -74,7 +76,9 @@ class Average(JobCommand):
                 kept = np.isin(members.average, present)
                 which = np.searchsorted(present, members.average[kept])
                 same = Members(members.row[kept], which, members.weight[kept])
-                averages = noise_control(run, same, averages, self.average, tell=job.tell, stop=job.stop)
+                averages = noise_control(
+                    run, same, averages, self.average, device=self.device, tell=job.tell, stop=job.stop
+                )
             if positions is not None:  # a cell whose particles all count elsewhere has no average
                 positions = positions[[names.index(average.label) for average in averages]]
             how: dict[str, Any] = {
@@ -149,6 +153,8 @@ class Independent(JobCommand):
     """Averages of either half: parts of equal numbers along a map of one dimension, else k-means"""
     seed: int = Field(0, ge=0)
     """Of the split and of k-means"""
+    device: str = "auto"
+    """What averages: auto, cpu, mps or cuda:N; the models are trained where that of the run was"""
     average: AverageConfig = AverageConfig()
 
     def execute(self) -> None:
@@ -164,7 +170,13 @@ class Independent(JobCommand):
             halves.split(session, self.seed)
             runs = halves.runs_of_halves(run, job.tell, job.stop)
             found = halves.independent_averages(
-                runs, self.classes, self.average, seed=self.seed, tell=job.tell, stop=job.stop
+                runs,
+                self.classes,
+                self.average,
+                seed=self.seed,
+                device=self.device,
+                tell=job.tell,
+                stop=job.stop,
             )
             how = {
                 "run": run.name,
@@ -332,7 +344,13 @@ def _read_positions(path: str, d: int) -> NDArray[np.float64]:
 
 
 def average_members_of(
-    run: Run, members: Members, names: list[str], poses: PoseSource, config: AverageConfig, job: Job
+    run: Run,
+    members: Members,
+    names: list[str],
+    poses: PoseSource,
+    config: AverageConfig,
+    job: Job,
+    device: str = "auto",
 ) -> list[Any]:
     """The average of each set of members, from the original images at the poses of a source."""
     from particle_explorer.averaging import average_members
@@ -346,6 +364,7 @@ def average_members_of(
             angle,
             shift,
             config,
+            device=device,
             progress=lambda done: job.tell("averaging", done),
             stop=job.stop,
         )

@@ -118,6 +118,8 @@ class Amend(JobCommand):
     """Class and its new caption: 3=open,4=closed"""
     remove: str = ""
     """Classes to leave out, by their captions: 4,7"""
+    device: str = "auto"
+    """What averages: auto, cpu, mps or cuda:N; auto takes a CUDA device where the images are many"""
 
     def execute(self) -> None:
         """Average what changed anew, and print the path of the new averages."""
@@ -128,7 +130,14 @@ class Amend(JobCommand):
             session = Session.open(self.session)
             stored = averages_of(session, self.averages)
             change = self._change([str(one["label"]) for one in stored.classes])
-            used = amend(session, stored.name, change, progress=job.tell_share("averaging"), stop=job.stop)
+            used = amend(
+                session,
+                stored.name,
+                change,
+                device=self.device,
+                progress=job.tell_share("averaging"),
+                stop=job.stop,
+            )
             job.result(session.path / "classes" / f"{used}.mrcs")
 
     def _change(self, labels: list[str]) -> Change:

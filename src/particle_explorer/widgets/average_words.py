@@ -81,7 +81,8 @@ def made_words(stored: StoredClasses, index: int) -> str:
         parts.append(f"weights by {how['weights']}")
     parts.append(f"CTF: {one['ctf']}")
     if settings.get("interpolation"):
-        parts.append(f"{settings['interpolation']}, box {settings.get('box_px')} px")
+        on = f", on {settings['computed_on']}" if settings.get("computed_on") else ""
+        parts.append(f"{settings['interpolation']}, box {settings.get('box_px')} px{on}")
     symmetry, mirror = one.get("symmetry") or {}, one.get("mirror")
     if symmetry.get("fold", 1) > 1:
         parts.append(f"looks C{symmetry['fold']} (r {symmetry['correlation']:.2f})")

@@ -1,141 +1,41 @@
-"""Sums of images moved back by their poses: what averages are made of.
-
-Few images are moved back by splines (`spectra`), many by shears (`shears`). Memory holds one block of images
-and the sums of some averages, never the stack.
-"""
+"""Many images, moved back by three shears (`shears`): some microseconds each."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
-from scipy import sparse
 
-from particle_explorer.ctf import TableCTF, phase_pictures
-from particle_explorer.files import Stopped, UserError
-from particle_explorer.spectra import Float, Grid, cropped, disc, outside_circle
+from particle_explorer.ctf import phase_pictures
+from particle_explorer.files import Stopped
+from particle_explorer.spectra import Float, cropped
+from particle_explorer.summing.work import (
+    BLOCK_BYTES,
+    POWER_MEMBERS,
+    Progress,
+    Sums,
+    Work,
+    not_finite,
+    powers_of,
+)
 
 if TYPE_CHECKING:
     from particle_explorer.shears import Turner
 
-Progress = Callable[[float], None]
-
 TORCH_PIXELS = 2e8
 SUMS_BYTES = 384 * 2**20
-"""Sums of averages held at once where images are sheared."""
-POWER_MEMBERS = 64
-"""At least as many members of either half say how much power an image has, where images are sheared."""
+"""Sums of averages held at once."""
 TRANSFORMS = 16
 """Images transformed in one go."""
-BLOCK_BYTES = 16 * 2**20
-"""Original images read at once; with transforms and two threads about ten times this much is in memory."""
 STEP_BYTES = 2 * 2**20
 """Images read and sheared in one go, by one of two threads: what stays in the cache of a core."""
-
-
-class Images(Protocol):
-    """The part of `ImageStack` that is needed here."""
-
-    @property
-    def box_px(self) -> NDArray[Any]: ...
-
-    def read(self, rows: NDArray[np.int64]) -> Float: ...
-
-
-class Event(Protocol):
-    """The part of `threading.Event` that is needed here."""
-
-    def is_set(self) -> bool: ...
-
-
-class Members(NamedTuple):
-    """Which particle weighs how much in which average; a particle may be in several."""
-
-    row: NDArray[np.int64]
-    """`(M,)` rows of the session"""
-    average: NDArray[np.int64]
-    """`(M,)` 0 …"""
-    weight: NDArray[np.float64]
-    """`(M,)` above 0"""
-
-
-class Work(NamedTuple):
-    """What is to be summed; arrays of `rows`, and members sorted by average and row."""
-
-    stack: Images
-    rows: NDArray[np.int64]
-    boxes: NDArray[np.int64]
-    members: Members
-    rank: NDArray[np.int64]
-    """`(M,)` place of a member in its average"""
-    half: NDArray[np.int64]
-    """`(M,)` 0 for half a, 1 for half b"""
-    sizes: NDArray[np.int64]
-    """`(k,)` members of every average"""
-    angle_deg: NDArray[np.float64]
-    shift_yx_px: NDArray[np.float64]
-    signs: NDArray[np.float32]
-    ctf: TableCTF | None
-    pixel_size_A: NDArray[np.float64]
-    m: int
-    mode: str
-    rings: sparse.csr_matrix
-    stop: Event | None
-
-
-class _Part(NamedTuple):
-    """What one block of images contributes."""
-
-    images: Float
-    """`(b, c, m, m)`, aligned, CTF applied where it must be."""
-    gain: Float | None
-    """`(b, m, m // 2 + 1)` how much of the signal, and of the power of the noise, each image contributes, in
-    the frame of the reference; None where that is 1."""
-    covered: NDArray[np.float64]
-    """`(b,)` how much of the average each image covers with its noise."""
-    power: NDArray[np.float64]
-    """`(b, k)` power of the images, ring by ring."""
-    power_gain: NDArray[np.float64]
-    """`(b, 2, k)` how much signal and noise that power holds."""
-
-
-class Sums:
-    """Running sums of one average; halves first."""
-
-    def __init__(self, channels: int, m: int, with_ctf: bool) -> None:
-        half = (2, m, m // 2 + 1)
-        self.images = np.zeros((2, channels, m, m), dtype=np.float32)
-        self.gain = np.zeros(half, dtype=np.float32) if with_ctf else None
-        self.noise_gain = np.zeros(half, dtype=np.float32) if with_ctf else None
-        self.weight = np.zeros((2, 3))
-        """Σ w, Σ w² and Σ w² · covered of each half."""
-        self.power = np.zeros(m // 2 + 1)
-        self.power_gain = np.zeros((2, m // 2 + 1))
-
-    def add(self, half: int, weight: float, part: _Part, i: int) -> None:
-        if weight == 1.0:
-            self.images[half] += part.images[i]
-        else:
-            self.images[half] += np.float32(weight) * part.images[i]
-        if self.gain is not None and self.noise_gain is not None:
-            assert part.gain is not None
-            self.gain[half] += np.float32(weight) * part.gain[i]
-            self.noise_gain[half] += np.float32(weight**2 * part.covered[i]) * part.gain[i]
-        self.weight[half] += weight, weight**2, weight**2 * part.covered[i]
-        self.power += part.power[i]
-        self.power_gain += part.power_gain[i]
-
-    def spectra(self) -> NDArray[np.complex128]:
-        """`(2, c, m, m // 2 + 1)`"""
-        return np.asarray(scipy.fft.rfft2(self.images.astype(np.float64)))
 
 
 class ShearSums(Sums):
@@ -180,34 +80,8 @@ class ShearSums(Sums):
         return np.asarray(found * ((radius < self.m / 2) / left))
 
 
-def spline_sums(work: Work, progress: Progress | None) -> list[Sums]:
-    """Every image moved back exactly, in two threads; sums taken in order, whatever the timing."""
-
-    def part(block: NDArray[np.int64], images: Float) -> _Part:
-        return _part(images, block, work)
-
-    order = np.argsort(work.members.row, kind="stable")
-    starts = np.searchsorted(work.members.row[order], np.arange(len(work.rows) + 1))
-    sums: list[Sums] | None = None
-    done = 0
-    # rows in rising order: one pass over the disk, whatever the classes are
-    for block, found in _in_two_threads(part, work):
-        if sums is None:
-            channels = found.images.shape[1]
-            sums = [Sums(channels, work.m, work.mode == "wiener") for _ in work.sizes]
-        for i, at in enumerate(block):
-            for member in order[starts[at] : starts[at + 1]]:
-                one = sums[work.members.average[member]]
-                one.add(int(work.half[member]), float(work.members.weight[member]), found, i)
-        done += len(block)
-        if progress is not None:
-            progress(done / len(work.rows))
-    assert sums is not None
-    return sums
-
-
-def shear_sums(work: Work, progress: Progress | None) -> list[Sums]:
-    """Images moved back by three shears, in two threads with sums of their own.
+def shear_sums(work: Work, progress: Progress | None) -> Iterator[Sums]:
+    """Images moved back by three shears, in two threads with sums of their own; one average after the other.
 
     Averages are taken in groups whose sums fit into `SUMS_BYTES`, each in one pass over its images.
     """
@@ -215,19 +89,27 @@ def shear_sums(work: Work, progress: Progress | None) -> list[Sums]:
     channels = int(work.stack.read(work.rows[:1]).shape[1])
     each = 4 * channels * (18 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
     per_group = max(1, SUMS_BYTES // each)
-    done, total = 0, len(work.members.row)
-    sums: list[Sums] = []
+    done = 0
+
+    def tell(added: int) -> None:
+        nonlocal done
+        done += added
+        if progress is not None:
+            progress(done / len(work.members.row))
+
     for first in range(0, len(work.sizes), per_group):
-        last = min(first + per_group, len(work.sizes))
-        adders = [_Adder(work, first, last, channels) for _ in range(2)]
-        for added in _add_group(work, adders):
-            done += added
-            if progress is not None:
-                progress(done / total)
-        for one, other in zip(adders[0].sums, adders[1].sums, strict=True):
-            one.merge(other)
-        sums += adders[0].sums
-    return sums
+        sums = _group(work, first, min(first + per_group, len(work.sizes)), channels, tell)
+        while sums:  # whoever is done with the last of them has the memory for the next group
+            yield sums.pop(0)
+
+
+def _group(work: Work, first: int, last: int, channels: int, tell: Callable[[int], None]) -> list[ShearSums]:
+    adders = [_Adder(work, first, last, channels) for _ in range(2)]
+    for added in _add_group(work, adders):
+        tell(added)
+    for one, other in zip(adders[0].sums, adders[1].sums, strict=True):
+        one.merge(other)
+    return adders[0].sums
 
 
 class _Block(NamedTuple):
@@ -350,10 +232,9 @@ class _Adder:
                 self.turner.add(
                     images, background, at[some], angle[some], shift[some], signed[some], place[some], turned
                 )
-            if not np.isfinite(background).all():
-                raise UserError(
-                    "an image holds numbers that are not finite; leave it out or repair the stack"
-                )
+            finite = np.asarray(np.isfinite(background).all(1))
+            if not finite.all():
+                raise not_finite(rows, finite)
             if some_powered and powered[some].any():
                 self._add_powers(images, background, chosen[some][powered[some]], at[some][powered[some]])
 
@@ -413,7 +294,7 @@ class _Adder:
             part = slice(start, start + TRANSFORMS)
             plain = images[at[part]] - background[at[part]][..., None, None]
             spectra = cropped(self.transform(plain), self.n, work.m)
-            powers, gains = _powers(spectra, work.members.row[chosen[part]], work, None)
+            powers, gains = powers_of(spectra, work.members.row[chosen[part]], work, None)
             for average, power, gain in zip(work.members.average[chosen[part]], powers, gains, strict=True):
                 self.sums[average - self.first].power += power
                 self.sums[average - self.first].power_gain += gain
@@ -426,78 +307,3 @@ def _fast_transform(pixels: float) -> Callable[[Float], NDArray[np.complex64]]:
     import torch
 
     return lambda images: np.asarray(torch.fft.rfft2(torch.from_numpy(images)).numpy())
-
-
-def _powers(
-    spectra: NDArray[np.complex64], rows: NDArray[np.int64], work: Work, squared: Float | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`(b, k)` power of images ring by ring, and `(b, 2, k)` how much signal and noise it holds.
-
-    `squared` `(b, m, m // 2 + 1)` are their CTFs squared, where they were computed already.
-    """
-    flat = (len(rows), spectra.shape[-2] * spectra.shape[-1])
-    power = (np.abs(spectra) ** 2).sum(1, dtype=np.float64).reshape(flat) * disc(work.m).ravel()
-    power_rings = np.asarray((work.rings @ power.T).T)
-    if work.mode != "wiener" or work.ctf is None:
-        counts = np.asarray(work.rings.sum(1)).ravel() * spectra.shape[1]
-        return power_rings, np.broadcast_to(counts, (len(rows), 2, len(counts)))
-    if squared is None:
-        squared = work.ctf.at(rows, work.pixel_size_A[rows], work.m, 0.0) ** 2
-    untouched = work.ctf.premultiplied[rows, None, None]
-    held = [np.where(untouched, squared**2, squared), np.where(untouched, squared, np.float32(1))]
-    gain = np.stack([np.asarray((work.rings @ x.reshape(flat).T).T) for x in held], 1)
-    return power_rings, gain * spectra.shape[1]
-
-
-def _in_two_threads(
-    part: Callable[[NDArray[np.int64], Float], _Part], work: Work
-) -> Iterator[tuple[NDArray[np.int64], _Part]]:
-    """Read blocks here, work on them in two threads, hand them out in order, whatever the timing."""
-    waiting: deque[tuple[NDArray[np.int64], Future[_Part]]] = deque()
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            for block in _blocks(work.rows, work.boxes):
-                if work.stop is not None and work.stop.is_set():
-                    raise Stopped("stopped before all images were averaged; nothing was kept")
-                images = np.asarray(work.stack.read(work.rows[block]), dtype=np.float32)
-                waiting.append((block, pool.submit(part, block, images)))
-                if len(waiting) == 3:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
-def _blocks(rows: NDArray[np.int64], boxes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    order = np.argsort(rows, kind="stable")
-    for box in np.unique(boxes):
-        same = order[boxes[order] == box]
-        size = max(1, BLOCK_BYTES // int(4 * box**2))
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
-
-
-def _part(images: Float, block: NDArray[np.int64], work: Work) -> _Part:
-    m, ctf, angle, shift = work.m, work.ctf, work.angle_deg[block], work.shift_yx_px[block]
-    grid = Grid(images.shape[-1], m)
-    background = images[..., outside_circle(images.shape[-1])].mean(-1)[..., None, None]
-    if not np.isfinite(images.sum((1, 2, 3), dtype=np.float64)).all():
-        raise UserError("an image holds numbers that are not finite; leave it out or repair the stack")
-    spectra = grid.transform((images - background) * work.signs[block, None, None, None])
-    transfer = gain = None
-    if ctf is not None:
-        pixel = work.pixel_size_A[block]
-        in_image = ctf.at(block, pixel, m, 0.0)
-        untouched = ctf.premultiplied[block, None, None]
-        if work.mode == "phase-flip":
-            transfer = np.where(untouched, np.float32(1), np.sign(in_image))
-        else:
-            # the frame turns by R(-angle) with the image, and so does its astigmatism
-            gain = ctf.at(block, pixel, m, -angle) ** 2
-            transfer = np.where(untouched, np.float32(1), in_image)
-    power, power_gain = _powers(spectra, block, work, gain)
-    aligned = grid.sample(spectra, angle, shift, transfer)
-    return _Part(aligned, gain, grid.covered(angle, shift), power, power_gain)
