@@ -27,6 +27,7 @@ from particle_explorer.latents import Latents
 from particle_explorer.session import Session
 from particle_explorer.state import Opened
 from particle_explorer.status import StatusWriter
+from particle_explorer.widgets import class_layer
 from particle_explorer.widgets.average_words import SHARED, made_words
 from particle_explorer.widgets.classes import ClassesDock
 from particle_explorer.widgets.exporting import groupings
@@ -113,7 +114,7 @@ def test_the_selection_is_saved_and_averaged_by_a_worker(
 
 
 def test_averages_become_one_layer_with_their_quality(
-    dock: ClassesDock, tiny_session: Session, qtbot: QtBot
+    dock: ClassesDock, tiny_session: Session, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _show_run(dock, tiny_session)
     name = _save_averages(tiny_session)
@@ -130,10 +131,15 @@ def test_averages_become_one_layer_with_their_quality(
     event: Any = type("Event", (), {})()
     event.position = dock.picture.layer.data_to_world((made.tile[0] * 1.3, made.tile[1] * 0.5))  # second row
     dock.picture.on_click(dock.picture.layer, event)
+    said: list[str] = []
+    monkeypatch.setattr(class_layer.QToolTip, "showText", lambda at, words: said.append(words))
+    dock.picture.on_move(dock.picture.layer, event)
     assert dock.one.currentIndex() == 2
     empty = (made.tile[0] * 1.3, made.tile[1] * 1.5)
     event.position = dock.picture.layer.data_to_world(empty)
     dock.picture.on_click(dock.picture.layer, event)
+    dock.picture.on_move(dock.picture.layer, event)
+    assert said[0].startswith("2 · N 40\nSSNR") and said[1:] == [""]
     assert dock.one.currentIndex() == 2
 
 
@@ -488,11 +494,12 @@ def test_a_refinement_says_how_far_poses_moved_and_from_whose() -> None:
 
 def test_captions_say_the_class_its_particles_its_mark_and_its_signal() -> None:
     one = {"label": "3", "n": 40, "ssnr_radius_A": 18.51, "mark": "good"}
-    assert caption_lines(one) == ("3 · N 40", "GOOD · SSNR 18.5 Å")
-    assert caption_lines({**one, "label": "row 1 column 2"}) == (
-        "row 1 column 2 · GOOD",
+    assert caption_lines(one) == ("3 ✓ · N 40", "SSNR 18.5 Å")
+    assert caption_lines({**one, "label": "row 1 column 2", "mark": "bad"}) == (
+        "row 1 column 2 ✗",
         "N 40 · SSNR 18.5 Å",
     )
+    assert caption_lines(one, among=17) == ("3 ✓",) and len(caption_lines(one, among=16)) == 2
     assert caption_lines({"label": "3", "n": 40}) == ("3 · N 40", "")
 
 
@@ -522,3 +529,20 @@ def test_halves_are_called_independent_by_their_models_alone() -> None:
     assert SHARED in quality_words(one, True) and "resolution" not in quality_words(one, True)
     own = {**one, "halves_independent": True, "resolution_A": 14.2}
     assert "14.2 Å" in quality_words(own, True) and "resolution" in quality_words(own, True)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_of_many_averages_the_names_stand_in_the_corners(colour: bool) -> None:
+    images = np.ones((20, 3, 32, 32) if colour else (20, 32, 32), np.float32)
+    images[..., 8:24, 8:24] = 3  # the particles
+    named = montage(images, [caption_lines({"label": str(i), "n": 9}, 20) for i in range(20)])
+    bare = montage(images, [("",)] * 20)
+    assert named.tile[0] == named.tile[1] and named.columns == 5
+    side = named.tile[1] - 4
+    for one in (0, 7, 19):
+        row, column = divmod(one, 5)
+        place = slice(row * named.tile[0], row * named.tile[0] + side), slice(column * named.tile[1], None)
+        got, without = (made.pixels[place][:, :side] for made in (named, bare))
+        changed = got != without
+        assert changed[: side // 2].any() and not changed[side // 2 :].any()
+        assert got[changed].max() > 0.9 and named.index_at(place[0].start, place[1].start) == one

@@ -20,12 +20,13 @@ from particle_explorer import jobs
 from particle_explorer.configs import ClassMapConfig, RunConfig, SpatialVAEConfig
 from particle_explorer.latents import Latents
 from particle_explorer.session import Run, Session
-from particle_explorer.state import AppState
+from particle_explorer.state import AppState, Preview
 from particle_explorer.status import STOP, StatusWriter
 from particle_explorer.widgets.explore import Worker
 from particle_explorer.widgets.groups import GroupsPanel
 from particle_explorer.widgets.latent import HINT, LEARNING, NO_RUN, NOTHING_OPEN, LatentDock
 from particle_explorer.widgets.latent_axes import LiveReader, read_columns
+from particle_explorer.widgets.provenance import TITLE, ProvenanceDialog
 from particle_explorer.widgets.value_slider import ValueSlider
 from particle_explorer.widgets.workspace import state_of
 
@@ -707,3 +708,27 @@ def test_a_new_column_leaves_what_follows_from_the_positions() -> None:
     assert moved.z is not before.z and moved.positions.spread[0, 1] == pytest.approx(
         2 * before.positions.spread[0, 1]
     )
+
+
+def test_the_menu_says_what_made_the_pictures_beside_the_mouse(open_dock: Open) -> None:
+    dock = open_dock(2)
+    state, session = dock.state, dock.state.session
+    assert session is not None
+    assert not menu_action(dock, "What made the preview average?").isEnabled()
+
+    def record(words: str, row: int | None = None) -> str:
+        menu_action(dock, words, row).trigger()
+        dialog = dock.findChildren(ProvenanceDialog)[-1]
+        text = dialog.text.toPlainText()
+        dialog.setParent(None)  # type: ignore[call-overload]
+        dialog.close()
+        return text
+
+    text = record(TITLE, 7)
+    stack, index = state.features["stack_path"].iloc[7], state.features["stack_index"].iloc[7]
+    assert f"image: number {index + 1} of {stack}" in text and f"uid: {session.uid[7]}" in text
+    assert "particle: 8" in text and "angle_deg:" in text and "z_0:" in text and "z_1:" in text
+    assert str(session.path / "session.json") in text and "config.json" not in text
+    made = {"poses": "of the run", "uid": session.uid[:3]}
+    state.set_preview(Preview(np.zeros((8, 8), np.float32), 3, 3, True, made))
+    assert f"uid: {', '.join(map(str, session.uid[:3]))}" in record("What made the preview average?")

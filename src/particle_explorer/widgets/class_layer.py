@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from qtpy.QtGui import QCursor
+from qtpy.QtWidgets import QToolTip
 
 from particle_explorer.widgets.montage import Montage, caption_lines, draw_tile, montage
 from particle_explorer.widgets.workspace import fit_view, state_of, tile
@@ -31,11 +33,14 @@ class ClassLayer:
         self.montage: Montage | None = None
         self._clicked, self._marked = clicked, marked
         self._order: Sequence[int] = ()
+        self._stored: StoredClasses | None = None
 
     def show(self, stored: StoredClasses, order: Sequence[int]) -> None:
         """All averages of a set, in an order."""
         self._order = order
-        self.montage = made = montage(stored.images[order], [caption_lines(stored.classes[i]) for i in order])
+        self._stored = stored
+        captions = [caption_lines(stored.classes[i], len(order)) for i in order]
+        self.montage = made = montage(stored.images[order], captions)
         self._show_layer(made)
         session = self.state.session
         self.layer.metadata = {
@@ -51,7 +56,8 @@ class ClassLayer:
         """Draw one average again, whose mark has changed."""
         if self.montage is not None:
             at = list(self._order).index(index)
-            draw_tile(self.montage, at, stored.images[index], caption_lines(stored.classes[index]))
+            lines = caption_lines(stored.classes[index], len(self._order))
+            draw_tile(self.montage, at, stored.images[index], lines)
             self.layer.refresh()
 
     def hide(self) -> None:
@@ -73,6 +79,7 @@ class ClassLayer:
             )
             tile(self.layer)
             self.layer.mouse_drag_callbacks.append(self.on_click)
+            self.layer.mouse_move_callbacks.append(self.on_move)
             for mark in ("good", "bad"):
                 self.layer.bind_key(mark[0].upper(), self._key_for(mark), overwrite=True)
         else:
@@ -115,3 +122,9 @@ class ClassLayer:
         index = self._under(event)
         if index is not None:
             self._clicked(index)
+
+    def on_move(self, _: Any, event: Any) -> None:
+        """A callback of napari's: the whole caption where the mouse is, as small ones say the class alone."""
+        index, stored = self._under(event), self._stored
+        words = "" if index is None or stored is None else "\n".join(caption_lines(stored.classes[index]))
+        QToolTip.showText(QCursor.pos(), words)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QDialog, QDialogButtonBox, QPlainTextEdit, QVBoxLayout, QWidget
 
+from particle_explorer.state import AppState
 from particle_explorer.widgets.job_bar import number
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 TITLE = "What made this picture?"
 NOTHING = "Nothing is written down with this layer."
+PARTICLE = ("stack_path", "stack_index", "angle_deg", "shift_y_px", "shift_x_px")
+"""Columns that say which image a particle's picture is made of, and how it is moved back."""
 
 
 def provenance_words(record: Mapping[str, Any]) -> str:
@@ -43,6 +47,36 @@ def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_word, value))})"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def pictures_record(state: AppState, view: str, rows: NDArray[np.intp]) -> dict[str, Any]:
+    """What made the pictures of some particles, as they are shown in `view`."""
+    session, run = state.session, state.run
+    assert session is not None
+    return {
+        "session": str(session.path),
+        "run": "" if run is None else str(run.path),
+        "pictures": view,
+        "poses": "" if run is None else "held" if state.held else "run",
+        "prepared": str(session.path / "session.json"),
+        "uid": session.uid[rows],
+    }
+
+
+def particle_record(state: AppState, view: str, row: int) -> dict[str, Any]:
+    """What made the picture of one particle: where its image lies, its pose and its position too."""
+    features = state.features
+    of = {
+        name: features[name].iloc[row] for name in features if str(name) in PARTICLE or _is_place(str(name))
+    }
+    record = {**pictures_record(state, view, np.array([row])), "particle": row + 1}
+    if "stack_path" in of and "stack_index" in of:
+        record["image"] = f"number {int(of.pop('stack_index')) + 1} of {of.pop('stack_path')}"
+    return {**record, **{str(name): value for name, value in of.items()}}
+
+
+def _is_place(name: str) -> bool:
+    return name.startswith("z_") and name[2:].isdigit()
 
 
 class ProvenanceDialog(QDialog):

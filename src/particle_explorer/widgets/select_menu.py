@@ -16,6 +16,8 @@ from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.latent_axes import Columns
 from particle_explorer.widgets.picking import groups, micrographs, nearest, same
+from particle_explorer.widgets.pictures import best_view
+from particle_explorer.widgets.provenance import TITLE, particle_record, show_provenance
 
 
 class SelectMenu(QMenu):
@@ -117,8 +119,32 @@ class SelectMenu(QMenu):
             n > 0 and self.state.session is not None,
             "A new run on these particles alone, with the settings of the tab Train; it remembers this run",
         )
+        if row is not None:
+            self._offer(
+                TITLE,
+                lambda: self._show_what_made(row),
+                self.state.session is not None and self.state.session.has_images,
+                "Which image, pose, position and settings made the picture of this particle beside the mouse",
+            )
+        there = self.state.preview is not None
+        self._offer(
+            "What made the preview average?",
+            self._show_what_made,
+            there,
+            "Which particles, poses and settings made the average that forms beside the lasso"
+            if there
+            else "Select particles: their average forms beside the lasso and stays in the gallery",
+        )
         self._offer("Points and density…", self.look_asked.emit, True, "Size and strength of the points")
         self._offer("Shortcuts…", self.help_asked.emit, True, "What keys and mouse do on the map", "F1")
+
+    def _show_what_made(self, row: int | None = None) -> None:
+        """What made the picture of a particle, or the preview average."""
+        if row is not None and self.state.session is not None:
+            record = particle_record(self.state, best_view(self.state, self.state.view), row)
+            show_provenance(self.parentWidget(), f"the picture of particle {number(row + 1)}", record)
+        elif row is None and self.state.preview is not None:
+            show_provenance(self.parentWidget(), "preview average", self.state.preview.made)
 
     def _offer(self, words: str, does: Callable[[], object], able: bool, tip: str, keys: str = "") -> None:
         action = self.addAction(words + (f"\t{keys}" if keys else ""))

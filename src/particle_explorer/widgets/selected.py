@@ -16,6 +16,7 @@ from particle_explorer.widgets.background import Failure, Mailbox, notify
 from particle_explorer.widgets.job_bar import number
 from particle_explorer.widgets.lifetime import follow
 from particle_explorer.widgets.pictures import SHORT, Decoder, Pictures, displayed
+from particle_explorer.widgets.provenance import pictures_record
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
@@ -149,15 +150,7 @@ class SelectedParticles:
             self._set_limits(_limits(data))
             self._limits_of = shown
         self._session = session
-        run = self.state.run
-        self.layer.metadata = {
-            "session": str(session.path),
-            "run": "" if run is None else str(run.path),
-            "pictures": pictures.view,
-            "poses": "held" if self.state.held else "run",
-            "prepared": str(session.path / "session.json"),
-            "uid": session.uid[rows],
-        }
+        self.layer.metadata = pictures_record(self.state, pictures.view, rows)
         if not self.layer.visible:
             self.layer.visible = True
         self._keep_active(rows)
