@@ -16,10 +16,12 @@ from particle_explorer.averaging import average_classes, class_average
 from particle_explorer.commands.averaging import apart_words, poses_apart
 from particle_explorer.configs import AverageConfig, RefineConfig
 from particle_explorer.ctf import TableCTF, ctf_2d, ctf_mode
+from particle_explorer.ctf_sums import upright
 from particle_explorer.files import Stopped, UserError
 from particle_explorer.pose import recentre, rotation_matrix
 from particle_explorer.refining import compare, refine
 from particle_explorer.resampling import Scale, common_scale
+from particle_explorer.shears import Turner, quarter_turned
 from particle_explorer.spectra import align, frc, ssnr_ring
 from particle_explorer.summing import shearing, splines
 from particle_explorer.summing.work import Members
@@ -475,6 +477,17 @@ def test_three_shears_give_what_splines_give(n: int, m: int, state: str) -> None
         assert np.abs(ratio - 1).max() < 0.25 and abs(ratio.mean() - 1) < 0.05, mode
         np.testing.assert_array_equal(fast.uid, exact.uid)
         assert fast.n_effective == pytest.approx(exact.n_effective)
+
+
+@pytest.mark.parametrize("n", [16, 33])
+@pytest.mark.parametrize("quarter", range(4))
+def test_a_turned_picture_is_stood_upright_with_its_quarter_turn(n: int, quarter: int) -> None:
+    turner = Turner(n)
+    sums = turner.sums(1)
+    sums[:] = np.random.default_rng(0).normal(size=sums.shape)
+    found = np.full((n, n), 7, np.float32)
+    upright(sums[0], quarter, found)
+    np.testing.assert_array_equal(found, quarter_turned(turner.pictures(sums)[0], quarter))
 
 
 def test_sheared_classes_equal_each_alone_and_may_share_members(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,21 +26,27 @@ def upright(sums: NDArray[np.float32], quarter: int, out: NDArray[np.float32]) -
     """A picture `(n, n)` out of a transposed one, `sums` with rows of any length, turned as
     `shears.quarter_turned` does."""
     n = out.shape[0]
-    last = n - n % 2  # an even box has one more pixel before its centre than behind it
-    for i in range(n):
+    first = 1 - n % 2  # an even box has one more pixel before its centre than behind it
+    last = n - 1 + first
+    out[:first] = 0
+    for i in range(first if quarter in (1, 2) else 0, n):
         row = out[i]
         if quarter == 0:
             for j in range(n):
                 row[j] = sums[j, i]
         elif quarter == 1:
             for j in range(n):
-                row[j] = sums[last - i, j] if last - i < n else 0.0
-        elif quarter == 2:
-            for j in range(n):
-                row[j] = sums[last - j, last - i] if max(last - i, last - j) < n else 0.0
+                row[j] = sums[last - i, j]
         else:
-            for j in range(n):
-                row[j] = sums[i, last - j] if last - j < n else 0.0
+            row[:first] = 0
+            if quarter == 2:
+                for j in range(
+                    first, n
+                ):  # an index without sign is never one from the end: no question asked
+                    row[j] = sums[np.uintp(last - j), last - i]
+            else:
+                for j in range(first, n):
+                    row[j] = sums[i, np.uintp(last - j)]
 
 
 @njit(**_COMPILED)

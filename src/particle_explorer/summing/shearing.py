@@ -186,6 +186,9 @@ class _Adder:
         self.turner = Turner(n)
         plain = work.mode == "none"
         self.turned = self.turner.sums(last - first, 2, 4, channels) if plain else None
+        if not plain:
+            turned = np.empty((TRANSFORMS, channels, n, n), dtype=np.float32)
+            self.buffers = self.turner.sums(TRANSFORMS, channels), turned
         nothing = np.zeros(0, dtype=np.float32)
         self.sums = [
             ShearSums(
@@ -251,11 +254,12 @@ class _Adder:
         from particle_explorer.ctf_sums import add_through_ctf, upright
 
         work, row, n, m = self.work, self.work.members.row[chosen], self.n, self.work.m
-        sums = self.turner.sums(len(chosen), images.shape[1])
+        # turned into memory that is in the cache, not into new
+        sums, turned = self.buffers[0][: len(chosen)], self.buffers[1][: len(chosen)]
+        sums[:] = 0
         signed = work.signs[row].astype(np.float32)
         shift = np.ascontiguousarray(work.shift_yx_px[row])
         self.turner.add(images, background, at, angle, shift, signed, np.arange(len(chosen)), sums)
-        turned = np.empty((len(chosen), images.shape[1], n, n), dtype=np.float32)
         for i, q in enumerate(quarter):
             for channel in range(images.shape[1]):
                 upright(sums[i, channel], int(q), turned[i, channel])
