@@ -110,3 +110,25 @@ def add_through_ctf(  # type: ignore[no-untyped-def]
                 line[j] = 1.0 if line[j] > 0 else (-1.0 if line[j] < 0 else 0.0)
         for channel in range(transforms.shape[0]):
             _add_line(transforms[channel, i], line, weight, sums[channel, i])
+
+
+@njit(**_COMPILED)
+def all_upright(sums, quarter, out):  # type: ignore[no-untyped-def]
+    """`upright` of `(b, c, ...)` pictures, each with its own quarter turn."""
+    for i in range(len(quarter)):
+        for channel in range(out.shape[1]):
+            upright(sums[i, channel], quarter[i], out[i, channel])
+
+
+@njit(**_COMPILED)
+def add_all_through_ctf(  # type: ignore[no-untyped-def]
+    transforms, pictures, factors, added, flipped, untouched, signs_only, weight, noise_weight,
+    place, line, sums, gain, noise_gain,
+):  # fmt: skip
+    """`add_through_ctf` of `(b, ...)` transforms, each into the sums `place` `(b,)` of `(k, ...)`."""
+    for i in range(len(place)):
+        k = place[i]
+        add_through_ctf(
+            transforms[i], pictures, factors[i], added[i], flipped[i], untouched[i], signs_only, weight[i],
+            noise_weight[i], line, sums[k], gain[k], noise_gain[k],
+        )  # fmt: skip

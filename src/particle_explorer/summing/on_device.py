@@ -166,6 +166,8 @@ def _group(
         free = deque(_Slot(device, pixels, max(at_once.values())) for _ in range(SLOTS))
         coming: deque[tuple[_Slot, Future[Block]]] = deque()
         cuts = _cuts(work, first, last, at_once)
+        if stream is not None:  # what held the slots' memory before is done with it
+            stream.wait_stream(torch.cuda.current_stream(device))
         try:
             while True:
                 while free and (cut := next(cuts, None)) is not None:
@@ -187,6 +189,8 @@ def _group(
         finally:
             for _, future in coming:
                 future.cancel()
+            if stream is not None:  # nobody gets the slots' memory while something is copied into it
+                stream.synchronize()
         for slot in free:
             slot.settle()
     return mover

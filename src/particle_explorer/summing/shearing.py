@@ -44,16 +44,18 @@ class ShearSums(Sums):
     Without CTF the pictures are summed, by quarter turn, and cut to m px at the end; else their transforms.
     """
 
-    def __init__(self, turner: Turner, channels: int, m: int, mode: str, turned: Float) -> None:
-        n = turner.n
-        self.n, self.m = n, m
+    def __init__(
+        self, turner: Turner, m: int, turned: Float, transforms: NDArray[np.complex64], gains: Float
+    ) -> None:
+        self.n, self.m = turner.n, m
         self.turner = turner
         self.turned = turned
         """`(2, 4, c, ...)` of `Turner.sums`; empty where transforms are summed."""
-        half = (2, m, m // 2 + 1)
-        self.transforms = np.zeros((2, channels, *half[1:]) if mode != "none" else 0, dtype=np.complex64)
-        self.gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
-        self.noise_gain = np.zeros(half, dtype=np.float32) if mode == "wiener" else None
+        self.transforms = transforms
+        """`(2, c, m, m // 2 + 1)`; empty where pictures are summed."""
+        # `gains`: of the signal and of the noise, `(2, 2, m, m // 2 + 1)`, or empty
+        self.gain = gains[0] if gains.size else None
+        self.noise_gain = gains[1] if gains.size else None
         self.weight = np.zeros((2, 3))
         self.power = np.zeros(m // 2 + 1)
         self.power_gain = np.zeros((2, m // 2 + 1))
@@ -184,17 +186,19 @@ class _Adder:
         n = int(work.boxes[0])
         self.work, self.first, self.last, self.n = work, first, last, n
         self.turner = Turner(n)
-        plain = work.mode == "none"
-        self.turned = self.turner.sums(last - first, 2, 4, channels) if plain else None
+        plain, m, k = work.mode == "none", work.m, last - first
+        # two halves of each average; empty where there is nothing to sum
+        self.turned = self.turner.sums(2 * k if plain else 0, 4, channels)
+        self.transforms = np.zeros((0 if plain else 2 * k, channels, m, m // 2 + 1), dtype=np.complex64)
+        rows = m if work.mode == "wiener" else 0
+        self.gains = np.zeros((2, 2 * k, rows, m // 2 + 1), dtype=np.float32)
         if not plain:
             turned = np.empty((TRANSFORMS, channels, n, n), dtype=np.float32)
             self.buffers = self.turner.sums(TRANSFORMS, channels), turned
-        nothing = np.zeros(0, dtype=np.float32)
+        halves = [slice(2 * i, 2 * i + 2) for i in range(k)]
         self.sums = [
-            ShearSums(
-                self.turner, channels, work.m, work.mode, nothing if self.turned is None else self.turned[i]
-            )
-            for i in range(last - first)
+            ShearSums(self.turner, m, self.turned[own], self.transforms[own], self.gains[:, own])
+            for own in halves
         ]
         self.stride = np.maximum(1, work.sizes // POWER_MEMBERS)
         self.transform = _fast_transform(0.0 if plain else len(work.rows) * float(n) ** 2)
@@ -220,12 +224,12 @@ class _Adder:
         edges = np.arange(0, len(block.rows) + self.step, self.step)
         bounds = np.searchsorted(block.at, edges).tolist()
         at, some_powered = block.at % self.step, powered.any()
-        turned = None if self.turned is None else self.turned.reshape(-1, *self.turned.shape[3:])
+        turned = self.turned.reshape(-1, *self.turned.shape[2:])
         for start, low, high in zip(edges[:-1].tolist(), bounds[:-1], bounds[1:], strict=True):
             rows, some = block.rows[start : start + self.step], slice(low, high)
             images = np.ascontiguousarray(work.stack.read(rows), dtype=np.float32)
             background = np.zeros(images.shape[:2], dtype=np.float32)
-            if turned is None:
+            if not turned.size:
                 for begin in range(low, high, TRANSFORMS):
                     part = slice(begin, min(begin + TRANSFORMS, high))
                     self._add_transforms(
@@ -251,7 +255,7 @@ class _Adder:
         quarter: NDArray[np.int64],
         share: NDArray[np.float64],
     ) -> None:
-        from particle_explorer.ctf_sums import add_through_ctf, upright
+        from particle_explorer.ctf_sums import add_all_through_ctf, all_upright
 
         work, row, n, m = self.work, self.work.members.row[chosen], self.n, self.work.m
         # turned into memory that is in the cache, not into new
@@ -260,35 +264,28 @@ class _Adder:
         signed = work.signs[row].astype(np.float32)
         shift = np.ascontiguousarray(work.shift_yx_px[row])
         self.turner.add(images, background, at, angle, shift, signed, np.arange(len(chosen)), sums)
-        for i, q in enumerate(quarter):
-            for channel in range(images.shape[1]):
-                upright(sums[i, channel], int(q), turned[i, channel])
+        all_upright(sums, quarter, turned)
         spectra = np.ascontiguousarray(cropped(self.transform(turned), n, m)).view(np.float32)
-        assert work.ctf is not None
+        ctf, weight = work.ctf, work.members.weight[chosen]
+        assert ctf is not None
         # the frame turns by R(-angle) with the image, and so does its astigmatism
-        factors, added = work.ctf.phase(row, work.pixel_size_A[row], -work.angle_deg[row])
-        pictures = phase_pictures(m).reshape(4, m, m // 2 + 1)
-        weight, line = work.members.weight[chosen], np.empty(m // 2 + 1, dtype=np.float32)
-        nothing = np.zeros((0, 0), dtype=np.float32)
-        for i, (average, half) in enumerate(
-            zip(work.members.average[chosen], work.half[chosen], strict=True)
-        ):
-            one = self.sums[average - self.first]
-            add_through_ctf(
-                spectra[i],
-                pictures,
-                factors[i],
-                added[i],
-                bool(work.ctf.flipped[row[i]]),
-                bool(work.ctf.premultiplied[row[i]]),
-                work.mode == "phase-flip",
-                np.float32(weight[i]),
-                np.float32(weight[i] ** 2 * share[i]),
-                line,
-                one.transforms[half].view(np.float32),
-                nothing if one.gain is None else one.gain[half],
-                nothing if one.noise_gain is None else one.noise_gain[half],
-            )
+        factors, added = ctf.phase(row, work.pixel_size_A[row], -work.angle_deg[row])
+        place = 2 * (work.members.average[chosen] - self.first) + work.half[chosen]
+        add_all_through_ctf(
+            spectra,
+            phase_pictures(m).reshape(4, m, m // 2 + 1),
+            factors,
+            added,
+            ctf.flipped[row],
+            ctf.premultiplied[row],
+            work.mode == "phase-flip",
+            weight.astype(np.float32),
+            (weight**2 * share).astype(np.float32),
+            place,
+            np.empty(m // 2 + 1, dtype=np.float32),
+            self.transforms.view(np.float32),
+            *self.gains,
+        )
 
     def _add_powers(
         self, images: Float, background: Float, chosen: NDArray[np.int64], at: NDArray[np.int64]
