@@ -142,6 +142,14 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     assert [one["n"] for one in stored.classes] == [mask.sum()] and stored.how["selection"] == "good"
     members = stored.members.loc[session.uid[mask]]
     assert (members["weight"] == 1).all() and members[["angle_deg", "shift_y_px"]].notna().all(axis=None)
+    say("average", trained.path, "--selection", "good", "--average.ctf", "none", "--device", "torch-cpu")
+    by_torch = session.classes.read("good-2")
+    np.testing.assert_allclose(by_torch.images, stored.images, atol=1e-4)
+    assert by_torch.classes[0]["settings"]["computed_on"] == "torch on the CPU"
+    say("amend", session.path, "--averages", "good-2", "--rename", "good=all", "--device", "cpu")
+    for command in ("average", "average-independent"):
+        assert "--device gpu is not known" in refuse(command, trained.path, "--device", "gpu")
+    assert "--device gpu is not known" in refuse("amend", session.path, "--device", "gpu")
     say("average", trained.path, "--by", "grid", "--cells", 3, "--weights", "posterior")
     grid = session.classes.read("grid")
     assert len(grid.how["positions"]) == len(grid.classes) and (grid.members["weight"] > 0).all()
@@ -156,10 +164,10 @@ def test_a_selection_is_averaged_and_exported_alone(trained, tiny_stack, tmp_pat
     assert np.isfinite(refined["angle_deg"].to_numpy()[mask]).all() and refined["angle_deg"].isna().sum() > 0
     assert trained.column_record("pose-refined")["config"]["against"] == "decoded"
     say("average", trained.path, "--selection", "good", "--poses", "refined")
-    by_refined = session.classes.read("good-2").members
+    by_refined = session.classes.read("good-4").members
     np.testing.assert_allclose(by_refined["angle_deg"], refined.loc[by_refined.index, "angle_deg"])
     say("average", trained.path, "--selection", "good", "--noise-control")
-    [one] = session.classes.read("good-3").classes
+    [one] = session.classes.read("good-5").classes
     assert one["control_n"] == mask.sum() and len(one["control_frc"]) == len(one["frc"])
     assert np.isfinite(one["control_frc"]).all() and "believable_radius_A" in one
     assert "carries no angles" in refuse("average", trained.path, "--selection", "good", "--poses", "file")

@@ -58,9 +58,11 @@ class Average(JobCommand):
         """Average, and print the path of the averages."""
         import numpy as np
 
+        from particle_explorer.summing import where
         from particle_explorer.summing.work import Members
 
         with self.job("averaging") as job:
+            where.check(self.device)
             run = open_run(self.run, needs="weights" if self.noise_control else "")
             session = run.session
             members, names, name, positions = members_of(self, run)
@@ -161,8 +163,10 @@ class Independent(JobCommand):
         """Fit what is missing, average, and print the path of the averages."""
         from particle_explorer import halves
         from particle_explorer.devices import stand_back
+        from particle_explorer.summing import where
 
         with self.job("splitting the particles") as job:
+            where.check(self.device)
             run = open_run(self.run, needs="weights")
             session = run.session
             if self.status:

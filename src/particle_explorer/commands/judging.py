@@ -125,8 +125,10 @@ class Amend(JobCommand):
         """Average what changed anew, and print the path of the new averages."""
         from particle_explorer.amending import amend
         from particle_explorer.session import Session
+        from particle_explorer.summing import where
 
         with self.job("changing the averages") as job:
+            where.check(self.device)
             session = Session.open(self.session)
             stored = averages_of(session, self.averages)
             change = self._change([str(one["label"]) for one in stored.classes])

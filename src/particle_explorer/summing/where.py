@@ -10,6 +10,11 @@ DEVICE_PIXELS = 4e9
 """From so many on a GPU is worth the seconds that starting it takes."""
 
 
+def check(wanted: str) -> None:
+    """Complain of a device that is not there before anything long is begun."""
+    gpu(wanted, 0)
+
+
 def gpu(wanted: str, pixels: float, least: float = DEVICE_PIXELS) -> str:
     """The device of torch that averages `pixels` of all members, empty for the compiled functions on the CPU.
 
