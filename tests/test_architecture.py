@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,14 @@ def _inner(target: str) -> str | None:
 def test_every_module_has_a_rank() -> None:
     unknown = {_owner(file) for file in FILES} - set(RANKS) - {"__init__", "__main__"}
     assert not unknown, f"give {unknown} a place in RANKS and in CONTRIBUTING.md"
+
+
+def test_every_file_of_the_window_is_found_by_what_one_sees() -> None:
+    words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = words[words.index("In the window (`widgets/`)") : words.index("Three more rules follow")]
+    named = re.findall(r"`(\w+)`", table)
+    there = [file.stem for file in FILES if file.parent.name == "widgets" and file.stem != "__init__"]
+    assert sorted(named) == sorted(there)
 
 
 def test_modules_import_only_from_ranks_above() -> None:
