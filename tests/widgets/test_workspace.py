@@ -87,6 +87,18 @@ def test_fits_a_small_screen(workspace: Any, tiny_session: Session, qtbot: QtBot
         assert page.minimumSizeHint().width() <= workspace.width(), "cut off: there is no sideways scrolling"
 
 
+def test_a_folded_gallery_gives_its_room_away(workspace: Any, tiny_session: Session, qtbot: QtBot) -> None:
+    workspace.open(tiny_session.path)
+    qtbot.waitUntil(lambda: workspace.gallery_dock is not None, timeout=10_000)
+    qtbot.wait(50)
+    before = workspace.gallery_dock.height()
+    assert before >= 100
+    workspace.gallery.set_folded(True)
+    qtbot.waitUntil(lambda: workspace.gallery_dock.height() < 50)
+    workspace.gallery.set_folded(False)
+    qtbot.waitUntil(lambda: workspace.gallery_dock.height() >= min(before, 150) - 10)
+
+
 def test_every_control_says_what_it_does(workspace: Any) -> None:
     for control in workspace.findChildren(QAbstractButton) + workspace.findChildren(QComboBox):
         if isinstance(control, QWidget) and control.isVisibleTo(workspace):

@@ -42,6 +42,9 @@ TOUR_AFTER_MS = 800
 """The window has found its shape by then."""
 COLUMN_PX = 392
 GALLERY_PX = 150
+FOLDED_PX = 42
+HIGHEST_PX = 16_777_215
+"""Of a widget without a limit"""
 LEAST_WINDOW = (1366, 740)
 FONT_SIZE = 8.0
 SWITCH_S = 0.001
@@ -172,6 +175,7 @@ class Workspace(QWidget):
         self.preview = PreviewAverage(self.state, self, self.decoder)
         self.gallery = Gallery(self.viewer, self.state, self.decoder)
         self.gallery_dock: QDockWidget | None = None
+        self._gallery_px = GALLERY_PX
         self.tour: Tour | None = None
         self._tour_waits = False
         self._tour_timer = QTimer(self)
@@ -362,11 +366,22 @@ class Workspace(QWidget):
             self._on_gallery_folded(not self.gallery.is_folded)
 
     def _on_gallery_folded(self, shown: bool) -> None:
-        """Folded, it is too low for all the buttons that napari puts beside it, one above the other."""
-        bar = None if self.gallery_dock is None else self.gallery_dock.titleBarWidget()
+        """Give its room to the canvas, or take it back: napari's dock keeps what it had."""
+        dock = self.gallery_dock
+        if dock is None:
+            return
+        # folded, it is too low for all the buttons that napari puts beside it, one above the other
+        bar = dock.titleBarWidget()
         for button in (getattr(bar, "hide_button", None), getattr(bar, "float_button", None)):
             if button is not None:
                 button.setVisible(shown)
+        if not shown:
+            self._gallery_px = max(dock.height(), GALLERY_PX)
+        dock.setMinimumHeight(0 if shown else FOLDED_PX)
+        dock.setMaximumHeight(HIGHEST_PX if shown else FOLDED_PX)
+        main = dock.parentWidget()
+        if shown and isinstance(main, QMainWindow):
+            main.resizeDocks([dock], [self._gallery_px], Qt.Orientation.Vertical)
 
     def _on_run(self, run: object) -> None:
         if run is not None and not self._had_run:
