@@ -168,7 +168,7 @@ class ClassMapConfig(Config):
 
     nodes_per_dim: int = setting(0, "Nodes per dimension", advanced=True, ge=0, le=64, zero="automatic")
     """Classes along each side of the map, of the one that finds poses from 4 dimensions on. 0 chooses: 24 in
-    one dimension, 12 in two, 7 in three; where classes vary 18 in two, 8 in three."""
+    one dimension, 12 in two, 7 in three; where classes vary 18 in two, 11 in three."""
 
     angle_step_deg: float = setting(10.0, "Angle step", unit="°", advanced=True, ge=2, le=30)
     """Step of the angular search while fitting; reported angles are refined far below it."""

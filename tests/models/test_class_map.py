@@ -442,6 +442,12 @@ def test_in_noise_neighbours_say_nothing_and_the_map_freezes_out_of_disorder() -
     assert not len(model.known) and len(model.nodes()) == 25
     model.schedule(0.0, 0)
     assert model.heat < 0.1
+    # a cube of classes would be more than disorder orders
+    cube = ClassMap(ClassMapConfig(latent_dim=3, varies="classes"), model.data)
+    for _ in cube.start(Fitted(images[:30])):
+        pass
+    assert len(cube.grid_z) == 11**3 and len(cube.nodes()) == 6**3
+    assert sorted(cube.nodes()[:, 0].unique().tolist()) == pytest.approx([-1, -0.6, -0.2, 0.2, 0.6, 1])
 
 
 def test_classes_of_different_kinds_freeze_out_of_disorder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,8 @@ _MOST_JUNK = 0.5
 _MOST_NODES = 4096
 _N_STEPS_OF_CLASSES, _N_STEPS_OF_DISORDER = 240, 600
 """Steps of a map of classes, with and without a first layout."""
+_MOST_OF_DISORDER = 600
+"""Nodes of a map without a first layout, which keeps them all; of more, every second along each side."""
 _N_STEPS_OF_DRAWING = 250
 """Steps that a decoder takes to draw the first classes."""
 _HEAT_OF_DISORDER, _HEAT_OF_NEIGHBOURS = 0.02, 0.5
@@ -87,6 +89,7 @@ class ClassMap(PosePosterior):
         self._power: Tensor | None = None
         self._signal: Tensor | None = None
         self._centres: Tensor | None = None
+        self._grid_is_given = config.nodes_per_dim > 0
         self._first_heat = _HEAT_OF_DISORDER
         self._clearness = 0.0
         """Variance of the signal over that of the noise in a pixel, where classes vary."""
@@ -294,6 +297,8 @@ class ClassMap(PosePosterior):
             targets = yield from self._start_kinds(batches, template)
             if targets is None:
                 self.n_epochs = self._epochs_of(_N_STEPS_OF_DISORDER)
+                if not self._grid_is_given and len(self.grid_z) > _MOST_OF_DISORDER:
+                    self.keep(self._every_second())
             else:
                 yield from self._start_decoder(targets, _N_STEPS_OF_DRAWING)
             self._places = None
@@ -465,7 +470,7 @@ class ClassMap(PosePosterior):
             rows.append(batch.row)
             with fast_products(self.precision):
                 small.append(self.centred(self._seen(batch)))
-            yield Step("neighbours", min(1.0, i * 1000 / len(chosen)))
+            yield Step("centring", min(1.0, (i + 1) * 1000 / len(chosen)))
         disc = soft_disc(m, self.disc_px * m / n, device=template.device)
         seed = int(torch.randint(2**31, (1,)))
         known = torch.cat(small)
@@ -480,6 +485,11 @@ class ClassMap(PosePosterior):
         self._show(row, found.place)
         self._first_heat = _HEAT_OF_NEIGHBOURS
         return self._filter(fourier_resize(found.pictures[found.kept], n), self._unwhitener())
+
+    def _every_second(self) -> Tensor:
+        side = round(len(self.grid_z) ** (1 / self.latent_dim))
+        even = torch.arange(side, device=self.grid_z.device) % 2 == 0
+        return torch.cartesian_prod(*[even] * self.latent_dim).view(len(self.grid_z), -1).all(1)
 
     def _guide_of(self, last_row: int) -> Tensor:
         if self._guide is None:

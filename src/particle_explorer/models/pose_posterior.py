@@ -64,7 +64,7 @@ _SOFTENED = 0.3
 _NARROW = 0.12
 """Shifts within this share of the box are searched at once; beyond, a particle's place is found first."""
 _SIDE = {1: 24, 2: 12, 3: 7}
-_SIDE_OF_CLASSES = {1: 24, 2: 18, 3: 8}
+_SIDE_OF_CLASSES = {1: 24, 2: 18, 3: 11}
 """Nodes along each side by the dimensions of the map, where the settings leave it open."""
 _COARSE_SIDE = {1: 8, 2: 4, 3: 3}
 """Of these, nodes along each side that a search over all poses goes by."""
