@@ -210,7 +210,10 @@ class ClassMap(PosePosterior):
     ) -> None:
         """Keep what the live view and the noise estimate need of this step."""
         node, power_of_images = self.gathered(node), self.gathered(self._radial_power(images))
-        self._show(self.gathered(row), (node @ self.node_z) / node.sum(1, keepdim=True).clamp_min(1e-6))
+        rows, z = self.gathered(row), (node @ self.node_z) / node.sum(1, keepdim=True).clamp_min(1e-6)
+        if self._guide is not None:  # another process's rows may have no place here
+            z = self.about_node(z, torch.where(self._guide[rows].isnan(), z, self._guide[rows]))
+        self._show(rows, z)
         # signal and noise are independent: the power of the images is the sum of theirs
         particle = node.sum(1)
         share = particle / particle.sum().clamp_min(1e-6)

@@ -728,6 +728,10 @@ class PosePosterior(ParticleModel):
         small = self.centred(seen).unflatten(1, (-1, *disc.shape))
         return place_among(small, disc, self.angles, self.known.float(), self.known_place, self.spacing)
 
+    def about_node(self, z: Tensor, among: Tensor) -> Tensor:
+        """Positions `(b, d)` of which the posterior says the node, and the neighbours where about it."""
+        return z + (among - z).clamp(-self.spacing / 2, self.spacing / 2)
+
     @property
     def spacing(self) -> float:
         """From one point of the grid to the next."""
@@ -887,9 +891,10 @@ class PosePosterior(ParticleModel):
         cell_score = images.new_empty(b * p, n_fine)
         best_score = images.new_empty(b * p)
         best_at = order.new_empty(b * p)
-        where = None
+        among = where = None
         if len(self.known):
-            where = log_prior(self.among_neighbours(seen), self.node_z, self.spacing)
+            among = self.among_neighbours(seen)
+            where = log_prior(among, self.node_z, self.spacing)
         n_alike = k * n_fine * (1 if prior_of_turns is not None else r)
         normaliser = self._log_prior(self.shifts).logsumexp(0) + math.log(n_alike)
         done = 0
@@ -925,6 +930,8 @@ class PosePosterior(ParticleModel):
         node = by_node.softmax(1)
         z = node @ self.node_z
         z_std = (node @ self.node_z**2 - z**2).clamp_min(0).sqrt()
+        if among is not None:
+            z = self.about_node(z, among)
         cell = cell_score.softmax(1)
         proposal_mass = cell.view(b, p, n_fine).sum(2)
         entropy = -(cell * cell.clamp_min(1e-30).log()).sum(1)
