@@ -31,9 +31,9 @@ def laid_out(
     near, distance
         `(n, k)` the nearest of every point, itself first, and how far they are.
     points
-        `(n, d)` what is laid out; their distances are looked at only where the graph falls into parts.
+        `(n, d)` what is laid out.
     start
-        `(n, n_dims)` places to begin with; None takes eigenvectors of the graph.
+        `(n, n_dims)` places to begin with; None takes eigenvectors of the graph, which must not be in parts.
     tell
         Is told the share that is done.
     """
@@ -58,9 +58,9 @@ def laid_out(
         },
     )
     with warnings.catch_warnings():
-        # that it cannot place more points later, and that eigenvectors of a graph in parts are a makeshift
-        warnings.filterwarnings("ignore", message="precomputed_knn")
-        warnings.filterwarnings("ignore", message="Spectral initiali[sz]ation failed")
+        warnings.filterwarnings(
+            "ignore", message="precomputed_knn"
+        )  # that no more points can be placed later
         return np.asarray(reducer.fit_transform(points), np.float32)
 
 

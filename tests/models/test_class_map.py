@@ -487,6 +487,25 @@ def test_junk_is_told_and_particles_are_not_taken_for_it() -> None:
     assert abs(metrics.pearson(encoding.z[~is_junk, 0], truth["opening"][~is_junk])) > 0.8
 
 
+@pytest.mark.parametrize("varies", ["motion", "classes"])
+def test_a_stack_of_any_length_is_seen_in_parts(varies: str) -> None:
+    torch.manual_seed(0)
+    few, _ = stack(n_images=250)
+    taken = []
+
+    class Counted(Fitted):
+        def take(self, index: Tensor) -> Batch:
+            taken.append(len(index))
+            return super().take(index)
+
+    images = few.repeat(40, 1, 1, 1)  # more than are laid out by their neighbours
+    model = model_of(nodes_per_dim=3, angle_step_deg=30, latent_dim=1, n_particles=10_000, varies=varies)
+    model.n_epochs = 1
+    for _ in model.fit(Counted(images)):
+        pass
+    assert max(taken) <= 4096 and sum(taken) < 4 * len(images)
+
+
 def test_without_a_junk_class_there_is_no_probability() -> None:
     model = model_of(nodes_per_dim=3, angle_step_deg=30, junk=False)
     fit(model, stack(n_images=30)[0], n_epochs=2)

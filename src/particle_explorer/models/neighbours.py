@@ -18,11 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from particle_explorer.layouts import Array, laid_out
 from particle_explorer.models.base import Step
-from particle_explorer.transforms import place, unplace
+from particle_explorer.transforms import place, radius, unplace
 
 N_NEIGHBOURS = 15
 _MIN_DISTANCE = 0.1
@@ -31,6 +34,8 @@ _EVENNESS = 0.85
 """How far a layout is evened out along its axes, of the way to uniform: so that the map is filled, and gaps
 between groups stay."""
 _EDGE = 0.97
+_SPAN = 10.0
+"""Width of a layout to start from."""
 _LEAST_SHARE = 0.25
 """A node to which fewer images are the nearest, as a share of an even distribution, has no class."""
 _N_ROUNDS = 8
@@ -78,6 +83,7 @@ def places_among_neighbours(
         n_epochs=200,
         n_dims=node_z.shape[1],
         seed=seed,
+        start=_start_of_parts(near.cpu().numpy(), images * disc, node_z.shape[1]),
     )
     where = torch.from_numpy(evened(layout)).to(images.device)
     yield Step("laying neighbours out", 1.0)
@@ -108,6 +114,29 @@ def neighbours(
         distance[part] = value.clamp_min(0).sqrt()
         yield Step("neighbours", part.stop / n)
     return near, distance
+
+
+def _start_of_parts(near: NDArray[np.int64], images: Tensor, d: int) -> Array | None:
+    """`(n, d)` places to start from where the graph falls into parts, else None.
+
+    Eigenvectors know nothing of how parts lie to each other. What does not turn with an image does: its mean
+    in rings, of which the main components are taken.
+    """
+    n, k = near.shape
+    graph = coo_matrix((np.ones(n * k), (np.repeat(np.arange(n), k), near.ravel())), shape=(n, n))
+    if connected_components(graph, directed=False, return_labels=False) == 1:
+        return None
+    m = images.shape[-1]
+    ring = radius(m, images.device).round().long().clamp(max=m // 2).flatten()
+    sums = images.new_zeros(*images.shape[:2], m // 2 + 1).index_add_(-1, ring, images.flatten(2))
+    rings = (sums / torch.bincount(ring)).flatten(1).cpu().double().numpy()
+    u, s, _ = np.linalg.svd(rings - rings.mean(0), full_matrices=False)
+    start = np.zeros((n, d))
+    some = min(d, len(s))
+    start[:, :some] = u[:, :some] * s[:some]
+    start *= _SPAN / max(float(np.ptp(start, axis=0).max()), 1e-30)
+    shake = np.random.default_rng(0).normal(0, 1e-3 * _SPAN, start.shape)  # copies must come apart
+    return (start + shake).astype(np.float32)
 
 
 @torch.no_grad()
