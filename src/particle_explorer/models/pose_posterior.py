@@ -982,13 +982,16 @@ class PosePosterior(ParticleModel):
     ) -> tuple[_Poses, _Refined]:
         """The best `(b,)` of some poses `(b, p)` by their `score`, as it was found and refined.
 
-        What looks almost alike after half a turn has two poses, which differ by less than the search leaves
-        open: where the best of those that are no neighbours comes close, both are refined and compared.
+        Of different objects some look almost alike after half a turn, and their two poses differ by less than
+        the search leaves open: where the best of those that are no neighbours comes close, both are refined
+        and compared. In noise the search decides better, which sees no frequencies beyond its band.
         """
         at = torch.arange(len(score), device=score.device)
         value, first = score.max(1)
         best = _Poses(*(part[at, first] for part in poses))
         refined = self._refine(whitened, transfer, nodes, best.node, best.angle, best.move)
+        if not self.classes:
+            return best, refined
         others = torch.where(self._near(poses, best.angle, best.move), -torch.inf, score)
         rival_value, second = others.max(1)
         close = (rival_value > value - _RIVAL_NATS - _RIVAL_SHARE * value.abs()).nonzero()[:, 0]
