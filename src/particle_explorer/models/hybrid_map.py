@@ -127,6 +127,9 @@ class HybridMap(ParticleModel):
         turn, move = self.map.frames(z)
         return place(self.map.decoder(z), turn, move, mode="bicubic")
 
+    def agreed(self) -> None:
+        self.map.agreed()
+
     def skip_warm_up(self) -> None:
         self._ramp = 0.0
 
