@@ -137,7 +137,7 @@ def test_turning_and_moving_the_input_turns_and_moves_the_pose(
             at = pose.rotation_matrix(-sign * turn) @ grid - sign * np.array([[x], [y]]) / PIXEL_SIZE_A
             total += map_coordinates(image, at[::-1] + box_px // 2, order=1) / len(images)
     assert average.var() > 0.75 * images.var()
-    assert average.var() > 1.4 * mirrored.var()  # a molecule has something of its mirrored turns
+    assert average.var() > 1.5 * mirrored.var()  # a molecule has something of its mirrored turns
     views = model.decode(encoding.z, encoding.angle, encoding.shift).flatten(1)
     match = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(views, images.flatten(1), strict=True)]
     assert torch.stack(match).median() > 0.9
