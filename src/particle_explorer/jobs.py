@@ -42,6 +42,7 @@ __all__ = [
     "request_pause",
     "request_stop",
     "start",
+    "start_passing",
 ]
 
 LOG = "log.txt"
@@ -67,6 +68,11 @@ def start(args: Sequence[str], folder: Path) -> Path:
     StatusWriter.announce(folder, process.pid)
     threading.Thread(target=process.wait, name="reaper", daemon=True).start()  # leaves no zombie behind
     return folder
+
+
+def start_passing(args: Sequence[str]) -> Path:
+    """`start` in a temporary folder, for a job that no session keeps."""
+    return start(args, Path(tempfile.mkdtemp(prefix=f"particle-explorer-{args[0]}-")))
 
 
 def read_log(folder: Path, n_bytes: int = 20_000) -> str:

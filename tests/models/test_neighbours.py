@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -120,6 +121,27 @@ def test_the_same_seed_gives_the_same_map(map_of_kinds: tuple[Tensor, ...]) -> N
     torch.testing.assert_close(again.place, where)
     assert torch.equal(again.kept, kept)
     torch.testing.assert_close(again.pictures, pictures)
+
+
+def test_laying_out_tells_how_far_it_is_and_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("particle_explorer.models.neighbours._LOOK_S", 0.002)
+    images, _ = kinds(240)
+    axis = torch.linspace(-1, 1, 5)
+    grid = torch.cartesian_prod(axis, axis)
+    n_threads = threading.active_count()
+    steps = places_among_neighbours(images, DISC, ANGLES, grid, 50.0, seed=1)
+    told = []
+    for step in steps:
+        if step.what == "laying neighbours out":
+            told.append(step.fraction)
+            if len(told) == 2:
+                break
+    assert len(told) == 2
+    steps.close()
+    assert threading.active_count() == n_threads
+    whole = list(places_among_neighbours(images, DISC, ANGLES, grid, 50.0, seed=1))
+    shares = [step.fraction for step in whole if step.what == "laying neighbours out"]
+    assert shares == sorted(shares) and shares[-1] > 0.5 and whole[-1].what == "first classes"
 
 
 def test_other_images_are_placed_among_their_kind(map_of_kinds: tuple[Tensor, ...]) -> None:

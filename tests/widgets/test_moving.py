@@ -51,7 +51,10 @@ def done(panel: JobPanel, qtbot: QtBot) -> None:
     assert not panel.complaint.isVisible(), panel.complaint.sentence.text()
 
 
-def test_star_files_are_joined(tmp_path: Path, qtbot: QtBot) -> None:
+def test_star_files_are_joined(tmp_path: Path, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    passing = tmp_path / "passing"
+    passing.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(passing))
     panel = JoinPanel(AppState())
     shown(panel, qtbot)
     files = [extraction(tmp_path, name, n, 16, 2.0) for name, n in (("a", 3), ("b", 4))]
@@ -62,9 +65,11 @@ def test_star_files_are_joined(tmp_path: Path, qtbot: QtBot) -> None:
     panel.joined.connect(joined.append)
     done(panel, qtbot)
     assert joined == [tmp_path / "a_joined.star"] and len(read(joined[0])) == 7
+    assert list(passing.iterdir()) == []  # a job that ended well leaves nothing behind
     QTest.mouseClick(panel.button, LEFT)  # again: what is there is not replaced
     qtbot.waitUntil(panel.complaint.isVisible, timeout=SLOW)
     assert "exists already" in panel.complaint.sentence.text() and panel.button.isEnabled()
+    assert [folder.name[:23] for folder in passing.iterdir()] == ["particle-explorer-merge"]  # its log
 
 
 def test_coordinates_become_a_run_or_a_sentence(tiny_session: Session, tmp_path: Path, qtbot: QtBot) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Generator
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from torch import Tensor
 from particle_explorer.layouts import Array, laid_out
 from particle_explorer.models.base import Step
 from particle_explorer.transforms import place, radius, unplace
+
+T = TypeVar("T")
 
 N_NEIGHBOURS = 15
 _MIN_DISTANCE = 0.1
@@ -42,6 +46,7 @@ _N_ROUNDS = 8
 _REACH = 3.2
 """Nodes within this many spacings are turned onto each other."""
 _AT_ONCE = 250
+_LOOK_S = 0.2
 _WIDTH = 0.35
 """Standard deviation, in spacings of the nodes, of the prior that neighbours are. With 1 a node of another
 kind is taken wherever its picture fits a little better (see `docs/decisions.md`)."""
@@ -74,24 +79,51 @@ def places_among_neighbours(
     """
     flat = _without_mean(images * disc, disc)
     near, distance = yield from neighbours(flat, images.shape[1:], angles, min(N_NEIGHBOURS, len(flat)))
-    yield Step("laying neighbours out", 0.0)
-    layout = laid_out(
-        near.int().cpu().numpy(),
-        distance.cpu().numpy(),
-        flat.cpu().numpy(),
-        min_distance=_MIN_DISTANCE,
-        n_epochs=200,
-        n_dims=node_z.shape[1],
-        seed=seed,
-        start=_start_of_parts(near.cpu().numpy(), images * disc, node_z.shape[1]),
+    start = _start_of_parts(near.cpu().numpy(), images * disc, node_z.shape[1])
+    layout = yield from _in_steps(
+        "laying neighbours out",
+        lambda tell: laid_out(
+            near.int().cpu().numpy(),
+            distance.cpu().numpy(),
+            flat.cpu().numpy(),
+            min_distance=_MIN_DISTANCE,
+            n_epochs=200,
+            n_dims=node_z.shape[1],
+            seed=seed,
+            start=start,
+            tell=tell,
+        ),
     )
     where = torch.from_numpy(evened(layout)).to(images.device)
-    yield Step("laying neighbours out", 1.0)
     off = torch.cdist(where, node_z).square()
     count = torch.bincount(off.argmin(1), minlength=len(node_z))
     kept = count >= _LEAST_SHARE * len(where) / len(node_z)
     pictures = yield from _means(images * disc, flat, angles, node_z, off, count > 0, weight)
     return Places(where, kept, pictures)
+
+
+def _in_steps(what: str, work: Callable[[Callable[[float], None]], T]) -> Generator[Step, None, T]:
+    """What `work` returns, which is done in a thread and tells its share; closing the generator ends it."""
+    share, over = 0.0, threading.Event()
+
+    def tell(done: float) -> None:
+        nonlocal share
+        if over.is_set():
+            raise _OverError
+        share = done
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            future = pool.submit(work, tell)
+            while not wait([future], _LOOK_S).done:
+                yield Step(what, share)
+            return future.result()
+        finally:
+            over.set()
+
+
+class _OverError(Exception):
+    """Nobody waits for the work any more."""
 
 
 def neighbours(

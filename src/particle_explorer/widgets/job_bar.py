@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from qtpy.QtCore import Signal
@@ -100,6 +101,7 @@ class JobBar(QWidget):
         layout.addWidget(self.words)
         layout.addLayout(row)
         self._follower = JobFollower(self, read_job, self._told, every_ms=250)
+        self._passing = False
         self.setVisible(False)
 
     @property
@@ -107,7 +109,9 @@ class JobBar(QWidget):
         """Of the job that is followed, None when there is none."""
         return self._follower.folder
 
-    def follow(self, folder: Path, what: str) -> None:
+    def follow(self, folder: Path, what: str, *, passing: bool = False) -> None:
+        """Show how the job of this folder fares; one that is `passing` goes with a job that ends well."""
+        self._passing = passing
         self.words.setText(what)
         self.bar.setRange(0, 0)
         self.cancel.setEnabled(True)
@@ -132,12 +136,13 @@ class JobBar(QWidget):
                 self.bar.setRange(0, 1000 if status.fraction > 0 else 0)
                 self.bar.setValue(int(1000 * status.fraction))
             return
+        folder = self._follower.folder
         self._follower.follow(None)
         self.setVisible(False)
-        if status.state == "finished":
-            self.finished.emit(status)
-        elif status.state == "stopped":
-            self.stopped.emit(status)
+        if status.state in ("finished", "stopped"):
+            if self._passing and folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)  # what is still open elsewhere stays
+            (self.finished if status.state == "finished" else self.stopped).emit(status)
         else:
             sentence = status.error or "The job ended without a word; its log is under Details"
             self.failed.emit(Failure(sentence, log_text))

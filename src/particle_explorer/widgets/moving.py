@@ -3,7 +3,6 @@ that another program found. Each is one command of a worker."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,12 +69,15 @@ class JobPanel(QWidget):
             line = arguments()
             if session is not None:
                 return jobs.start(line, session.new_job(line[0]))
-            return jobs.start(line, Path(tempfile.mkdtemp(prefix=f"particle-explorer-{line[0]}-")))
+            return jobs.start_passing(line)
 
         self.complaint.clear()
         self._say("")
         self.button.setEnabled(False)
-        self.tasks.run("start", work, lambda folder: self.bar.follow(folder, words), self._fail)
+        passing = session is None
+        self.tasks.run(
+            "start", work, lambda folder: self.bar.follow(folder, words, passing=passing), self._fail
+        )
 
     def _say(self, words: str) -> None:
         self.words.setText(words)

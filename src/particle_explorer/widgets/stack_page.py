@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -261,15 +260,14 @@ class StackPage(QWidget):
             if sample:
                 arguments += ["--sample", str(sample)]
                 arguments += ["--sample-by", sample_by] if sample_by else []
-            status_folder = Path(tempfile.mkdtemp(prefix="particle-explorer-import-"))
-            return jobs.start([*arguments, "--where", where] if where else arguments, status_folder)
+            return jobs.start_passing([*arguments, "--where", where] if where else arguments)
 
         self._target = target
         self._set_busy(True)
         self.tasks.run(
             "prepare",
             work,
-            lambda folder: self.import_bar.follow(folder, "Preparing the images"),
+            lambda folder: self.import_bar.follow(folder, "Preparing the images", passing=True),
             self._on_import_failed,
         )
 
@@ -284,14 +282,10 @@ class StackPage(QWidget):
         if found.project_dir is not None:
             arguments += ["--project-dir", str(found.project_dir)]
 
-        def work() -> Path:
-            folder = Path(tempfile.mkdtemp(prefix="particle-explorer-check-"))
-            return jobs.start(arguments, folder)
-
         self.tasks.run(
             "check",
-            work,
-            lambda folder: self.check_bar.follow(folder, "Reading every image"),
+            lambda: jobs.start_passing(arguments),
+            lambda folder: self.check_bar.follow(folder, "Reading every image", passing=True),
             self._on_import_failed,
         )
 
