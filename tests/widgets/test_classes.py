@@ -458,7 +458,7 @@ def test_poses_are_refined_against_classes(
 def test_every_average_says_what_made_it(dock: ClassesDock, tiny_session: Session, qtbot: QtBot) -> None:
     _shown(dock, tiny_session, qtbot)
     words = dock.made_words.text()
-    for part in ("run 0001-class-map", "by cluster-kmeans", "poses of the run", "CTF: wiener", "spline"):
+    for part in ("run 0001-class-map", "by k-means cluster", "poses of the run", "CTF: wiener", "spline"):
         assert part in words
     assert "classes/cluster-kmeans.parquet" in words
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from particle_explorer.widgets.colours import title_of
 from particle_explorer.widgets.job_bar import number
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def made_words(stored: StoredClasses, index: int) -> str:
     how, one = stored.how, stored.classes[index]
     settings = one.get("settings") or {}
     parts = [f"run {how['run']}"] if how.get("run") else []
-    parts += [f"by {how['by']}"] if how.get("by") else []
+    parts += [f"by {title_of(str(how['by']))}"] if how.get("by") else []
     parts += [f"selection {how['selection']}"] if how.get("selection") else []
     parts += [f"changed from {how['from']}"] if how.get("from") else []
     poses = how.get("poses") or ("held" if how.get("held") else "run")

@@ -68,6 +68,8 @@ TOOLS: dict[Tool, str] = {
 }
 SETS = "named sets"
 """Key of the colouring by sets, which are no column of the table"""
+_BESIDE_COLOUR_PX = 140
+"""Taken in the row of the colour by what is neither its name nor a number"""
 
 
 class LatentDock(QWidget):
@@ -222,6 +224,7 @@ class LatentDock(QWidget):
         self.x.activated.connect(self._on_axes_chosen)
         self.y.activated.connect(self._on_axes_chosen)
         self.colour.activated.connect(self._on_colour_chosen)
+        self.colour.currentIndexChanged.connect(self._show_counts)
         below = QHBoxLayout()
         below.addWidget(QLabel("colour"))
         below.addWidget(self.colour, 1)
@@ -597,7 +600,10 @@ class LatentDock(QWidget):
             self.counts.setText("")
         elif n:
             words = f"{number(n)} of {number(total)}"
-            room = self.width() // 2  # less of a number than all of it would be another number
+            # less of a number than all of it would be another number; the word goes before a name is cut
+            metrics = self.colour.fontMetrics()
+            name = self.width() - metrics.horizontalAdvance(self.colour.currentText()) - _BESIDE_COLOUR_PX
+            room = min(self.width() // 2, name)
             whole = self.counts.fontMetrics().horizontalAdvance(f"{words} selected") <= room
             self.counts.setText(f"{words} selected" if whole else words)
         else:
