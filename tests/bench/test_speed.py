@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from particle_explorer.bench import speed
 from particle_explorer.bench.machine import describe
+from particle_explorer.bench.plain import images_per_s, time_plain_target, time_plain_vae
+from particle_explorer.bench.work import counted
 from particle_explorer.configs import SpeedConfig
 from particle_explorer.files import UserError
 
@@ -23,7 +26,7 @@ def test_a_rate_is_images_over_seconds() -> None:
         time.sleep(0.05 if len(calls) > 1 else 0.3)  # the warm-up is slow and not counted
         return 5
 
-    assert speed._rate(step, 0.2) == pytest.approx(100, rel=0.2)
+    assert images_per_s(step, 0.2) == pytest.approx(100, rel=0.2)
 
 
 def test_images_are_timed_beside_their_yardsticks(tmp_path: Path) -> None:
@@ -37,13 +40,42 @@ def test_images_are_timed_beside_their_yardsticks(tmp_path: Path) -> None:
 
 def test_models_are_timed_and_the_table_compares_like_with_like() -> None:
     ours = speed.time_model("spatial-vae", 32, TINY)
-    plain = speed.time_plain_vae(32, TINY)
+    plain = time_plain_vae(32, TINY)
     assert min(ours["train_per_s"], ours["encode_per_s"], ours["decode_one_ms"], plain["train_per_s"]) > 0
     assert speed.time_model("target-vae", 16, TINY)["train_per_s"] > 0
-    assert speed.time_plain_target("target-vae", 16, TINY)["train_per_s"] > 0
+    assert time_plain_target("target-vae", 16, TINY)["train_per_s"] > 0
     rows = speed._tables([ours | {"train_per_s": 300.0}, plain | {"train_per_s": 100.0}], []).splitlines()
     assert rows[2].startswith("| spatial-vae | 32 | 300 | 3.0 |")
     assert rows[3].startswith("| plain spatial-vae | 32 | 100 |  |")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_products_and_bytes_are_counted() -> None:
+    a, b = torch.randn(10, 20), torch.randn(20, 30)
+    some = torch.eye(20).to_sparse_csr()
+    total = torch.zeros(10, 30)
+
+    def step() -> int:
+        product = a @ b  # 2 · 10 · 20 · 30
+        total.addmm_(a, b)  # as many
+        _ = some @ b  # 2 · 20 · 30: zeros that are not there cost nothing
+        _ = product.T[3:]  # nothing is done
+        return 4
+
+    work = counted(step, 2)
+    assert (work.flop, work.n_operations, work.n_images) == (2 * (12_000 + 12_000 + 1_200), 6, 8)
+    sparse = 20 * 4 + 21 * 8 + 20 * 8
+    assert work.n_bytes == 2 * (
+        4 * (200 + 600 + 300) + 4 * (300 + 200 + 600 + 300) + sparse + 4 * (600 + 600)
+    )
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def there_and_back() -> int:
+        (x @ b[:4]).sum().backward()
+        return 1
+
+    both = counted(there_and_back)
+    assert both.flop == 2 * (2 * 3 * 4 * 30)  # forward, and backward for x alone
 
 
 def test_chosen_models_are_timed_and_no_others() -> None:
@@ -57,7 +89,7 @@ def test_chosen_models_are_timed_and_no_others() -> None:
 
 
 def test_each_measurement_has_its_own_memory() -> None:
-    result = speed._alone(speed.time_plain_vae, 16, TINY)
+    result = speed._alone(time_plain_vae, 16, TINY)
     assert 50 < result["peak_memory_MB"] < 5000
 
 

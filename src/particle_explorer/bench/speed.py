@@ -25,11 +25,17 @@ import numpy as np
 import scipy.fft
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from particle_explorer import averaging, devices, encoding
 from particle_explorer.bench.machine import describe
+from particle_explorer.bench.plain import (
+    PAPER_TARGET,
+    images_per_s,
+    time_plain_target,
+    time_plain_vae,
+)
+from particle_explorer.bench.work import counted
 from particle_explorer.configs import (
     AverageConfig,
     ClassMapConfig,
@@ -63,12 +69,6 @@ MODELS: dict[str, ModelConfig] = {
     "rotation-ae": RotationAEConfig(),
     "vae": VAEConfig(),
 }
-PAPER_TARGET = {
-    50: TargetVAEConfig(kernel_px=28, shift_range_px=19),
-    64: TargetVAEConfig(kernel_px=64, shift_range_px=32),
-    100: TargetVAEConfig(kernel_px=64, shift_range_px=34, layers=6),
-}
-"""TARGET-VAE P8 with the kernels and shifts of its paper: digits, shapes, recorded particles."""
 N_IMAGES = 3000
 """Particles that models are timed on; enough for the start of the class map."""
 
@@ -158,15 +158,6 @@ def peak_memory_MB() -> int:
     return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
-def _rate(step: Callable[[], int], seconds: float) -> float:
-    """Images per second of a step that returns how many it did; the first is not counted."""
-    step()
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        done += step()
-    return done / spent
-
-
 # ---------------------------------------------------------------------- models
 
 
@@ -187,6 +178,14 @@ class _InMemory:
         return Batch(self.images[index], None, index)
 
 
+def _passes(n: int, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Epoch and rows of one batch after the other, as in training."""
+    epoch = 0
+    while True:
+        yield from ((epoch, index) for index in torch.randperm(n).split(size))
+        epoch += 1
+
+
 def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     """Start the model on simulated particles, then time steps of the kind that `training.fit` makes."""
     torch.manual_seed(0)
@@ -203,11 +202,13 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     size = min(config.batch_size or model.batch_size, n)
     groups = [p for group in model.parts().values() for p in group]
     optimiser = torch.optim.Adam(groups, lr=model.learning_rate)
-    model.schedule(0.5, model.n_epochs // 2)
     model.train()
+    passes = _passes(n, size)
 
     def train() -> int:
-        batch = batches.take(torch.randint(n, (size,)))
+        epoch, index = next(passes)
+        model.schedule(0.5, model.n_epochs // 2 + epoch)
+        batch = batches.take(index)
         for part in model.parts():
             with devices.autocast(model, device, "auto"):
                 losses = model(batch, part)
@@ -216,7 +217,7 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
             optimiser.zero_grad(set_to_none=True)
             torch.stack([loss.float() for loss in losses.values()]).sum().backward()
             optimiser.step()
-        return size
+        return len(index)
 
     def encode() -> int:
         some = min(encoding.ENCODE_AT_ONCE, n)
@@ -237,148 +238,13 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
         "batch": size,
         "start_seconds": round(start_seconds, 2),
     }
-    result["train_per_s"] = round(_rate(train, config.seconds), 1)
+    result["train_per_s"] = round(images_per_s(train, config.seconds), 1)
+    result |= counted(train, 2 * math.ceil(n / size)).per_image("train")
     model.eval()
-    result["encode_per_s"] = round(_rate(encode, config.seconds), 1)
-    result["decode_one_ms"] = round(1e3 / _rate(decode, config.seconds), 2)
+    result["encode_per_s"] = round(images_per_s(encode, config.seconds), 1)
+    result |= counted(encode).per_image("encode")
+    result["decode_one_ms"] = round(1e3 / images_per_s(decode, config.seconds), 2)
     return result
-
-
-class _PlainVAE(nn.Module):
-    """spatial-VAE as its paper writes it: float32, every pixel of every image decoded, no shortcut."""
-
-    def __init__(self, box: int, latent_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Linear(box**2, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, 2 * (3 + latent_dim)),
-        )
-        self.coordinates = nn.Linear(2, hidden)
-        self.content = nn.Linear(latent_dim, hidden, bias=False)
-        self.decoder = nn.Sequential(nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-        line = torch.linspace(-1, 1, box)
-        self.grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1).reshape(-1, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        flat = images.flatten(1)
-        mean, log_sd = self.encoder(flat).chunk(2, 1)
-        sample = mean + log_sd.exp() * torch.randn_like(mean)
-        angle, shift, z = sample[:, 0], sample[:, 1:3], sample[:, 3:]
-        cos, sin = angle.cos(), angle.sin()
-        turn = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
-        at = self.grid @ turn + shift[:, None]
-        drawn = self.decoder(self.coordinates(at) + self.content(z)[:, None])[..., 0]
-        kl = (-log_sd + 0.5 * (log_sd * 2).exp() + 0.5 * mean**2 - 0.5).sum(1)
-        return (0.5 * (drawn - flat).square().sum(1) + kl).mean()
-
-
-def time_plain_vae(box: int, config: SpeedConfig) -> dict[str, Any]:
-    """The yardstick of spatial-VAE: same widths and batch, plainly written."""
-    torch.manual_seed(0)
-    ours = SpatialVAEConfig()
-    model = _PlainVAE(box, ours.latent_dim, ours.hidden)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    size = config.batch_size or 100
-    images = torch.randn(size, 1, box, box)
-
-    def train() -> int:
-        optimiser.zero_grad(set_to_none=True)
-        model(images).backward()
-        optimiser.step()
-        return size
-
-    return {
-        "model": "plain spatial-vae",
-        "box_px": box,
-        "batch": size,
-        "train_per_s": round(_rate(train, config.seconds), 1),
-    }
-
-
-class _PlainTarget(nn.Module):
-    """TARGET-VAE as its paper's code writes it: float32, kernels of pixels resampled for every angle and
-    correlated with the image one by one, every pixel of every image decoded."""
-
-    def __init__(self, box: int, like: TargetVAEConfig, kernel_px: int, reach_px: int) -> None:
-        super().__init__()
-        self.reach, self.n_turns = reach_px, int(like.rotations[1:])
-        channels, features, hidden, d = like.channels, like.features, like.hidden, like.latent_dim
-        bound = 1 / kernel_px
-        self.kernels = nn.Parameter(torch.empty(channels, 1, kernel_px, kernel_px).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.mix = nn.Conv3d(channels, channels, 1)
-        self.heads = nn.Conv3d(channels, 3 + 2 * d, 1)
-        self.waves, self.phases = torch.randn(2, features) * (box - 1) / 2, 2 * math.pi * torch.rand(features)
-        self.coordinates = nn.Linear(features, hidden)
-        self.content = nn.Linear(d, hidden, bias=False)
-        layers: list[nn.Module] = [nn.LeakyReLU()]
-        for _ in range(like.layers - 1):
-            layers += [nn.Linear(hidden, hidden), nn.LeakyReLU()]
-        self.decoder = nn.Sequential(*layers, nn.Linear(hidden, 1))
-        line = torch.linspace(-1, 1, box)
-        self.grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1).reshape(-1, 2)
-        step = torch.arange(-reach_px, reach_px + 1) * 2 / (box - 1)
-        self.cells = torch.stack(torch.meshgrid(step, -step, indexing="xy"), -1).reshape(-1, 2)
-        self.angles = 2 * math.pi * torch.arange(self.n_turns) / self.n_turns
-
-    def forward(self, images: Tensor) -> Tensor:
-        k, r = self.kernels.shape[-1], self.n_turns
-        cos, sin = self.angles.cos(), self.angles.sin()
-        zero = torch.zeros(r)
-        turn = torch.stack([torch.stack([cos, sin, zero], -1), torch.stack([-sin, cos, zero], -1)], 1)
-        grid = functional.affine_grid(turn, [r, 1, k, k], align_corners=False)
-        bank = functional.grid_sample(self.kernels[:, 0].expand(r, -1, -1, -1), grid, align_corners=False)
-        pad = self.reach + -(-(k - images.shape[-1]) // 2)
-        padded = functional.pad(images, [pad] * 4)
-        maps = functional.conv2d(padded, bank.flatten(0, 1)[:, None], self.bias.repeat(r))
-        side = 2 * self.reach + 1
-        maps = maps[..., :side, :side].unflatten(1, (r, -1)).transpose(1, 2)
-        h = functional.leaky_relu(self.mix(functional.leaky_relu(maps)))
-        heads = self.heads(h).flatten(3)  # b, heads, r, cells
-        log_q = heads[:, 0].flatten(1).log_softmax(1)
-        weight = functional.gumbel_softmax(log_q).unflatten(1, (r, -1))
-        mean, log_sd = heads[:, 1:].chunk(2, 1)
-        sd = log_sd.exp()
-        each = mean + torch.cat([self.angles[:, None].expand_as(mean[0, :1]), torch.zeros_like(mean[0, 1:])])
-        mixed = (weight[:, None] * each).sum((2, 3)) + (weight[:, None] * sd).sum((2, 3)) * torch.randn_like(
-            each[:, :, 0, 0]
-        )
-        angle, z, shift = mixed[:, 0], mixed[:, 1:], weight.sum(1) @ self.cells
-        cos, sin = angle.cos(), angle.sin()
-        turned = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
-        at = (self.grid - shift[:, None]) @ turned
-        drawn = self.decoder(
-            self.coordinates(torch.cos(at @ self.waves + self.phases)) + self.content(z)[:, None]
-        )
-        kl = (log_q.exp().unflatten(1, (r, -1)) * (0.5 * (sd**2 + mean**2) - log_sd).sum(1)).sum((1, 2))
-        return (0.5 * (drawn[..., 0] - images.flatten(1)).square().sum(1) + kl).mean()
-
-
-def time_plain_target(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
-    """The yardstick of TARGET-VAE: the same sizes, plainly written, in small batches that fit memory."""
-    torch.manual_seed(0)
-    like = PAPER_TARGET[box] if name != "target-vae" else TargetVAEConfig()
-    kernel = like.kernel_px or math.ceil(0.8 * box)
-    model = _PlainTarget(box, like, kernel, like.shift_range_px or math.ceil(0.15 * box))
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-4)
-    size = min(config.batch_size or 8, 8 if box <= 50 else 2)
-    images = torch.randn(size, 1, box, box)
-
-    def train() -> int:
-        optimiser.zero_grad(set_to_none=True)
-        model(images).backward()
-        optimiser.step()
-        return size
-
-    return {
-        "model": f"plain {name}",
-        "box_px": box,
-        "batch": size,
-        "train_per_s": round(_rate(train, config.seconds), 2),
-    }
 
 
 # ---------------------------------------------------------------------- images
@@ -443,9 +309,9 @@ def time_averaging(star: Path, config: SpeedConfig, device: str) -> dict[str, An
     what = f"averaging, {box} px{words}"
     result: dict[str, Any] = {"what": what, "n": n, "yardstick": "reading and summing"}
     for ctf, name in names.items():
-        result[name] = round(_rate(averaged(ctf), config.seconds), 1)
+        result[name] = round(images_per_s(averaged(ctf), config.seconds), 1)
     result["peak_memory_MB"] = peak_memory_MB()  # now: the yardstick maps the file into memory
-    result["yardstick_per_s"] = round(_rate(summed, config.seconds), 1)
+    result["yardstick_per_s"] = round(images_per_s(summed, config.seconds), 1)
     result["ratio"] = round(result["images_per_s"] / result["yardstick_per_s"], 3)
     if _forget(path):
         times = []
@@ -516,7 +382,7 @@ def time_preprocessing(star: Path, config: SpeedConfig) -> dict[str, Any]:
             Session.create(next(names), particles, PreprocessConfig())
             return n
 
-        yardstick, rate = _rate(bare, config.seconds), _rate(session, config.seconds)
+        yardstick, rate = images_per_s(bare, config.seconds), images_per_s(session, config.seconds)
     return {
         "what": f"preprocessing, {config.stack_box_px} px",
         "images_per_s": round(rate, 1),
@@ -535,9 +401,10 @@ def _counted(folder: Path) -> Iterator[Path]:
 
 def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | box | train, images/s | ratio to plain | encode, images/s | one picture, ms | peak, MB |"
+        "| model | box | train, images/s | ratio to plain | encode, images/s | one picture, ms | peak, MB"
+        " | train: MFLOP · MB per image · operations per 1 000 | encode |"
     ]
-    lines.append("|" + "---|" * 7)
+    lines.append("|" + "---|" * 9)
     plain = {(m["model"], m["box_px"]): m["train_per_s"] for m in models if m["model"].startswith("plain")}
     for m in models:
         ratio = m["train_per_s"] / plain.get((f"plain {m['model']}", m["box_px"]), math.nan)
@@ -548,6 +415,11 @@ def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
             "" if math.isnan(ratio) else f"{ratio:.1f}",
         ]
         cells += [str(m.get(name, "")) for name in ("encode_per_s", "decode_one_ms", "peak_memory_MB")]
+        for what in ("train", "encode"):
+            work = [
+                m.get(f"{what}_{of}") for of in ("MFLOP_per_image", "MB_per_image", "operations_per_1000")
+            ]
+            cells.append("" if None in work else " · ".join(map(str, work)))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| what | images/s | yardstick | its images/s | ratio | peak, MB |", "|" + "---|" * 6]
     for i in images:
