@@ -23,7 +23,7 @@ from particle_explorer.pose import rotation_matrix
 from particle_explorer.shears import covered
 from particle_explorer.spectra import Grid
 from particle_explorer.summing.moving import Block, Mover, Phase, Powers, Weights
-from particle_explorer.summing.work import POWER_MEMBERS, Progress, Sums, Work, not_finite
+from particle_explorer.summing.work import POWER_MEMBERS, Progress, Sums, Work, not_finite, shares_told
 
 BLOCK_BYTES = 32 * 2**20
 """Original images moved back in one go, at most."""
@@ -86,7 +86,7 @@ def device_sums(work: Work, name: str, progress: Progress | None) -> Iterator[Su
     images.
     """
     device, channels = torch.device(name), int(work.stack.read(work.rows[:1]).shape[1])
-    m, free, done = work.m, _free_bytes(device), 0
+    m, free = work.m, _free_bytes(device)
     each = 4 * (2 * channels * m * m + (2 * m * (m + 2) if work.mode == "wiener" else 0) + 4 * m)
     per_group = max(1, int(min(SUMS_BYTES, 0.4 * free)) // each)
     at_once = {
@@ -94,12 +94,7 @@ def device_sums(work: Work, name: str, progress: Progress | None) -> Iterator[Su
         for box in np.unique(work.boxes).tolist()
     }
 
-    def tell(added: int) -> None:
-        nonlocal done
-        done += added
-        if progress is not None:
-            progress(done / len(work.members.row))
-
+    tell = shares_told(progress, len(work.members.row))
     for first in range(0, len(work.sizes), per_group):
         last = min(first + per_group, len(work.sizes))
         try:

@@ -24,6 +24,7 @@ from particle_explorer.summing.work import (
     Work,
     not_finite,
     powers_of,
+    shares_told,
 )
 
 if TYPE_CHECKING:
@@ -91,14 +92,7 @@ def shear_sums(work: Work, progress: Progress | None) -> Iterator[Sums]:
     channels = int(work.stack.read(work.rows[:1]).shape[1])
     each = 4 * channels * (18 * n * n if work.mode == "none" else 4 * m * m + 4 * m * m)
     per_group = max(1, SUMS_BYTES // each)
-    done = 0
-
-    def tell(added: int) -> None:
-        nonlocal done
-        done += added
-        if progress is not None:
-            progress(done / len(work.members.row))
-
+    tell = shares_told(progress, len(work.members.row))
     for first in range(0, len(work.sizes), per_group):
         sums = _group(work, first, min(first + per_group, len(work.sizes)), channels, tell)
         while sums:  # whoever is done with the last of them has the memory for the next group

@@ -22,6 +22,19 @@ BLOCK_BYTES = 16 * 2**20
 """Original images read at once; with transforms and two threads about ten times this much is in memory."""
 
 
+def shares_told(progress: Progress | None, n: int) -> Callable[[int], None]:
+    """Called with how many of `n` were done since, it tells `progress` the share that is done."""
+    done = 0
+
+    def tell(added: int) -> None:
+        nonlocal done
+        done += added
+        if progress is not None:
+            progress(done / n)
+
+    return tell
+
+
 class Images(Protocol):
     """The part of `ImageStack` that is needed here."""
 
