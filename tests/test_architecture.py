@@ -146,6 +146,15 @@ def test_every_file_of_the_window_is_found_by_what_one_sees() -> None:
     assert sorted(named) == sorted(there)
 
 
+def test_every_file_of_the_class_map_is_found_by_what_is_to_be_changed() -> None:
+    words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = words[words.index("In the class map (`models/`)") : words.index("In the window (`widgets/`)")]
+    named = re.findall(r"`(\w+)`", table)
+    models = SOURCE / "models"
+    there = [*models.glob("class_map*.py"), *models.glob("pose_posterior/[!_]*.py")]
+    assert sorted(named) == sorted(["hybrid_map", "neighbours", *(file.stem for file in there)])
+
+
 def test_modules_import_only_from_ranks_above() -> None:
     wrong = []
     for item in IMPORTS:

@@ -14,6 +14,8 @@ from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.class_map import ClassMap
+from particle_explorer.models.class_map_finish import residuals
+from particle_explorer.models.pose_posterior.junk import band_energy
 from particle_explorer.transforms import fourier_radius, place, real_rows
 
 
@@ -172,11 +174,11 @@ def test_the_gradient_is_that_of_the_marginal_likelihood() -> None:
     model.heat = 0.6
     images = 3 * torch.randn(4, 1, 16, 16)
 
-    templates = model._templates(model.decoder(model.node_z), model.band)
+    templates = model.templates(model.decoder(model.node_z), model.band)
     back = model.band.phases(-model.shifts)[:, None]
-    rows = real_rows(model._rows(images, model.band)[:, None] * back)
+    rows = real_rows(model.rows(images, model.band)[:, None] * back)
     scores = torch.einsum("btp,rkp->btrk", rows, templates) - 0.5 * templates.square().sum(-1)
-    scores = scores + model._log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
+    scores = scores + model.log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
     expected = -(model.heat * scores).flatten(1).logsumexp(1).mean() / model.heat
     expected_gradients = torch.autograd.grad(expected, list(model.decoder.parameters()))
 
@@ -197,13 +199,13 @@ def test_with_ctf_the_gradient_is_that_of_the_marginal_likelihood(box_px: int) -
     with torch.no_grad():
         model.decoder.base += 0.5 * torch.randn(box_px, box_px)  # templates of some strength
 
-    templates = model._templates(model.decoder(model.node_z), model.band)
+    templates = model.templates(model.decoder(model.node_z), model.band)
     of_image = ctf.flatten(1)[:, model.band.index].repeat_interleave(2, 1)
     back = model.band.phases(-model.shifts)[:, None]
-    rows = real_rows(model._rows(images, model.band)[:, None] * back)
+    rows = real_rows(model.rows(images, model.band)[:, None] * back)
     seen = templates * of_image[:, None, None]  # (b, r, k, px)
     scores = torch.einsum("btp,brkp->btrk", rows, seen) - 0.5 * seen.square().sum(-1)[:, None]
-    scores = scores + model._log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
+    scores = scores + model.log_prior_shifts()[:, None, None] - math.log(templates[..., 0].numel())
     expected = -(model.heat * scores).flatten(1).logsumexp(1).mean() / model.heat
     expected_gradients = torch.autograd.grad(expected, list(model.decoder.parameters()))
 
@@ -219,8 +221,8 @@ def test_with_ctf_the_gradient_is_that_of_the_marginal_likelihood(box_px: int) -
 def test_the_norm_through_a_ctf_knows_its_astigmatism() -> None:
     model = model_of(48)
     ctf = ctf_of(48, 6, 1500.0)
-    rows = real_rows(model._rows(hinge(48, torch.linspace(-0.3, 1.3, 5)), model.band))
-    ours = model._weights_of(ctf, model.band) @ model._powers(rows, model.band).T
+    rows = real_rows(model.rows(hinge(48, torch.linspace(-0.3, 1.3, 5)), model.band))
+    ours = model.weights_of(ctf, model.band) @ model.powers(rows, model.band).T
     of_image = ctf.flatten(1)[:, model.band.index].repeat_interleave(2, 1)
     exact = (rows * of_image[:, None]).square().sum(-1)
     torch.testing.assert_close(ours, exact, rtol=0.01, atol=0)
@@ -393,10 +395,9 @@ def test_far_shifts_are_found_before_anything_is_compared() -> None:
 def test_a_window_has_the_ctf_of_its_box() -> None:
     data = DataSpec(box_px=64, diameter_px=30, n_particles=9)
     model = build_model(ClassMapConfig(latent_dim=1, nodes_per_dim=3, shift_range_px=12), data)
-    assert isinstance(model, ClassMap) and model.box == model.window_px == 38
+    assert isinstance(model, ClassMap) and model.box == model.window.side_px == 38
     ctf = torch.from_numpy(np.abs(ctf_2d(64, 5.0, [12000.0], [11000.0], [30.0])))
-    found = model._transfer(batch_of(torch.zeros(1, 1, 64, 64), ctf=ctf))
-    assert found is not None
+    found = model.window.transfer(ctf)
     expected = torch.from_numpy(np.abs(ctf_2d(38, 5.0, [12000.0], [11000.0], [30.0])))
     seen = fourier_radius(38) < 0.4 * 38
     assert float((found - expected)[:, seen].abs().mean()) < 0.02
@@ -755,11 +756,11 @@ def test_a_better_map_has_a_higher_density(fitted: tuple[ClassMap, Tensor, dict[
     worse.load_state_dict(model.state_dict())
     with torch.no_grad():
         worse.decoder.convolutions[-1].weight.mul_(0.4)
-    worse.noise_power.copy_(worse._residuals(unseen)[0])
+    worse.noise_power.copy_(residuals(worse, unseen).power)
     ours, theirs = (m.log_density(unseen, m.encode(unseen)) for m in (model, worse))
     assert float((ours - theirs).mean()) > 1
     # of noise alone, without a map: white noise of variance 1 in as many numbers
-    energy, count = model._band_energy(unseen.images)
+    energy, count = band_energy(model, unseen.images)
     assert energy.shape == (100, 13) and float(count.sum()) == pytest.approx(
         math.pi * (0.4 * 24) ** 2, rel=0.05
     )
