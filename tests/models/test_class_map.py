@@ -589,8 +589,7 @@ def test_one_seed_gives_one_map() -> None:
         torch.manual_seed(5)
         model = model_of(nodes_per_dim=4, angle_step_deg=30, n_particles=120)
         fit(model, images, n_epochs=2)
-        # not registered: rounding may turn the frames of a map as bare as this one by another step
-        maps.append([*model.parameters(), model.decoder(model.nodes()).detach()])
+        maps.append([*model.parameters(), *model.buffers(), model.decoder(model.nodes()).detach()])
     for a, b in zip(*maps, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 

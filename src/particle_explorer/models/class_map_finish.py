@@ -43,7 +43,9 @@ def _register_frames(model: PosePosterior) -> Iterator[Step]:
     for i in range(n_rounds):
         turn, move = register(raw, reference, model.mask, angles=angles, max_shift_px=max(2, model.box // 10))
         value = torch.cat([turn[:, None], move], 1)
-        model.gauge.copy_(torch.linalg.lstsq(terms.cpu(), value.cpu()).solution.to(raw.device))
+        # of the drivers, the default gives other last digits in every process
+        found = torch.linalg.lstsq(terms.cpu(), value.cpu(), driver="gelsd").solution
+        model.gauge.copy_(found.to(raw.device))
         turn, move = model.frames(model.node_z)
         reference = place(raw, turn, move, mode="bicubic").mean(0, keepdim=True)
         yield Step("gauge", (i + 1) / n_rounds)
