@@ -121,6 +121,20 @@ def test_each_answer_of_the_reader_has_its_own_target() -> None:
     assert model.reader(torch.randn(8, 1, 24, 24)).shape == (8, 2)
 
 
+def test_examples_of_images_from_0_to_1_stay_there() -> None:
+    """As do images that were turned elsewhere and are to be encoded."""
+    torch.manual_seed(0)
+    edges = (torch.rand(6, 1, 24, 24) > 0.5).float()
+    batch = Batch(edges, None, torch.arange(6), torch.rand(6, 3))
+    for pixels, inside in (("sigmoid", True), ("linear", False)):
+        model = model_of(pixels=pixels, poses="file")
+        for _ in model.start(Posed(edges, torch.rand(6, 3))):
+            pass
+        turned, _, target = model._examples(batch)
+        for images in (turned, target):
+            assert (float(images.min()) >= 0 and float(images.max()) <= 1) == inside
+
+
 @pytest.mark.parametrize("pixels", ["linear", "sigmoid"])
 @pytest.mark.parametrize("n", [16, 28, 41])
 def test_nothing_is_drawn_where_turned_images_know_nothing(n: int, pixels: str) -> None:

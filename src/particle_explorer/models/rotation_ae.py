@@ -182,8 +182,13 @@ class RotationAE(ParticleModel):
         reach = math.radians(self.settings.turn_range_deg)
         turn = reach * (2 * self.drawn(torch.rand, len(images), device=images.device) - 1)
         # turned about the middle, a placed particle is placed at the sum of both angles
-        turned = place(images, turn, mode="bicubic")
-        return turned, pose[:, 0] + turn, unplace(images, pose[:, 0], pose[:, 1:], mode="bicubic") * self.disc
+        turned = self._in_range(place(images, turn, mode="bicubic"))
+        upright = self._in_range(unplace(images, pose[:, 0], pose[:, 1:], mode="bicubic")) * self.disc
+        return turned, pose[:, 0] + turn, upright
+
+    def _in_range(self, images: Tensor) -> Tensor:
+        """Images from 0 to 1 stay there: interpolation exceeds it, which no image to encode does."""
+        return images.clamp(0, 1) if self.settings.pixels == "sigmoid" else images
 
     def _critic_losses(self, turned: Tensor, angle: Tensor, target: Tensor) -> dict[str, Tensor]:
         judged, share = self._judged(turned)
