@@ -11,11 +11,13 @@ from particle_explorer import metrics
 from particle_explorer.configs import ClassMapConfig, DataSpec
 from particle_explorer.ctf import ctf_2d
 from particle_explorer.files import UserError
+from particle_explorer.models import class_map_start
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.class_map import ClassMap
 from particle_explorer.models.class_map_finish import residuals
 from particle_explorer.models.pose_posterior.junk import band_energy
+from particle_explorer.models.pose_posterior.search import search
 from particle_explorer.transforms import fourier_radius, place, real_rows
 
 
@@ -580,6 +582,37 @@ def test_a_step_is_seen_by_the_next_encoding() -> None:
     fresh = model_of(nodes_per_dim=4, angle_step_deg=30)
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(model.encode(batch_of(images)).z, fresh.encode(batch_of(images)).z)
+
+
+def template_of(images: Tensor, angle: Tensor) -> tuple[int, float]:
+    """How many steps the template took that a fit starts from, and how alike the turns are that it finds."""
+    torch.manual_seed(0)
+    model, batches = model_of(n_particles=len(images)), Fitted(images)
+    list(class_map_start.first_noise(model, batches))
+    steps, n_told = class_map_start.first_template(model, batches), 0
+    while True:
+        try:
+            next(steps)
+            n_told += 1
+        except StopIteration as end:
+            template = end.value
+            break
+    seen = model.seen(batches.take(torch.arange(len(images))))
+    pose, _ = search(model, seen, model.templates(template, model.coarse_band), 1)
+    off = model.angles[pose[:, 0] % len(model.angles)] - angle
+    return 5 * n_told, float(torch.stack([off.cos().mean(), off.sin().mean()]).norm())
+
+
+def test_a_template_forms_in_much_noise_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped early it shows the particle at several turns, half a turn apart at best."""
+    images, truth = stack(n_images=1000, noise=0.5)
+    n_steps, alike = template_of(images, truth["angle"])
+    assert n_steps == 60 and alike > 0.85
+    images, truth = stack(n_images=1500, noise=1.6)
+    n_steps, alike = template_of(images, truth["angle"])
+    monkeypatch.setattr(class_map_start, "_N_STEPS_OF_TEMPLATE", (60,))
+    _, early = template_of(images, truth["angle"])
+    assert n_steps > 60 and alike > 0.5 and early < 0.3
 
 
 def test_one_seed_gives_one_map() -> None:

@@ -47,6 +47,11 @@ _MANY = 6_000
 """No more particles are laid out by their neighbours."""
 
 
+_N_STEPS_OF_TEMPLATE = (60, 120, 240)
+_CLEAR_NATS = 15.0
+"""A template by which images say more of their pose, in the mean, is taken; of others, the best."""
+
+
 class FirstClasses(NamedTuple):
     """A first map."""
 
@@ -95,18 +100,33 @@ def first_noise(model: Comparison, batches: Batches) -> Generator[Step, None, fl
 
 @torch.no_grad()
 def first_template(model: Comparison, batches: Batches) -> Generator[Step, None, Tensor]:
-    """One whitened template `(1, c, n, n)` by annealed EM."""
-    n_fit, v = len(batches), model.n_versions
-    n, c = model.box, model.data.n_channels
-    n_steps, size = 60, min(n_fit, 300)
-    template = torch.zeros(1, c, n, n, device=model.node_z.device)
-    batch = batches.take(torch.randperm(n_fit)[: min(n_fit, 4096)])
+    """One whitened template `(1, c, n, n)` by annealed EM.
+
+    In much noise it has hardly formed after as many steps as otherwise do, and shows the particle at several
+    turns at once, which a map then keeps apart. It says so: no pose of an image is likelier than noise.
+    """
+    batch = batches.take(torch.randperm(len(batches))[:4096])
     sample = model.seen(batch)
-    template[0] = sample.versions(v).images.mean(0) * model.mask
+    best, best_score = None, -math.inf
+    for n_steps in _N_STEPS_OF_TEMPLATE:
+        template = yield from _annealed(model, sample, n_steps)
+        score = _said_of_poses(model, sample, template)
+        if best is None or score > best_score:
+            best, best_score = template, score
+        if score > _CLEAR_NATS:
+            break
+    assert best is not None
+    return best
+
+
+def _annealed(model: Comparison, sample: Seen, n_steps: int) -> Generator[Step, None, Tensor]:
+    n_fit, v = len(sample.images), model.n_versions
+    size = min(n_fit, 300)
+    template = sample.versions(v).images.mean(0, keepdim=True) * model.mask
     for step in range(n_steps):
         heat = min(1.0, 0.05 * 20 ** (step / (0.7 * n_steps)))
         band = model.coarse_band if step < 0.6 * n_steps else model.band
-        some = sample.some(torch.randint(len(sample.images), (size,))).versions(v)
+        some = sample.some(torch.randint(n_fit, (size,))).versions(v)
         with fast_products(model.precision):
             new = _average_by_posterior(model, some, template, heat, band)
         keep = 0.0 if step < 5 else 0.7
@@ -114,6 +134,14 @@ def first_template(model: Comparison, batches: Batches) -> Generator[Step, None,
         if step % 5 == 4:
             yield Step("one template", step / n_steps)
     return template
+
+
+def _said_of_poses(model: Comparison, sample: Seen, template: Tensor) -> float:
+    """Mean log posterior over noise alone, nats, of the best pose of some images."""
+    some = sample.some(torch.arange(min(len(sample.images), 1000))).versions(model.n_versions)
+    with fast_products(model.precision):
+        _, score = search(model, some, model.templates(template, model.coarse_band), 1)
+    return float(score.view(-1, model.n_versions).amax(1).mean())
 
 
 def _average_by_posterior(
