@@ -45,8 +45,6 @@ _ALIGNED_BYTES = 128 * 2**20
 """Images aligned at the start, for the components of the first map, take this much."""
 _MANY = 6_000
 """No more particles are laid out by their neighbours."""
-
-
 _N_STEPS_OF_TEMPLATE = (60, 120, 240)
 _CLEAR_NATS = 15.0
 """A template by which images say more of their pose, in the mean, is taken; of others, the best."""
