@@ -46,7 +46,7 @@ def _seeds() -> None:
 def data_dir() -> Path:
     """The folder of large stacks that some tests read; they skip where it is absent."""
     beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("PARTICLE_EXPLORER_DATA", beside))
+    folder = Path(os.environ.get("PARTICLE_EXPLORER_DATA") or beside)
     if not folder.is_dir():
         pytest.skip("no folder of large stacks; set PARTICLE_EXPLORER_DATA to one")
     return folder
