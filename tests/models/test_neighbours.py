@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from particle_explorer.models.base import Step
 from particle_explorer.models.neighbours import (
+    _in_steps,
     evened,
     log_prior,
     neighbours,
@@ -123,7 +124,7 @@ def test_the_same_seed_gives_the_same_map(map_of_kinds: tuple[Tensor, ...]) -> N
     torch.testing.assert_close(again.pictures, pictures)
 
 
-def test_laying_out_tells_how_far_it_is_and_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_laying_out_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("particle_explorer.models.neighbours._LOOK_S", 0.002)
     images, _ = kinds(240)
     axis = torch.linspace(-1, 1, 5)
@@ -139,9 +140,23 @@ def test_laying_out_tells_how_far_it_is_and_ends_when_nobody_waits(monkeypatch: 
     assert len(told) == 2
     steps.close()
     assert threading.active_count() == n_threads
-    whole = list(places_among_neighbours(images, DISC, ANGLES, grid, 50.0, seed=1))
-    shares = [step.fraction for step in whole if step.what == "laying neighbours out"]
-    assert shares == sorted(shares) and shares[-1] > 0.5 and whole[-1].what == "first classes"
+
+
+def test_what_is_done_in_a_thread_tells_its_share() -> None:
+    seen = threading.Event()
+
+    def work(tell: Callable[[float], None]) -> int:
+        tell(0.5)
+        assert seen.wait(60)
+        return 7
+
+    steps = _in_steps("waiting", work)
+    for step in steps:
+        assert step.what == "waiting" and step.fraction in (0.0, 0.5)
+        if step.fraction == 0.5:
+            break
+    seen.set()
+    assert result(steps) == 7
 
 
 def test_other_images_are_placed_among_their_kind(map_of_kinds: tuple[Tensor, ...]) -> None:

@@ -30,6 +30,19 @@ def images_per_s(step: Callable[[], int], seconds: float) -> float:
     return done / spent
 
 
+def _training(model: nn.Module, images: Tensor, learning_rate: float) -> Callable[[], int]:
+    """A step of training on the same images, which returns how many they are."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+    def train() -> int:
+        optimiser.zero_grad(set_to_none=True)
+        model(images).backward()
+        optimiser.step()
+        return len(images)
+
+    return train
+
+
 class _PlainVAE(nn.Module):
     """spatial-VAE as its paper writes it: float32, every pixel of every image decoded, no shortcut."""
 
@@ -66,16 +79,8 @@ def time_plain_vae(box: int, config: SpeedConfig) -> dict[str, Any]:
     torch.manual_seed(0)
     ours = SpatialVAEConfig()
     model = _PlainVAE(box, ours.latent_dim, ours.hidden)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     size = config.batch_size or 100
-    images = torch.randn(size, 1, box, box)
-
-    def train() -> int:
-        optimiser.zero_grad(set_to_none=True)
-        model(images).backward()
-        optimiser.step()
-        return size
-
+    train = _training(model, torch.randn(size, 1, box, box), 1e-3)
     return {
         "model": "plain spatial-vae",
         "box_px": box,
@@ -149,16 +154,8 @@ def time_plain_target(name: str, box: int, config: SpeedConfig) -> dict[str, Any
     like = PAPER_TARGET[box] if name != "target-vae" else TargetVAEConfig()
     kernel = like.kernel_px or math.ceil(0.8 * box)
     model = _PlainTarget(box, like, kernel, like.shift_range_px or math.ceil(0.15 * box))
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-4)
     size = min(config.batch_size or 8, 8 if box <= 50 else 2)
-    images = torch.randn(size, 1, box, box)
-
-    def train() -> int:
-        optimiser.zero_grad(set_to_none=True)
-        model(images).backward()
-        optimiser.step()
-        return size
-
+    train = _training(model, torch.randn(size, 1, box, box), 2e-4)
     return {
         "model": f"plain {name}",
         "box_px": box,
