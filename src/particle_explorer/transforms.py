@@ -208,21 +208,25 @@ class FourierBand(nn.Module):
 
     def _powers(self) -> tuple[Tensor, Tensor]:
         if self._power is None or self._power[0].device != self.index.device:
-            shell = self.shell.round().long()
-            y, x = self.frequency.double().unbind(-1)
+            # on the CPU: Apple's GPUs have no 64-bit floats, no GPU is fast at so small problems, and
+            # the numbers are the same wherever the model is computed
+            radius = self.shell.cpu().double()
+            shell = radius.round().long()
+            y, x = self.frequency.cpu().double().unbind(-1)
             turn = torch.atan2(y, x)
-            fit = torch.zeros(0, len(shell), dtype=torch.float64, device=shell.device)
+            fit = torch.zeros(0, len(shell), dtype=torch.float64)
             basis = fit
             for s in range(int(shell.max()) + 1):
                 here = (shell == s).nonzero()[:, 0]
-                waves = [torch.ones_like(turn), self.shell.double() - s]
+                waves = [torch.ones_like(turn), radius - s]
                 waves += [wave(fold * turn) for fold in (2, 4) for wave in (torch.cos, torch.sin)]
-                rows = torch.zeros(len(waves), len(shell), dtype=torch.float64, device=shell.device)
+                rows = torch.zeros(len(waves), len(shell), dtype=torch.float64)
                 rows[:, here] = torch.stack(waves)[:, here]
                 back = torch.zeros_like(rows)
                 back[:, here] = torch.linalg.pinv(rows[:, here], rtol=1e-3).T
                 basis, fit = torch.cat([basis, rows]), torch.cat([fit, back])
-            self._power = basis.float(), fit.T.float().contiguous()
+            device = self.index.device
+            self._power = basis.float().to(device), fit.T.float().contiguous().to(device)
         return self._power
 
     def images(self, coefficients: Tensor) -> Tensor:
@@ -340,8 +344,6 @@ def _sample(images: Tensor, matrix: Tensor, offset_xy: Tensor, mode: Interpolati
     factor = 1
     if mode == "fourier":
         factor, planes, mode = 4, upsample(planes, 4), "bicubic"
-    if mode == "bicubic" and images.device.type == "mps":
-        mode = "bilinear"  # not written for that device
     y = torch.arange(n_y, device=images.device, dtype=images.dtype) - n_y // 2
     x = torch.arange(n_x, device=images.device, dtype=images.dtype) - n_x // 2
     at_x = (
@@ -354,12 +356,34 @@ def _sample(images: Tensor, matrix: Tensor, offset_xy: Tensor, mode: Interpolati
         + matrix[:, 1, 1, None, None] * y[:, None]
         + offset_xy[:, 1, None, None]
     )
+    planes = planes.expand(b, -1, -1, -1)
+    if mode == "bicubic" and images.device.type == "mps":  # grid_sample knows none there
+        out = _sample_cubic(planes, factor * (at_y + n_y // 2), factor * (at_x + n_x // 2))
+        return out if images.ndim == 4 else out[:, 0]
     # grid_sample with align_corners=False: pixel i lies at (2 i + 1) / size - 1
     size_y, size_x = planes.shape[-2:]
     grid_x = (2 * factor * (at_x + n_x // 2) + 1) / size_x - 1
     grid_y = (2 * factor * (at_y + n_y // 2) + 1) / size_y - 1
-    planes = planes.expand(b, -1, -1, -1)
     out = F.grid_sample(
         planes, torch.stack([grid_x, grid_y], -1), mode=mode, padding_mode="zeros", align_corners=False
     )
     return out if images.ndim == 4 else out[:, 0]
+
+
+def _sample_cubic(planes: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`(b, c, h, w)` images at pixels `(b, m, m)` counted from 0; what `grid_sample` gives, zeros beyond."""
+    b, c, height, width = planes.shape
+    flat = planes.flatten(2)
+    out = flat.new_zeros(b, c, y[0].numel())
+    for i in range(-1, 3):
+        at_y = y.floor() + i
+        weight_y = _cubic(y - at_y)
+        for j in range(-1, 3):
+            at_x = x.floor() + j
+            inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
+            weight = torch.where(inside, weight_y * _cubic(x - at_x), 0.0)
+            pixel = at_y.clamp(0, height - 1).long() * width + at_x.clamp(0, width - 1).long()
+            out = (
+                out + flat.gather(2, pixel.flatten(1)[:, None].expand(-1, c, -1)) * weight.flatten(1)[:, None]
+            )
+    return out.unflatten(2, y.shape[1:])

@@ -230,7 +230,9 @@ def along_components(
     # junk that is brighter than the particles would be the first component
     length = flat.norm(dim=1, keepdim=True)
     flat = flat * (1.3 * length.median() / length.clamp_min(1e-9)).clamp(max=1)
-    _, s, v = torch.svd_lowrank(flat, q=min(d + 6, *flat.shape), niter=3)
+    where_to = torch.device("cpu") if flat.device.type == "mps" else flat.device  # not written for Apple's
+    found = torch.svd_lowrank(flat.to(where_to), q=min(d + 6, *flat.shape), niter=3)
+    s, v = (part.to(flat.device) for part in found[1:])
     s, v = F.pad(s, (0, max(0, d + 1 - len(s)))), F.pad(v, (0, max(0, d - len(s))))
     sd = s / math.sqrt(len(flat))
     sd = (sd[:d] ** 2 - sd[-1] ** 2).clamp_min(1e-6).sqrt()
