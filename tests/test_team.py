@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from particle_explorer import training
 from particle_explorer.configs import ClassMapConfig, CODAEConfig, RotationAEConfig, RunConfig, TrainConfig
 from particle_explorer.files import UserError
 from particle_explorer.session import Run, Session
-from particle_explorer.team import Team, device_of
+from particle_explorer.team import Place, Team, device_of, place_among_several
 from particle_explorer.training import fit
 
 MODELS: dict[str, Any] = {
@@ -65,7 +64,7 @@ def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     # that the two agree with each other was checked after every epoch: `Team.check_agreement`
     np.testing.assert_allclose(curve(two), curve(one), rtol=2e-3, atol=1e-5)
     assert_same_weights(one, two)
-    assert not [path.name for path in two.path.iterdir() if path.name.startswith((".team", ".helper"))]
+    assert not [path.name for path in two.path.iterdir() if path.name.startswith(".helper")]
 
 
 def test_an_adversarial_team_that_is_stopped_and_resumed_trains_as_one(tiny_session: Session) -> None:
@@ -93,35 +92,68 @@ def test_a_helper_that_dies_is_said_in_a_sentence(tiny_session: Session, monkeyp
     assert run.state == "failed"
 
 
-def test_torchrun_starts_a_team_from_the_command_line(tiny_session: Session, tmp_path: Path) -> None:
-    words = ["--model.kind", "rotation-ae", "--model.poses", "self", "--model.latent-dim", "2"]
-    words += ["--train.n-epochs", "1", "--device", "cpu"]
-    command = [sys.executable, "-m", "particle_explorer.cli", "train", str(tiny_session.path), *words]
-    processes = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        environment = {**os.environ, **where}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    said = [process.communicate(timeout=120)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+def slurm(rank: int) -> dict[str, str]:
+    """What `srun` puts into the environment of one of two tasks on one node."""
+    return {
+        "SLURM_JOB_ID": PORT[-4:],
+        "SLURM_JOB_NAME": "train",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+    }
+
+
+PORT = str(10000 + os.getpid() % 10000)
+
+
+@pytest.mark.parametrize("by", ["torchrun", "srun"])
+def test_a_cluster_starts_a_team_from_the_command_line(tiny_session: Session, by: str) -> None:
+    command = [sys.executable]
+    if by == "torchrun":
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", PORT]
+    command += ["-m", "particle_explorer.cli", "train", str(tiny_session.path), "--model.kind", "rotation-ae"]
+    command += [
+        "--model.poses",
+        "self",
+        "--model.latent-dim",
+        "2",
+        "--train.n-epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    tasks = [{}] if by == "torchrun" else [slurm(rank) for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **task}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for task in tasks
+    ]
+    said = [[text.decode() for text in process.communicate(timeout=120)] for process in processes]
+    assert all(process.returncode == 0 for process in processes), said
     (run,) = Session.open(tiny_session.path).runs()
     assert run.state == "finished" and run.config.train.devices == 2
-    assert str(run.path) in said[0] and said[1].strip() == ""
+    assert str(run.path) in said[0][0]
+    if by == "srun":  # whoever helps has nothing to say
+        assert said[1][0].strip() == ""
 
 
-PORT: list[str] = []
+def test_a_batch_script_that_runs_once_is_no_team(monkeypatch) -> None:
+    for name, value in slurm(0).items():
+        monkeypatch.setenv(name, value)
+    assert place_among_several() == Place(0, 2, 0, 2)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert place_among_several() is None
 
 
-def free_port() -> str:
-    if not PORT:
-        import socket
-
-        with socket.socket() as found:
-            found.bind(("localhost", 0))
-            PORT.append(str(found.getsockname()[1]))
-    return PORT[0]
+def test_without_fabric_a_sentence_says_what_to_install(tiny_session: Session, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    run = new_run(tiny_session, MODELS["codae"], devices=2)
+    with pytest.raises(UserError, match=r"needs Lightning Fabric: pip install .*\[multi\]"):
+        list(fit(run))
 
 
 def test_shares_of_a_batch_are_all_of_it() -> None:
@@ -156,12 +188,13 @@ def test_random_numbers_do_not_depend_on_the_number_of_processes() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_devices_that_are_not_there_are_said_in_a_sentence(monkeypatch) -> None:
-    assert device_of("auto", 1, 2) == torch.device("cpu")
+    first, second = Place(0, 2, 0, 2), Place(1, 2, 1, 2)
+    assert device_of("auto", second) == torch.device("cpu")
     with pytest.raises(UserError, match=r"--train\.devices 2: torch finds no CUDA device here"):
-        device_of("cuda", 0, 2)
+        device_of("cuda", first)
     with pytest.raises(UserError, match="several devices are cuda or cpu"):
-        device_of("cuda:1", 0, 2)
+        device_of("cuda:1", first)
     monkeypatch.setattr(team_module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(team_module.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="torch finds 1 CUDA device here"):
-        device_of("auto", 0, 2)
+        device_of("auto", first)

@@ -446,7 +446,8 @@ class TrainConfig(Config):
 
     devices: int = setting(1, "Devices", advanced=True, ge=1, le=64)
     """Number of devices that take each batch together: GPUs, or processes on the CPU. Without a GPU one is as
-    fast. On several computers, start the same command everywhere with torchrun instead."""
+    fast. On several computers, start the same command everywhere with torchrun or srun instead. Needs the
+    extra `multi`."""
 
     checkpoint_minutes: float = setting(1.0, "Checkpoint every", unit="min", advanced=True, ge=0, le=600)
     """A checkpoint is written at the end of an epoch when this much time has passed since the last."""

@@ -51,7 +51,7 @@ from particle_explorer.models.base import Batch, ParticleModel, Share
 from particle_explorer.models.build import build_model
 from particle_explorer.session import Run, Session
 from particle_explorer.status import StatusWriter
-from particle_explorer.team import Team, joined, led, ready_file
+from particle_explorer.team import Place, Team, joined, led, ready_file
 
 LOG_S = 0.25
 """Least time between two reports"""
@@ -122,7 +122,7 @@ def fit(
     background
         Leave a core and precedence to other programs.
     team
-        The processes that train together, where `torchrun` has started them; else as many as
+        The processes that train together, where `torchrun` or `srun` has started them; else as many as
         `TrainConfig.devices` says are started here.
     """
     folder = run.path
@@ -689,12 +689,13 @@ def _pickle_error() -> type[Exception]:
     return pickle.UnpicklingError
 
 
-def _help(path: str, rank: str, size: str, resume: str) -> None:
+def _help(path: str, rank: str, size: str, port: str, resume: str) -> None:
     """What `team.led` starts: number `rank` of `size` processes that train the run at `path`."""
     folder = Path(path)
     run = Run(Session.open(folder.parents[1]), folder)
     ready_file(folder / f".helper-{rank}.log").touch()
-    with joined(run.config.device, int(rank), int(size), folder / ".team") as team:
+    place = Place(int(rank), int(size), int(rank), int(size), int(port))
+    with joined(run.config.device, place) as team:
         help_fit(run, team, resume=resume == "1")
 
 

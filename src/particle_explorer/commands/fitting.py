@@ -50,11 +50,12 @@ class Train(JobCommand):
 
         session = Session.open(self.session)
 
-        from particle_explorer.team import joined, started_by_torchrun
+        from particle_explorer.team import joined, place_among_several
         from particle_explorer.training import help_fit
 
         with contextlib.ExitStack() as stack:
-            team = stack.enter_context(joined(self.device)) if started_by_torchrun() else None
+            place = place_among_several()
+            team = None if place is None else stack.enter_context(joined(self.device, place))
             if team is None or team.leads:
                 run = self._run(session, team.size if team else self.train.devices)
             if team is not None:
