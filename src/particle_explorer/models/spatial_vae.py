@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
+from particle_explorer.devices import autocast
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.models.layers import (
@@ -190,10 +191,11 @@ class SpatialVAE(ParticleModel):
             self.content_frozen = True
             for step in range(n_steps):
                 self.shift_frozen = 2 * step < n_steps
-                with fast_products(self.precision):
-                    loss = torch.stack(list(self(batches.take(torch.randint(n, (size,)))).values())).sum()
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
+                batch = batches.take(torch.randint(n, (size,)))
+                with autocast(self, batch.images.device, self.precision):
+                    losses = self(batch)
+                optimiser.zero_grad(set_to_none=True)
+                torch.stack([loss.float() for loss in losses.values()]).sum().backward()
                 optimiser.step()
                 if step % 10 == 0:
                     done = (trial * n_steps + step) / (n_starts * n_steps)
