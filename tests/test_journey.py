@@ -177,3 +177,45 @@ def test_a_training_is_stopped_resumed_and_compared_by_hand(
     runs.close()
     workspace.shutdown()
     hand.rest(0.2)
+
+
+@pytest.mark.timeout(600)
+def test_every_model_is_trained_and_dragged_by_hand(
+    make_napari_viewer: Callable[..., Any], tiny_session: Session, tmp_path: Path
+) -> None:
+    viewer = make_napari_viewer(show=True)
+    viewer.window.resize(1366, 768)
+    _, workspace = viewer.window.add_plugin_dock_widget("napari-particle-explorer", "Particle Explorer")
+    hand = Hand(workspace)
+    camera = Camera(viewer, Path(os.environ.get("PARTICLE_EXPLORER_SCREENSHOTS", tmp_path / "screenshots")))
+    train, canvas = workspace.train, workspace.latent.canvas
+    workspace.open(tiny_session.path)
+    hand.wait(lambda: train.setup.isVisible(), "the session")
+    models = [train.model.itemText(i) for i in range(train.model.count())]
+    assert len(models) == 6
+    for model in models:
+        hand.tab("Train")
+        hand.choose(train.model, model)
+        hand.write(train.train_form.editor("n_epochs").native, "1")
+        hand.click(train.train_button)
+        n = models.index(model) + 1
+        hand.wait(lambda n=n: len(tiny_session.runs()) == n, f"the run of {model}", 60)
+        name = tiny_session.runs()[-1].name
+        hand.wait(
+            lambda name=name: workspace.state.run is not None and workspace.state.run.name == name,
+            f"the map of {model}",
+            200,
+        )
+        hand.wait(lambda: "reconstruction" in viewer.layers, "the reconstruction")
+        hand.rest(1.0)
+        assert canvas.n_points == 120
+        picture, before = viewer.layers["reconstruction"].data.copy(), workspace.state.handle_z
+        hand.drag_handle((0.15, 0.2))
+        assert not np.array_equal(workspace.state.handle_z, before), model
+        hand.wait(
+            lambda picture=picture: not np.array_equal(viewer.layers["reconstruction"].data, picture),
+            f"another picture of {model}",
+        )
+        camera.take(f"9-{name}")
+    workspace.shutdown()
+    hand.rest(0.2)

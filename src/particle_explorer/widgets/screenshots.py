@@ -7,6 +7,7 @@ on the way, so they show what the program does and nothing else.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import tempfile
 import time
@@ -74,10 +75,10 @@ class Hand:
         QTest.keyClick(widget, Qt.Key.Key_Return)
 
     def choose(self, box: QComboBox, words: str) -> None:
-        """Choose an entry of a list by typing how it begins, and press Enter."""
+        """Choose an entry of a list by typing how it begins, as far as every keyboard can; press Enter."""
         self._show(box)
         box.setFocus()
-        QTest.keyClicks(box, words)
+        QTest.keyClicks(box, "".join(itertools.takewhile(str.isascii, words)))
         QTest.keyClick(box, Qt.Key.Key_Return)
         live(20)
         if box.currentText() != words:
