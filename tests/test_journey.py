@@ -217,5 +217,6 @@ def test_every_model_is_trained_and_dragged_by_hand(
             f"another picture of {model}",
         )
         camera.take(f"9-{name}")
+    hand.wait(lambda: "knows no pose" in viewer.canvas.overlays.text.text, "the caption of the VAE")
     workspace.shutdown()
     hand.rest(0.2)

@@ -13,6 +13,7 @@ from qtpy.QtWidgets import QWidget
 
 from particle_explorer.widgets.background import Failure, Mailbox, notify
 from particle_explorer.widgets.lifetime import follow
+from particle_explorer.widgets.pictures import has_poses
 from particle_explorer.widgets.workspace import caption, fit_view, state_of, tile, unwrapped
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ class Reconstruction:
         if self.layer is None or not self.layer.visible:
             return
         pose = "a part held still" if self.state.held else "canonical view"
+        if self.state.run is not None and not has_poses(self.state):
+            pose = "this model knows no pose"
         if self.state.angle_deg or np.any(self.state.shift_yx_px):
             y, x = self.state.shift_yx_px
             pose = f"turned {self.state.angle_deg:.0f}°, shifted {x:.1f}, {y:.1f} px"
