@@ -55,10 +55,24 @@ def test_angle_error_leaves_the_constant_out(rng: np.random.Generator) -> None:
     assert metrics.angle_offset_rad(truth, truth - 2) == pytest.approx(2, abs=1e-3)
 
 
+def test_local_angle_error_is_blind_to_frames_that_turn_along_the_map(rng: np.random.Generator) -> None:
+    z, truth = rng.uniform(-1, 1, (2000, 2)), rng.uniform(-np.pi, np.pi, 2000)
+    sd = np.deg2rad(2)
+    found = truth + 3 * z[:, 0] + rng.integers(0, 2, truth.size) * np.pi + rng.normal(size=truth.size) * sd
+    assert np.median(metrics.angle_error_deg(truth, found, fold=2)) > 20
+    local = metrics.local_angle_error_deg(z, truth, found, fold=2)
+    # of nine angles, and of the frame over the mean place of eight neighbours
+    spread = np.hypot(2 * np.sqrt(1 + 1 / 8), np.rad2deg(3 * 0.036 / np.sqrt(8)))
+    assert np.median(local) == pytest.approx(0.6745 * spread, rel=0.15)
+    assert np.median(metrics.local_angle_error_deg(z, truth, found)) > 30
+
+
 @pytest.mark.parametrize("fold", [1, 2, 4])
 def test_random_angles_are_at_chance(rng: np.random.Generator, fold: int) -> None:
     truth, other = rng.uniform(-np.pi, np.pi, (2, 6000))
     assert np.median(metrics.angle_error_deg(truth, other, fold=fold)) == pytest.approx(90 / fold, rel=0.08)
+    local = metrics.local_angle_error_deg(rng.normal(size=(6000, 2)), truth, other, fold=fold)
+    assert np.median(local) == pytest.approx(90 / fold, rel=0.08)
 
 
 def test_knn_regression_follows_a_folded_map(rng: np.random.Generator) -> None:

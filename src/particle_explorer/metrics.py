@@ -96,6 +96,24 @@ def angle_error_deg(truth_rad: ArrayLike, angle_rad: ArrayLike, *, fold: int = 1
     return np.rad2deg(np.abs(np.angle(np.exp(1j * fold * difference)))) / fold
 
 
+def local_angle_error_deg(
+    z: ArrayLike, truth_rad: ArrayLike, angle_rad: ArrayLike, *, fold: int = 1, n_neighbours: int = 8
+) -> Float:
+    """`(N,)` absolute angle errors in degrees after the mean offset of the nearest in `z` `(N, d)`.
+
+    A map may turn the frame that its angles are counted from along with what it shows, so angles can be right
+    and yet no constant offset fits them all; this is blind to that, modulo 2π / `fold`. Uniformly random
+    angles give a median of 90 / `fold` degrees, as with a constant offset.
+    """
+    truth, angle = _pair(truth_rad, angle_rad)
+    points = np.asarray(z, dtype=np.float64).reshape(len(truth), -1)
+    k = min(n_neighbours, len(points) - 1)
+    _, near = cKDTree(points).query(points, k=k + 1)
+    difference = np.exp(1j * fold * (truth - angle))
+    beside = difference[near].sum(axis=1) - difference  # without itself, which is among the nearest
+    return np.rad2deg(np.abs(np.angle(difference * beside.conj()))) / fold
+
+
 def knn_regression_r(
     z: ArrayLike, truth: ArrayLike, *, n_neighbours: int = 20, n_folds: int = 5, seed: int = 0
 ) -> float:

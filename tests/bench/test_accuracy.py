@@ -243,7 +243,8 @@ def test_labels_score_as_they_should(few_digits: Path) -> None:
     found = accuracy.scored_labels(table, Latents(uid, z, angle_deg=angle, shift_yx_px=shift))
     assert found["clustering_ward"] == found["clustering_kmeans"] == 1
     # each label has its own zero, which counts against the correlation but not against the residual
-    assert found["angle_residual_rms_deg"] < 1e-3 and 0.8 < found["rotation_T"] < 0.98
+    assert found["angle_residual_rms_deg"] < 1e-3 and found["angle_residual_local_deg"] < 1e-3
+    assert 0.8 < found["rotation_T"] < 0.98
     assert found["shift_r_y"] == pytest.approx(1) and found["shift_r_x"] == pytest.approx(1)
     without = accuracy.scored_labels(table, Latents(uid, np.random.default_rng(0).permutation(z)))
     assert without["clustering_ward"] < 0.75 and "rotation_T" not in without

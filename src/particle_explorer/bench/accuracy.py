@@ -101,6 +101,7 @@ SHOWN = {
     "rotation_rmse_160_deg": "RMSE of 160 turns, °",
     "angle_residual_median_deg": "angle residual per shape, median °",
     "angle_residual_rms_deg": "rms °",
+    "angle_residual_local_deg": "beside its neighbours on the map, median °",
     "shift_r_y": "shift r, y",
     "shift_r_x": "shift r, x",
     "shift_r_y_calibrated": "shift r calibrated, y",
@@ -337,7 +338,8 @@ def scored_labels(table: pd.DataFrame, latents: Latents) -> dict[str, float]:
     """Clusters, angles and shifts of the test split against labels and poses.
 
     `angle_residual_…` take the best constant offset of every label and its symmetry; the median is over all
-    particles with an angle to find, the rms the root of the mean over labels.
+    particles with an angle to find, the rms the root of the mean over labels. `local` takes the offset of the
+    nearest of the label on the map instead.
     """
     rows = np.flatnonzero(table["split"] == 1)
     truth = table.iloc[rows]
@@ -356,16 +358,18 @@ def scored_labels(table: pd.DataFrame, latents: Latents) -> dict[str, float]:
         if (fold == 1).all():
             scores["rotation_T"] = metrics.fisher_lee_T(true_rad, rad)
             scores["rotation_rc"] = metrics.circular_correlation(true_rad, rad)
-        errors, squares = [], []
+        errors, squares, local = [], [], []
         for one in np.unique(label[fold > 0]):
             some = label == one
             pair = true_rad[some], rad[some]
             symmetry = int(fold[some][0])
             errors.append(metrics.angle_error_deg(*pair, fold=symmetry))
             squares.append(metrics.wrapped_rms_deg(*pair, fold=symmetry) ** 2)
+            local.append(metrics.local_angle_error_deg(z[some], *pair, fold=symmetry))
             scores[f"angle_residual_median_deg_{one}"] = float(np.median(errors[-1]))
         scores["angle_residual_median_deg"] = float(np.median(np.concatenate(errors)))
         scores["angle_residual_rms_deg"] = float(np.sqrt(np.mean(squares)))
+        scores["angle_residual_local_deg"] = float(np.median(np.concatenate(local)))
     if latents.shift_yx_px is not None:
         for i, axis in enumerate("yx"):
             true_shift = truth[f"true_shift_{axis}_px"].to_numpy()
