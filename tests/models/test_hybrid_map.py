@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.hybrid_map import HybridMap
+from particle_explorer.models.pose_posterior import posterior
 from particle_explorer.transforms import place
 
 
@@ -217,3 +219,20 @@ def test_mirror_images_are_refused() -> None:
     model = model_of(16, mirror=True)
     with pytest.raises(UserError, match="mirror is for maps of up to 3 dimensions, this one has 4"):
         list(model.start(Fitted(torch.randn(4, 1, 16, 16))))
+
+
+def test_the_map_that_searches_computes_as_training_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a model that was loaded, resumed or started from other weights: none of these calls `start`."""
+    told = []
+
+    def products(precision: str) -> contextlib.AbstractContextManager[None]:
+        told.append(precision)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(posterior, "fast_products", products)
+    model = model_of(16, nodes_per_dim=2)
+    for precision in ("auto", "float32"):
+        model.precision = precision
+        assert model.precision == model.map.precision == precision
+        model.encode(Fitted(torch.randn(2, 1, 16, 16)).take(torch.arange(2)))
+    assert told == ["auto", "float32"]

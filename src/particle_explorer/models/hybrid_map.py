@@ -86,6 +86,15 @@ class HybridMap(ParticleModel):
         """By row of the session: `angle` `(N, p)`, `move` and `score` of its poses, and its `centre`."""
         self._last_z: Tensor | None = None
 
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """The map's, which searches by it; told anew after every load."""
+        return self.map.precision
+
+    @precision.setter
+    def precision(self, setting: str) -> None:
+        self.map.precision = setting
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"model": [*self.encoder.parameters(), *self.decoder.parameters()]}
 
@@ -98,7 +107,6 @@ class HybridMap(ParticleModel):
                 f"--model.mirror is for maps of up to 3 dimensions, this one has {self.latent_dim};"
                 " choose fewer dimensions, or leave mirror images out"
             )
-        self.map.precision = self.precision
         yield from self.map.fit(batches)
         yield from self._find_modes(batches)
         with torch.no_grad():
