@@ -165,6 +165,12 @@ def assert_same_results(a: Run, b: Run) -> None:
 # ---------------------------------------------------------------------- a whole fit
 
 
+def test_a_constant_learning_rate_stays(tiny_session):
+    run = new_run(tiny_session, schedule="constant", n_epochs=2)
+    last(fit(run))
+    np.testing.assert_allclose(run.metrics()["learning_rate"], TinyModel.learning_rate)
+
+
 def test_a_fit_leaves_everything_in_its_folder(tiny_session):
     run = new_run(tiny_session)
     told = list(fit(run))

@@ -438,6 +438,10 @@ class TrainConfig(Config):
     learning_rate: float = setting(0.0, "Learning rate", advanced=True, ge=0, le=1, zero="automatic")
     """Step size of Adam. 0 takes the model's own."""
 
+    schedule: Literal["cosine", "constant"] = setting("cosine", "Course of the learning rate", advanced=True)
+    """`cosine` lets it fall to 0 by the end, so that a short training ends as well as a long one; `constant`
+    keeps it, as the papers of spatial-VAE and TARGET-VAE do."""
+
     batch_size: int = setting(0, "Batch size", advanced=True, ge=0, le=100_000, zero="automatic")
     """Particles per step. 0 takes the model's own."""
 
@@ -605,11 +609,12 @@ class AccuracyConfig(Config):
     `hinge-…` and `xyrcs` need no folder of large data."""
     models: str = setting("all", "Models")
     """`all`, or some kinds with commas between. `KIND-2d` and the like say the dimensions of the map;
-    without, it is one for stacks with one motion and two for those with labels."""
+    without, it is one for stacks with one motion and two for those with labels. `beta-vae` is the VAE with a
+    β of 4 and four dimensions."""
     protocol: Literal["smoke", "quick", "full"] = setting("quick", "Protocol")
-    """`quick` takes under half an hour per model on two cores: 12 500 digits or 6 000 shapes, and as many
-    epochs as fit into 25 minutes. `full` takes all images and the epochs of the papers. `smoke` says in a
-    minute whether everything runs, not how well: 1 500 particles, two epochs, one seed."""
+    """`quick` takes under half an hour per model and seed on two cores: 12 500 digits or 6 000 shapes, and as
+    many epochs as fit into 25 minutes. `full` takes all images and the epochs of the papers. `smoke` says in
+    a minute whether everything runs, not how well: 1 500 particles, two epochs, one seed."""
     n_seeds: int = setting(3, "Seeds", ge=1, le=100)
     """Runs of every model, each with a seed of its own."""
     first_seed: int = setting(0, "First seed", ge=0, le=2**31 - 1)

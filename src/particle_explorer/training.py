@@ -319,7 +319,7 @@ class _Fit:
         named: dict[str, Tensor] = {}
         for part, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
+                group["lr"] = self._rate(fraction)
             try:
                 losses = self._gradient(portions, part)
             except torch.OutOfMemoryError as error:
@@ -337,6 +337,12 @@ class _Fit:
                 name if len(self.optimisers) == 1 else f"{part}/{name}": loss for name, loss in losses.items()
             }
         return named
+
+    def _rate(self, fraction: float) -> float:
+        """The learning rate after this share of all steps."""
+        if self.config.train.schedule == "constant":
+            return self.learning_rate
+        return 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
 
     def _portions(self, index: Tensor) -> Iterator[tuple[Batch, Share | None, float]]:
         """A batch in parts that fit, of each this process's share: where it lies, its weight in the whole."""
@@ -416,7 +422,7 @@ class _Fit:
             images_per_second=round(meter.speed, 1),
             seconds_left=round(left, 1),
         )
-        rate = 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
+        rate = self._rate(fraction)
         _append_metrics(
             self.run_.path / "metrics.csv",
             {

@@ -260,6 +260,13 @@ def test_a_small_benchmark_of_digits_runs_through(few_digits: Path) -> None:
     assert 0 < result["rotation_rmse_160_deg"] < 120 and -1 <= result["rotation_T_calibrated"] <= 1
 
 
+def test_the_beta_vae_is_the_vae_with_other_settings() -> None:
+    stack = stacks.xyrcs(40)
+    settings = [accuracy._settings(name, stack, AccuracyConfig(models=name)) for name in ("vae", "beta-vae")]
+    assert [(one.kind, one.beta, one.latent_dim) for one in settings] == [("vae", 1, 2), ("vae", 4, 4)]
+    assert "beta-vae" in accuracy._models(AccuracyConfig())
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

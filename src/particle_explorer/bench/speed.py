@@ -31,6 +31,7 @@ from particle_explorer import averaging, devices, encoding
 from particle_explorer.bench.machine import describe
 from particle_explorer.bench.plain import (
     PAPER_TARGET,
+    REFERENCE_WORDS,
     images_per_s,
     time_plain_target,
     time_plain_vae,
@@ -69,6 +70,8 @@ MODELS: dict[str, ModelConfig] = {
     "rotation-ae": RotationAEConfig(),
     "vae": VAEConfig(),
 }
+DECODED_AT_ONCE = 16
+"""Pictures of one call of `decode`, as a row of the gallery asks for"""
 N_IMAGES = 3000
 """Particles that models are timed on; enough for the start of the class map."""
 
@@ -210,7 +213,7 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
         model.schedule(0.5, model.n_epochs // 2 + epoch)
         batch = batches.take(index)
         for part in model.parts():
-            with devices.autocast(model, device, "auto"):
+            with devices.autocast(model, device, model.precision):
                 losses = model(batch, part)
             if not losses:
                 continue
@@ -225,12 +228,15 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
             model.encode(batches.take(torch.arange(some)))
         return some
 
-    z = torch.zeros(1, model.latent_dim, device=device)
+    def decode(k: int) -> Callable[[], int]:
+        z = torch.zeros(k, model.latent_dim, device=device)
 
-    def decode() -> int:
-        with torch.inference_mode():
-            model.decode(z)
-        return 1
+        def step() -> int:
+            with torch.inference_mode():
+                model.decode(z)
+            return k
+
+        return step
 
     result: dict[str, Any] = {
         "model": name,
@@ -240,10 +246,14 @@ def time_model(name: str, box: int, config: SpeedConfig) -> dict[str, Any]:
     }
     result["train_per_s"] = round(images_per_s(train, config.seconds), 1)
     result |= counted(train, 2 * math.ceil(n / size)).per_image("train")
+    model.precision = "float32"
+    result["train_float32_per_s"] = round(images_per_s(train, config.seconds), 1)
+    model.precision = "auto"
     model.eval()
     result["encode_per_s"] = round(images_per_s(encode, config.seconds), 1)
     result |= counted(encode).per_image("encode")
-    result["decode_one_ms"] = round(1e3 / images_per_s(decode, config.seconds), 2)
+    result["decode_per_s"] = round(images_per_s(decode(DECODED_AT_ONCE), config.seconds), 1)
+    result["decode_one_ms"] = round(1e3 / images_per_s(decode(1), config.seconds), 2)
     return result
 
 
@@ -401,10 +411,11 @@ def _counted(folder: Path) -> Iterator[Path]:
 
 def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | box | train, images/s | ratio to plain | encode, images/s | one picture, ms | peak, MB"
+        "| model | box | train, images/s | ratio to plain | ratio to float32 | encode, images/s"
+        " | decode, pictures/s | one picture, ms | peak, MB"
         " | train: MFLOP · MB per image · operations per 1 000 | encode |"
     ]
-    lines.append("|" + "---|" * 9)
+    lines.append("|" + "---|" * 11)
     plain = {(m["model"], m["box_px"]): m["train_per_s"] for m in models if m["model"].startswith("plain")}
     for m in models:
         ratio = m["train_per_s"] / plain.get((f"plain {m['model']}", m["box_px"]), math.nan)
@@ -413,14 +424,18 @@ def _tables(models: list[dict[str, Any]], images: list[dict[str, Any]]) -> str:
             str(m["box_px"]),
             f"{m['train_per_s']:.{0 if m['train_per_s'] >= 20 else 1}f}",
             "" if math.isnan(ratio) else f"{ratio:.1f}",
+            f"{m['train_per_s'] / m['train_float32_per_s']:.1f}" if "train_float32_per_s" in m else "",
         ]
-        cells += [str(m.get(name, "")) for name in ("encode_per_s", "decode_one_ms", "peak_memory_MB")]
+        rest = ("encode_per_s", "decode_per_s", "decode_one_ms", "peak_memory_MB")
+        cells += [str(m.get(name, "")) for name in rest]
         for what in ("train", "encode"):
             work = [
                 m.get(f"{what}_{of}") for of in ("MFLOP_per_image", "MB_per_image", "operations_per_1000")
             ]
             cells.append("" if None in work else " · ".join(map(str, work)))
         lines.append("| " + " | ".join(cells) + " |")
+    if models:
+        lines += ["", f"{describe()['processor']}, {torch.get_num_threads()} threads. " + REFERENCE_WORDS]
     lines += ["", "| what | images/s | yardstick | its images/s | ratio | peak, MB |", "|" + "---|" * 6]
     for i in images:
         names = ("what", "images_per_s", "yardstick", "yardstick_per_s", "ratio", "peak_memory_MB")
