@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import platform
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from particle_explorer.state import read
 from particle_explorer.status import PAUSE, STOP, StatusWriter
 from particle_explorer.widgets.painted import Curve, CurveView
 from particle_explorer.widgets.runs import RunsWindow
-from particle_explorer.widgets.train import TrainDock, model_classes
+from particle_explorer.widgets.train import TrainDock, devices, model_classes
 from particle_explorer.widgets.training_plot import drawn, read_metrics, round_limits
 
 
@@ -72,6 +73,13 @@ def test_the_form_is_the_command_line(dock: TrainDock, tiny_session: Session) ->
 def test_the_button_says_how_long_it_takes(dock: TrainDock, tiny_session: Session, qtbot: QtBot) -> None:
     dock.state.open_session(tiny_session)
     qtbot.waitUntil(lambda: "about" in dock.train_button.text())
+
+
+def test_the_gpu_of_an_apple_computer_is_offered(dock: TrainDock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    dock._on_devices(devices())
+    assert dock.device.itemText(0) == "automatic: Apple GPU" and dock.device.findData("mps") > 0
 
 
 class _Pretended:

@@ -175,8 +175,9 @@ class Export(JobCommand):
 
         if out.suffix.lower() != ".star":
             raise UserError(f"--recentre writes a .star file, not {out.name}")
+        found = recentred(chosen, self.micrograph_pixel_size_A)
         job.note("coordinates are where the particles are: extract them anew before using the origins")
-        return recentred(chosen, self.micrograph_pixel_size_A)
+        return found
 
     @staticmethod
     def _say(job: Job, notes: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ class Train(JobCommand):
     warm_start: bool = False
     """Start from the weights of --parent, with other settings; the model must be of the same kind and size"""
     device: str = "auto"
-    """auto (the GPU with most free memory, else the CPU), cpu, mps or cuda:N"""
+    """auto (the CUDA device with most free memory, else an Apple GPU, else the CPU), cpu, mps or cuda:N"""
     resume: str = ""
     """Go on with this run (its name or number) from its last checkpoint, with its own settings"""
 
@@ -203,8 +203,9 @@ class Encode(JobCommand):
 
 
 class PoseMap(JobCommand):
-    """Write how probable every angle and shift of some particles is, as images: rows and columns are shifts,
-    one image for each angle that the model weighs (TARGET-VAE: 0° and on)."""
+    """Write how probable every angle and shift of some particles is, as images.
+
+    Rows and columns are shifts, one image for each angle that the model weighs (TARGET-VAE: 0° and on)."""
 
     run: CliPositionalArg[Path]
     """Folder of the run, or of a session for its newest finished run"""

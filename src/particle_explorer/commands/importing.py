@@ -17,7 +17,8 @@ class Inspect(JobCommand):
     """Say what is in a particle file (box, pixel size, CTF, contrast, poses) and what it will take."""
 
     stack: CliPositionalArg[Path]
-    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures"""
+    """A .star, .cs, .mrcs, .mrc (also .gz, .bz2), .hdf, .h5, .spi, .hed, .tif, .npy, .npz or .zarr file, or a
+    folder of pictures"""
     project_dir: str = ""
     """Where the stack names of a star or cs file start from, if they cannot be found otherwise"""
 
@@ -45,8 +46,8 @@ class Import(JobCommand):
     """Make a session of a particle file: its table, the file itself and the images prepared for models."""
 
     stack: CliPositionalArg[list[Path]]
-    """A .star, .cs, .mrcs, .mrc, .hdf, .spi, .hed, .tif, .npy, .npz or .zarr file, or a folder of pictures;
-    several .star files are joined into NAME_joined.star beside the session"""
+    """A .star, .cs, .mrcs, .mrc (also .gz, .bz2), .hdf, .h5, .spi, .hed, .tif, .npy, .npz or .zarr file, or a
+    folder of pictures; several .star files are joined into NAME_joined.star beside the session"""
     session: str = ""
     """Folder of the session; by default NAME_explorer beside the file, or in the working directory where that
     is read-only"""

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 
 class Examine(JobCommand):
-    """Compare the members of class averages with their averages: how well each fits, where they differ from
-    each other, what the model does not draw, mirror partners and symmetries."""
+    """Compare the members of class averages with their averages.
+
+    How well each fits, where they differ from each other, what the model does not draw, mirror partners and
+    symmetries."""
 
     session: CliPositionalArg[Path]
     """Folder of the session"""

@@ -12,7 +12,7 @@ from particle_explorer.configs import AccuracyConfig, AveragesConfig, SpeedConfi
 
 
 class Bench(Command):
-    """Measure accuracy, speed and the window on this machine: bench accuracy, speed or interface."""
+    """Measure accuracy, speed and the window on this machine: accuracy, averages, speed, interface."""
 
 
 class BenchCommand(Command):

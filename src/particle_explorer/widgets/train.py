@@ -143,7 +143,7 @@ class TrainDock(QWidget):
         self.device.addItem("automatic", "auto")
         self.device.addItem("CPU", "cpu")
         self.device.setToolTip(
-            "What to compute on; automatic takes the GPU with most free memory, else the CPU"
+            "What to compute on; automatic takes the GPU with most free memory, an Apple GPU, or the CPU"
         )
         row = QHBoxLayout()
         row.addWidget(QLabel("Compute on"))
@@ -363,9 +363,12 @@ class TrainDock(QWidget):
 
 def devices() -> list[tuple[str, str]]:
     """GPUs of this computer, as (name for `--device`, words); asks the driver, not torch."""
+    import platform
     import shutil
     import subprocess
 
+    if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
+        return [("mps", "Apple GPU")]
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index,name,memory.free", "--format=csv,noheader,nounits"]
