@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from particle_explorer import preprocess
 from particle_explorer.configs import DataSpec, ModelConfig
@@ -81,6 +82,53 @@ def test_every_box_trains_encodes_and_decodes(kind: str, box_px: int, n_channels
     for pose in ((None, None), (torch.ones(4), torch.ones(4, 2))):
         view = model.decode(encoding.z, *pose)
         assert view.shape == images.shape and view.isfinite().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches how many bytes the largest tensor has that anybody makes."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, Tensor):
+                self.n_bytes = max(self.n_bytes, one.numel() * one.element_size())
+        return made
+
+
+IN_A_LARGE_BOX = {
+    "spatial-vae": {"starts": 1},
+    "class-map": {"nodes_per_dim": 2, "angle_step_deg": 30},
+    "class-map of 4 dimensions": {"nodes_per_dim": 2, "angle_step_deg": 30, "latent_dim": 4},
+}
+"""Further settings that make a fit short."""
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "class-map", "class-map of 4 dimensions"])
+def test_a_large_box_is_built_in_little_memory_trains_and_encodes(kind: str) -> None:
+    n, settings = 255, IN_A_LARGE_BOX.get(kind, {})
+    kind = kind.partition(" ")[0]
+    with LargestTensor() as largest:
+        model = model_of(kind, n, 3, **settings)
+    weights = max(p.numel() * p.element_size() for p in model.parameters())
+    assert largest.n_bytes <= max(weights, 64 * 2**20)
+    images = torch.randn(2, 3, n, n)
+    if kind != "class-map":
+        for _ in model.start(InMemory(images)):
+            pass
+    model.schedule(1.0, 1000)
+    for part, parameters in model.parts().items():
+        before = [p.detach().clone() for p in parameters[-2:]]
+        torch.stack(list(model(batch_of(images), part).values())).sum().backward()
+        torch.optim.SGD(parameters, lr=1e-3).step()
+        assert all(p.isfinite().all() for p in parameters)
+        assert any(not torch.equal(p, q) for p, q in zip(parameters[-2:], before, strict=True))
+        model.zero_grad(set_to_none=True)
+    model.eval()
+    encoding = model.encode(batch_of(images))
+    assert encoding.z.shape == (2, model.latent_dim) and encoding.z.isfinite().all()
+    assert model.decode(encoding.z, encoding.angle, encoding.shift).shape == images.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -226,14 +226,17 @@ class LiftingConvolution(nn.Module):
         self.by_spectrum = direct > n_fft**2 * SPECTRUM_NS if by_spectrum is None else by_spectrum
         self._pad = max(0, reach - (box_px - 1) // 2)
         side = box_px + 2 * self._pad
-        at = self.shifts[:, None] + pixels + box_px // 2 + self._pad
-        where = at[..., 0] * side + at[..., 1]
-        self.register_buffer("_where", where if not self.by_spectrum else where[:0], False)
+        where = torch.zeros(0, len(pixels), dtype=torch.int64)
         spectrum = torch.zeros(0)
-        if self.by_spectrum:
+        if not self.by_spectrum:  # all shifts times all pixels are gigabytes in a large box
+            flat = torch.tensor([side, 1])
+            first = (self.shifts + box_px // 2 + self._pad) @ flat
+            where = first[:, None] + pixels @ flat
+        else:
             functions = torch.zeros(self.n_functions, n_fft, n_fft)
             functions[:, pixels[:, 0] % n_fft, pixels[:, 1] % n_fft] = basis.T
             spectrum = torch.fft.rfft2(functions).conj().resolve_conj()
+        self.register_buffer("_where", where, False)
         self.register_buffer("_spectrum", spectrum, False)
         self.n_fft = n_fft
         centre = self.shifts + box_px // 2
@@ -279,10 +282,12 @@ def _fourier_bessel(kernel_px: int, n_functions: int) -> tuple[Tensor, Tensor, T
     pixels = torch.cartesian_prod(line, line)
     pixels = pixels[pixels.square().sum(1) < radius**2]
     y, x = pixels.double().numpy().T
-    r, phi = np.hypot(x, y) / radius, np.arctan2(y, x)
+    phi = np.arctan2(y, x)
+    # Bessel functions take their time, and eight pixels or more share a radius
+    r, of_pixel = np.unique(np.hypot(x, y) / radius, return_inverse=True)
     columns, orders, sines = [], [], []
     for m, zero in zip(*bessel_zeros(radius, n_functions), strict=True):
-        radial = jv(m, zero * r)
+        radial = jv(m, zero * r)[of_pixel]
         for wave in (np.cos, np.sin)[: 1 if m == 0 else 2]:
             column = radial * wave(m * phi)
             columns.append(column / np.linalg.norm(column))
