@@ -239,7 +239,7 @@ def average_by_star(star: Path, images: NDArray[np.float32], sign: int) -> NDArr
     return total
 
 
-@pytest.mark.parametrize("box_px", [25])
+@pytest.mark.parametrize("box_px", [24, 25])
 def test_turning_the_input_turns_the_angle_and_not_the_content(box_px: int, tmp_path: Path) -> None:
     batches = posed_phantoms(box_px, 600)
     model = model_of(box_px)
