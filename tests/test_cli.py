@@ -619,3 +619,9 @@ def test_an_interrupt_saves_first(tiny_session, tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0 and f"--resume {run.name} goes on" in told
     assert run.state == "stopped" and run.can_resume
+
+
+def test_letters_that_an_encoding_lacks_do_not_end_it(tiny_stack: Path) -> None:
+    command = [sys.executable, "-m", "particle_explorer.cli", "inspect", str(tiny_stack)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"7 ?" in done.stdout, done.stderr

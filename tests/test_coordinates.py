@@ -128,3 +128,18 @@ def test_what_does_not_fit_is_said(tiny_session, tmp_path):
         with pytest.raises(UserError, match=said):
             import_latents(tiny_session, tmp_path / name, columns)
     assert tiny_session.runs() == []
+
+
+@pytest.mark.parametrize("uid", ["abc", "", "-1", "1.5"])
+def test_a_uid_that_is_none_is_named_with_its_row(tiny_session, tmp_path, uid):
+    rows = [str(one) for one in tiny_session.uid[:3]]
+    (tmp_path / "z.csv").write_text("uid,z_0\n" + "".join(f"{one},1\n" for one in [rows[0], uid, *rows[1:]]))
+    with pytest.raises(UserError, match="row 2 of the table has the uid"):
+        import_latents(tiny_session, tmp_path / "z.csv")
+
+
+@pytest.mark.parametrize("name", ["empty.npy", "broken.npz"])
+def test_a_damaged_table_is_said(tiny_session, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04 no archive" if name.endswith("z") else b"")
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        import_latents(tiny_session, tmp_path / name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ import time
 
 import pytest
 
-from particle_explorer.files import UserError, replacing, write_text
+from particle_explorer.files import UserError, locked, read_json, replacing, write_text
 
 
 def test_replaces_at_once(tmp_path):
@@ -109,3 +111,44 @@ def test_new_files_follow_the_umask_also_when_a_writer_puts_its_own_in_place(tmp
     finally:
         os.umask(old)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks otherwise")
+def test_a_file_system_without_flock_is_locked_otherwise_or_said(tmp_path, monkeypatch):
+    import fcntl
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with locked(tmp_path / ".lock"):
+        done = subprocess.run([sys.executable, "-c", other, tmp_path / ".lock"], capture_output=True)
+        assert b"BlockingIOError" in done.stderr
+    monkeypatch.setattr(fcntl, "lockf", missing)
+    with pytest.raises(UserError, match="has no locks"), locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_folder_that_cannot_be_synced_is_written_into(tmp_path, monkeypatch):
+    sync, refused = os.fsync, []
+
+    def not_of_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", not_of_folders)
+    write_text(tmp_path / "a.txt", "one\n")
+    assert refused and (tmp_path / "a.txt").read_text() == "one\n"
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(UserError, match=r"cannot read .*a\.json: Permission denied"):
+        read_json(tmp_path / "a.json")

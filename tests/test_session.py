@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,21 @@ def test_session_and_stack_move_together(tiny_stack, tmp_path):
     moved = Session.open(tmp_path / "elsewhere" / "session")
     assert moved.originals()[0].shape == (1, 32, 32)
     assert moved.original_source == tmp_path / "elsewhere" / tiny_stack.name
+
+
+def test_stacks_that_do_not_move_with_the_session_are_found_where_they_are(tiny_stack, tmp_path):
+    home, away = tmp_path / "home", tmp_path / "far" / "away"
+    home.mkdir()
+    away.mkdir(parents=True)
+    for file in tiny_stack.parent.iterdir():
+        (home / file.name).write_bytes(file.read_bytes())
+    Session.create(home / "session", read(home / tiny_stack.name))
+    (home / "session").rename(away / "session")
+    moved = Session.open(away / "session")
+    assert moved.originals()[0].shape == (1, 32, 32)
+    assert moved.original_source == home / tiny_stack.name
+    moved.join_table(pd.DataFrame({"mine": np.zeros(120)}))
+    assert Session.open(away / "session").originals()[0].shape == (1, 32, 32)
 
 
 def test_a_session_without_its_cache_makes_it_again(tiny_session):
@@ -386,6 +402,12 @@ def test_results_join_by_uid_and_keep_apart(tiny_session):
     np.testing.assert_array_equal(features.index, tiny_session.table.index)
     assert run.column_record("umap-2")["config"] == {"seed": 1}
     assert run.newest_column("umap") == "umap-2" and run.newest_column("cluster") is None
+    # half-written files and those of other systems are none of ours, nor is a folder of another name a run
+    for name in (".umap-ab12cd34.part.json", "._umap.json"):
+        (run.path / "columns" / name).touch()
+    shutil.copytree(run.path, run.path.with_name("backup"))
+    assert run.columns() == ["umap", "umap-2", "pose-held"]
+    assert tiny_session.run(str(run.number)).name == run.name
 
 
 def test_metrics_pass_over_what_was_repeated_or_cut(tiny_session):

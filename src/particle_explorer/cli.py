@@ -10,6 +10,7 @@ Everything heavy is imported inside the function that needs it: `--help` and bad
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,9 @@ HIDDEN: dict[str, type[Command]] = {"decode-server": DecodeServer}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file of another encoding has no Å
+            stream.reconfigure(errors="replace")
     # Threads that wait by spinning starve their partners when another program wants a core: a fit beside
     # one busy program took twice as long. Sleeping costs nothing on a quiet machine. torch reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

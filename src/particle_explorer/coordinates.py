@@ -16,7 +16,7 @@ from particle_explorer.configs import ImportedConfig, RunConfig
 from particle_explorer.files import UserError
 from particle_explorer.io import cryosparc, relion
 from particle_explorer.io.star import StarFile
-from particle_explorer.io.tables import read_table
+from particle_explorer.io.tables import read_table, uids
 from particle_explorer.latents import Latents
 from particle_explorer.particles import make_uids
 from particle_explorer.session import Run, Session
@@ -124,7 +124,7 @@ def _joined(table: pd.DataFrame, session: Session, path: Path) -> tuple[pd.DataF
     """The rows of the session's particles, in their order, and by what they were found."""
     n = session.n_particles
     if "uid" in table:
-        uid = pd.Index(table["uid"].to_numpy(np.uint64))
+        uid = pd.Index(uids(table["uid"]))
         if uid.has_duplicates:
             raise UserError(f"{path} names uid {uid[uid.duplicated()][0]} twice")
         place = uid.get_indexer(pd.Index(session.uid))

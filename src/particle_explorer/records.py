@@ -18,15 +18,16 @@ _NAME = re.compile(r"\w[\w .+-]*")
 def unused(folder: Path, name: str) -> str:
     """`name`, or NAME-2, NAME-3 … where it is taken."""
     used, number = name, 1
-    while any((folder / f"{used}{suffix}").exists() for suffix in (".json", ".parquet")):
+    while any((folder / f"{used}{suffix}").exists() for suffix in (".json", ".parquet", ".mrcs")):
         number += 1
         used = f"{name}-{number}"
     return used
 
 
 def names_in(folder: Path) -> list[str]:
-    """What is kept in `folder`, by name."""
-    return sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
+    """What is kept in `folder`, by name; a file that begins with a dot is half written, or not ours."""
+    found = folder.glob("[!.]*.json") if folder.is_dir() else ()
+    return sorted(path.stem for path in found)
 
 
 def checked(name: str) -> str:

@@ -74,7 +74,7 @@ class Selections:
     def removed(self) -> list[tuple[str, str]]:
         """Name, and name of the files, of what was put aside, the latest last."""
         folder = self.folder / "removed"
-        found = [(path.stem.partition(" ")[2], path.stem) for path in folder.glob("*.json")]
+        found = [(path.stem.partition(" ")[2], path.stem) for path in folder.glob("[!.]*.json")]
         return sorted(found, key=lambda each: each[1])
 
     def bring_back(self) -> str:

@@ -80,6 +80,8 @@ class SessionInfo(Config):
     version: str = __version__
     """Version of the package that made the session."""
     created: str = ""
+    made_at: str = ""
+    """Where the session lay when it was made: stacks that did not move with it are looked for from there"""
     source: str = ""
     """Path of what was opened; relative to the session where it lies beside or inside it."""
     source_kind: str = ""
@@ -162,6 +164,7 @@ class Session:
             kept = particles[~left_out.mask]
             info = SessionInfo(
                 created=now(),
+                made_at=str(path),
                 source=_portable(particles.source, path),
                 source_kind=particles.kind,
                 source_copy=copy,
@@ -243,7 +246,7 @@ class Session:
             raise UserError(
                 f"{self.path / 'particles.parquet'} has {len(table)} rows, not the session's {self.info.n}"
             )
-        table["stack_path"] = _absolute(table["stack_path"], self.path)
+        table["stack_path"] = _absolute(table["stack_path"], self.path, self.info.made_at)
         return table
 
     @property
@@ -332,7 +335,7 @@ class Session:
     @property
     def original_source(self) -> Path:
         """Where the source lay when it was opened."""
-        return Path(_absolute(pd.Series([self.info.source]), self.path).iloc[0])
+        return Path(_absolute(pd.Series([self.info.source]), self.path, self.info.made_at).iloc[0])
 
     def data_spec(self) -> DataSpec:
         """What a model must know of the cached images."""
@@ -478,8 +481,9 @@ class Run:
 
     @property
     def number(self) -> int:
-        """The number in the name."""
-        return int(self.name.partition("-")[0])
+        """The number in the name; 0 where somebody gave the folder another name."""
+        number = self.name.partition("-")[0]
+        return int(number) if number.isdecimal() else 0
 
     @functools.cached_property
     def config(self) -> RunConfig:
@@ -528,9 +532,14 @@ class Run:
     def columns(self) -> list[str]:
         """Names of the results in `columns/`, oldest first."""
         folder = self.path / "columns"
-        return sorted(
-            names_in(folder), key=lambda name: (read_json(folder / f"{name}.json").get("made", ""), name)
-        )
+        made: dict[str, str] = {}
+        for name in names_in(folder):
+            try:
+                made[name] = str(read_json(folder / f"{name}.json").get("made", ""))
+            except UserError:
+                if (folder / f"{name}.json").exists():
+                    raise  # damaged, and not taken away meanwhile
+        return sorted(made, key=lambda name: (made[name], name))
 
     def column(self, name: str) -> pd.DataFrame:
         """One result, indexed by uid."""
@@ -691,7 +700,10 @@ def _keep_source(particles: Particles, folder: Path, path: Path, progress: Progr
         return ""
     (folder / "source").mkdir()
     for path in [particles.source, *_belonging(particles)]:
-        shutil.copyfile(path, folder / "source" / path.name)
+        try:
+            shutil.copyfile(path, folder / "source" / path.name)
+        except OSError as error:
+            raise UserError(f"cannot copy {path} into the session: {error.strerror}") from error
     return particles.source.name
 
 
@@ -730,9 +742,14 @@ def _portable(target: Path, session: Path) -> str:
     return Path(os.path.relpath(target, session)).as_posix()
 
 
-def _absolute(paths: pd.Series, session: Path) -> pd.Series:
-    resolved = {path: os.path.normpath(session / path) for path in paths.unique()}
-    return paths.map(resolved)
+def _absolute(paths: pd.Series, session: Path, made_at: str) -> pd.Series:
+    """Paths from the session, or from where it was made, if it was moved and they were not."""
+
+    def resolved(path: str) -> str:
+        here, before = (os.path.normpath(Path(at) / path) for at in (session, made_at or session))
+        return before if here != before and not os.path.exists(here) and os.path.exists(before) else here
+
+    return paths.map({path: resolved(path) for path in paths.unique()})
 
 
 def _check_version(found: Any, path: Path) -> None:

@@ -204,3 +204,13 @@ def test_quoting_refuses_what_cannot_be_written() -> None:
     assert quoted("plain") == "plain"
     with pytest.raises(UserError):
         quoted("both ' and \"")
+
+
+def test_the_mark_that_windows_puts_first_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.star"
+    path.write_bytes(b"\xef\xbb\xbfdata_particles\n\nloop_\n_rlnImageName #1\n1@a.mrcs\n")
+    star = StarFile(path)
+    assert star.table(star.blocks[0])["rlnImageName"].tolist() == ["1@a.mrcs"]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    with pytest.raises(UserError, match="line ends of old Apple computers"):
+        StarFile(path)

@@ -80,6 +80,8 @@ class Export(JobCommand):
             files = [out, *([Path(self.averages).absolute()] if self.averages else [])]
             for path in files:
                 _check_writable(path, session, self.overwrite)
+            if self.averages and files[1].suffix.lower() != ".mrcs":
+                raise UserError(f"{files[1]} does not end in .mrcs; averages are exported as an image stack")
             if out.suffix.lower() in PICTURE_SUFFIXES:
                 stored = averages_of(session, self.members)
                 self._say(job, export_pictures(out, stored, overwrite=self.overwrite))
@@ -336,6 +338,8 @@ def _class_numbers(session: Session, run: Run | None, classes: str) -> NDArray[n
 
 def _check_writable(path: Path, session: Session, overwrite: bool) -> None:
     """Found out before the work: an export replaces files only when told, and never what it was made of."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
     resolved = path.resolve()
     sources = {Path(source).resolve() for source in session.table["stack_path"].unique()}
     if resolved in sources or resolved == session.original_source.resolve():

@@ -36,8 +36,12 @@ def read(
     `progress` is told what share of a star file, rows and then stacks, is read.
     """
     path = Path(path).absolute()
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     if path.is_dir() and not zarrs.is_zarr(path):
         return _folder(path)
     suffix = path.suffix.lower()

@@ -6,6 +6,7 @@ it was, to the letter. Files of a million rows are normal, so everything per row
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -59,11 +60,15 @@ class StarFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
-            self.buffer = self.path.read_bytes()
+            self.buffer = self.path.read_bytes().removeprefix(codecs.BOM_UTF8)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from error
         if b"\0" in self.buffer[:4096]:
             raise UserError(f"{self.path} is no star file: it holds binary data")
+        if b"\n" not in self.buffer and b"\r" in self.buffer:
+            raise UserError(
+                f"{self.path} has the line ends of old Apple computers (CR); RELION reads LF, so convert it"
+            )
         self._bytes = np.frombuffer(self.buffer, np.uint8)
         ends = np.flatnonzero(self._bytes == 10)
         if len(self.buffer) and (not len(ends) or ends[-1] != len(self.buffer) - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from particle_explorer.files import UserError
 def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
     """`table` with the columns of `extra`, matched by `uid` (column or index), else by the order of rows."""
     if "uid" in extra.columns:
-        extra = extra.set_index(extra["uid"].astype(np.uint64)).drop(columns="uid")
+        extra = extra.set_index(pd.Index(uids(extra["uid"]), name="uid")).drop(columns="uid")
     by_uid = extra.index.name == "uid"
     clash = [str(name) for name in extra.columns if name in table.columns]
     if clash:
@@ -37,6 +38,25 @@ def join(table: pd.DataFrame, extra: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, extra], axis=1)
 
 
+def uids(column: pd.Series) -> NDArray[np.uint64]:
+    """The uids of a table; `UserError` with its row for what is none."""
+    if column.dtype.kind == "u":
+        return column.to_numpy(np.uint64)
+    found = np.empty(len(column), np.uint64)
+    for row, value in enumerate(column.tolist()):
+        try:
+            number = int(value)
+            if isinstance(value, float) and number != value:
+                raise ValueError
+            found[row] = number
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"row {row + 1} of the table has the uid {value!r}; a uid is a whole number, as in"
+                " particles.parquet of the session"
+            ) from None
+    return found
+
+
 def read_table(path: Path, n: int) -> pd.DataFrame:
     """A table to `join` to `n` particles: .csv, .tsv, .parquet, .npy or .npz.
 
@@ -50,11 +70,12 @@ def read_table(path: Path, n: int) -> pd.DataFrame:
             return pd.read_parquet(path)
         if suffix not in (".npy", ".npz"):
             raise UserError(f"{path} is no table; give a .csv, .tsv, .parquet, .npy or .npz file")
-        found = np.load(path, allow_pickle=False)
-        arrays = {path.stem: found} if suffix == ".npy" else dict(found)
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            arrays = {path.stem: found} if suffix == ".npy" else dict(found)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
     columns: dict[str, NDArray[Any]] = {}
     for name, array in arrays.items():
