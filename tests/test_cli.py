@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -625,3 +626,14 @@ def test_letters_that_an_encoding_lacks_do_not_end_it(tiny_stack: Path) -> None:
     command = [sys.executable, "-m", "particle_explorer.cli", "inspect", str(tiny_stack)]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"7 ?" in done.stdout, done.stderr
+
+
+def test_what_zero_means_is_in_the_help() -> None:
+    from particle_explorer import configs
+
+    for config in vars(configs).values():
+        if isinstance(config, type) and issubclass(config, Config) and config is not Config:
+            for name, field in config.model_fields.items():
+                extra = field.json_schema_extra
+                if isinstance(extra, dict) and extra.get("zero"):
+                    assert re.search(r"\b0\b", field.description or ""), f"{config.__name__}.{name}"

@@ -98,7 +98,7 @@ class PreprocessConfig(Config):
         0.0, "Prepared pixel size", unit="Å", advanced=True, ge=0, le=1000, zero="by the box"
     )
     """Instead of a box: crop in Fourier space to about this pixel size; the box is the even number of pixels
-    nearest to it."""
+    nearest to it. 0 goes by the box."""
 
     contrast: Literal["auto", "keep", "invert"] = setting("auto", "Contrast")
     """`auto` makes the particle bright by what the file says of its sign, or, where it says nothing, by
@@ -115,10 +115,10 @@ class PreprocessConfig(Config):
     leaves the images as they are and tells models their CTF; `none` leaves it out altogether."""
 
     low_pass_A: float = setting(0.0, "Low-pass", unit="Å", advanced=True, ge=0, le=10_000, zero="off")
-    """Details finer than this are taken out, with a soft edge."""
+    """Details finer than this are taken out, with a soft edge. 0 is off."""
 
     high_pass_A: float = setting(0.0, "High-pass", unit="Å", advanced=True, ge=0, le=100_000, zero="off")
-    """What changes more slowly than this (gradients of ice) is taken out, with a soft edge."""
+    """What changes more slowly than this (gradients of ice) is taken out, with a soft edge. 0 is off."""
 
     bad_images: Literal["leave-out", "stop"] = setting("leave-out", "Blank or broken images", advanced=True)
     """Images whose pixels are all equal, or not all finite, are left out of the session and listed, or none
@@ -126,7 +126,7 @@ class PreprocessConfig(Config):
 
     outlier_sd: float = setting(0.0, "Outliers beyond", unit="SD", advanced=True, ge=0, le=100, zero="off")
     """Images whose mean or contrast (SD of the pixels) lies this many robust standard deviations from the
-    others are left out: ice edges, contaminations, empty frames. 6 is cautious."""
+    others are left out: ice edges, contaminations, empty frames. 6 is cautious, 0 is off."""
 
 
 PREPROCESS_PRESETS: dict[str, dict[str, Any]] = {
@@ -183,7 +183,7 @@ class ClassMapConfig(Config):
         0.0, "Angles near the file's", unit="°", advanced=True, ge=0, le=90, zero="off"
     )
     """For filaments: how far angles in the plane may lie from those in the star or cs file (standard
-    deviation), or from these turned by half. 10 suits segments that were picked along filaments."""
+    deviation), or from these turned by half. 10 suits segments that were picked along filaments, 0 is off."""
 
     junk: bool = setting(True, "Junk class", advanced=True)
     """One more class takes what is no particle, so that it does not bend the map; every particle gets its
@@ -567,7 +567,8 @@ class RefineConfig(Config):
     shift_range_px: float = setting(5.0, "Shifts searched", unit="px", ge=0.5, le=200)
     """To either side of the present shift, in pixels of the originals."""
     box_px: int = setting(0, "Box", unit="px", advanced=True, ge=0, le=512, zero="at most 80")
-    """Side of the images in the search; larger originals are cropped in Fourier space."""
+    """Side of the images in the search; larger originals are cropped in Fourier space. 0 is at
+    most 80."""
 
 
 class SimulateConfig(Config):
