@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from particle_explorer import encoding, status, training
+from particle_explorer import devices, encoding, status, training
 from particle_explorer.configs import (
     ClassMapConfig,
     Config,
@@ -468,7 +468,7 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts_to_the_same_end(tiny_sessio
     built = use(monkeypatch, Even)
     runs = {}
     for free, largest in ((10**9, 16), (2 * 5500, 4)):  # room for 5 images: a power of two of them
-        monkeypatch.setattr(training, "free_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda free=free: free)
         runs[largest] = finished(tiny_session)
         assert max(len(batch.row) for batch in built[-1].batches) == largest
     whole, parts = (safetensors.torch.load_file(run.path / "model.safetensors") for run in runs.values())

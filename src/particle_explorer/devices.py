@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from particle_explorer.files import UserError
 
 FREE_MEMORY_UNKNOWN = 2 * 2**30
+STEP_MEMORY_SHARE = 0.5
+"""A batch is taken in parts where a step would need more than this of what is free"""
 
 
 class Model(Protocol):
@@ -74,6 +77,30 @@ def stand_back() -> None:
     """Leave one core for others."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, min(torch.get_num_threads(), n_cores - 1)))
+
+
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where the random numbers of the CPU and of this device are."""
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generator_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo `generator_states`, of this kind of device or of another."""
+    torch.set_rng_state(states["torch"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def images_at_once(bytes_per_image: int, most: int, device: torch.device) -> int:
+    """How many images a step can hold: `most`, or a power of two. 0 bytes stand for little."""
+    if not bytes_per_image:
+        return most
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    fits = int(STEP_MEMORY_SHARE * free) // bytes_per_image
+    return most if fits >= most else 2 ** int(math.log2(max(1, fits)))
 
 
 def free_memory_bytes() -> int:

@@ -35,7 +35,9 @@ from particle_explorer.devices import (
     autocast,
     choose_device,
     describe_device,
-    free_memory_bytes,
+    generator_states,
+    images_at_once,
+    set_generator_states,
     stand_back,
 )
 from particle_explorer.encoding import (
@@ -62,8 +64,6 @@ LIVE_SHARE = 0.05
 N_LIVE_ENCODED = 2000
 MAX_LIVE = 50_000
 N_PANEL = 9
-STEP_MEMORY_SHARE = 0.5
-"""A batch is taken in parts where a step would need more than this of what is free"""
 CHECKPOINT_VERSION = 1
 """Of `resume.pt`"""
 _NO_CHECKPOINT = (RuntimeError, KeyError, ValueError, TypeError, AttributeError)
@@ -217,7 +217,7 @@ class _Fit:
             self.session, self.rows, self.device, with_ctf=self.model.uses_ctf, with_pose=self.model.uses_pose
         )
         self.batch_size = min(train.batch_size or self.model.batch_size, len(self.rows))
-        self.at_once = self._images_at_once()
+        self.at_once = images_at_once(self.model.step_bytes_per_image, self.batch_size, self.device)
         self.learning_rate = train.learning_rate or self.model.learning_rate
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
         self._plan()
@@ -346,15 +346,22 @@ class _Fit:
 
     def _portions(self, index: Tensor) -> Iterator[tuple[Batch, Share | None, float]]:
         """A batch in parts that fit, of each this process's share: where it lies, its weight in the whole."""
-        for some in index.split(self.at_once * self.team.size):
+        for start in range(0, len(index), self.at_once * self.team.size):
+            some = index[start : start + self.at_once * self.team.size]
             mine, share, weight = self.team.portion(some)
+            if len(some) < len(index):
+                first = start + (share.first if share else 0)
+                share = Share(first, len(index), (start, len(some)))
             yield self.batches.take(mine), share, weight * len(some) / len(index)
 
     def _gradient(self, portions: list[tuple[Batch, Share | None, float]], part: str) -> dict[str, Tensor]:
         """The gradient of a batch taken in parts and by processes, as if it had been whole; its losses."""
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for batch, share, weight in portions:
+        states = generator_states(self.device)
+        for i, (batch, share, weight) in enumerate(portions):
+            if i:  # all draw the numbers of the whole batch
+                set_generator_states(states, self.device)
             self.model.share = share
             with autocast(self.model, self.device, self.config.train.precision):
                 losses = self.model(batch, part)
@@ -369,17 +376,6 @@ class _Fit:
             own = (p.grad for group in self.optimisers[part].param_groups for p in group["params"])
             self.team.add([gradient for gradient in own if gradient is not None] + list(sums.values()))
         return sums
-
-    def _images_at_once(self) -> int:
-        """How many images of a batch a step can hold: the batch, or a power of two."""
-        each = self.model.step_bytes_per_image
-        if not each:
-            return self.batch_size
-        free = free_memory_bytes()
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        fits = int(STEP_MEMORY_SHARE * free) // each
-        return self.batch_size if fits >= self.batch_size else 2 ** int(math.log2(max(1, fits)))
 
     def _finish(self) -> Iterator[Progress]:
         self.model.eval()
@@ -453,9 +449,6 @@ class _Fit:
 
     def _state(self) -> dict[str, Any]:
         """All that resuming needs, as tensors and numbers."""
-        generators = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "format_version": CHECKPOINT_VERSION,
             "kind": self.config.model.kind,
@@ -465,7 +458,7 @@ class _Fit:
             "weights": self.model.state_dict(),
             "optimisers": {part: optimiser.state_dict() for part, optimiser in self.optimisers.items()},
             "model": self.model.training_state(),
-            "generators": generators,
+            "generators": generator_states(self.device),
         }
 
     def _keep_good(self) -> None:
@@ -491,9 +484,7 @@ class _Fit:
         for part, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][part])
         self.model.load_training_state(state["model"])
-        torch.set_rng_state(state["generators"]["torch"].cpu())
-        if "cuda" in state["generators"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["generators"]["cuda"].cpu(), self.device)
+        set_generator_states(state["generators"], self.device)
 
     def _save_checkpoint(self) -> None:
         with replacing(self.run_.path / "resume.pt") as temporary:
@@ -521,7 +512,7 @@ class _Fit:
             self._restore(state)
         except _NO_CHECKPOINT as error:
             raise UserError(f"{refused}: {misfit(self.model, weights)}; start a new run") from error
-        # parts of another size would draw other random numbers than the uninterrupted run
+        # parts of another size would round otherwise than the uninterrupted run
         self.at_once = min(self.at_once, int(state.get("at_once", self.at_once)))
         self.started = True
         self.seconds_before = float(state["seconds"])

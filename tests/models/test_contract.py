@@ -131,6 +131,38 @@ def test_a_large_box_is_built_in_little_memory_trains_and_encodes(kind: str) -> 
     assert model.decode(encoding.z, encoding.angle, encoding.shift).shape == images.shape
 
 
+IN_PARTS = ["spatial-vae", "target-vae", "class-map of 4 dimensions"]
+"""Kinds whose batches are taken in parts where memory asks for it."""
+
+
+@pytest.mark.parametrize("kind", IN_PARTS)
+def test_gradients_of_parts_add_up_to_that_of_the_batch(kind: str) -> None:
+    model = model_of(kind.partition(" ")[0], 24, 1, **IN_A_LARGE_BOX.get(kind, {}))
+    assert model.step_bytes_per_image > 0
+    images, index = torch.randn(7, 1, 24, 24), torch.tensor([3, 1, 0, 6, 4, 2, 5])
+    found = {}
+    for at_once in (7, 3):
+        torch.manual_seed(5)
+        for part in model.parts():
+            model.zero_grad(set_to_none=True)
+            losses: dict[str, Tensor] = {}
+            for batch, weight in model.in_parts(InMemory(images), index, at_once):
+                assert len(batch.row) <= at_once
+                for name, loss in model(batch, part).items():
+                    losses[name] = losses.get(name, torch.zeros(())) + weight * loss
+            sum(losses.values()).backward()
+            found[at_once, part] = [p.grad for p in model.parameters() if p.grad is not None], losses
+            after = torch.rand(3)  # what comes next is drawn from the same state too
+            assert torch.equal(found.setdefault((part, "after"), after), after)
+    for part in model.parts():
+        (whole, told), (parts, told_in_parts) = found[7, part], found[3, part]
+        assert len(whole) == len(parts) > 0 and model.share is None
+        for one, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-4 * float(one.abs().max()), rtol=1e-3)
+        for name, loss in told.items():
+            torch.testing.assert_close(told_in_parts[name], loss, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_encodes_the_same_in_batches_of_any_size(kind: str, tmp_path: Path) -> None:
     model, images = model_of(kind).eval(), torch.randn(5, 1, 24, 24)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from particle_explorer import pose
+from particle_explorer import devices, pose
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
 from particle_explorer.ctf import ctf_2d
 from particle_explorer.files import UserError
+from particle_explorer.models import spatial_vae
 from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.spatial_vae import SpatialVAE
@@ -215,6 +216,28 @@ def test_of_several_starts_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     other = model_of(16)
     other.load_training_state(model.training_state())
     assert other.chosen
+
+
+def test_starts_keep_to_the_memory_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Turned(300, 16)
+    found, largest = {}, {}
+    for free in (10**9, 0):
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda free=free: 100_000 + free)
+        monkeypatch.setattr(spatial_vae, "TRIAL_IMAGES", 200)
+        torch.manual_seed(2)
+        model = model_of(16, starts=2)
+        model.step_bytes_per_image = 5000  # 100 000: room for 10 at a time, a power of two of them
+        seen: list[int] = []
+        model.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0].row)))
+        torch.manual_seed(3)
+        for _ in model.start(batches):
+            pass
+        assert model.share is None
+        found[free], largest[free] = model.state_dict(), max(seen)
+    assert largest == {10**9: 250, 0: 8}
+    # rounding may turn Adam's step of a weight that has next to no gradient
+    for name, value in found[10**9].items():
+        assert (found[0][name] - value).abs().mean() < 1e-4, name
 
 
 def test_one_start_is_taken_as_it_is() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from particle_explorer.configs import Config, DataSpec
+from particle_explorer.devices import generator_states, set_generator_states
 
 
 class Batch(NamedTuple):
@@ -43,10 +44,17 @@ class Encoding(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which rows of a step's batch this process has; the others have the rest."""
+    """Which rows of a step's batch this process computes now; the rest is others' or comes later."""
 
     first: int
     total: int
+    together: tuple[int, int] | None = None
+    """First and number of the rows that all processes compute at this time; None stands for all."""
+
+    @property
+    def now(self) -> tuple[int, int]:
+        """`together`, with numbers in any case."""
+        return self.together or (0, self.total)
 
 
 class Batches(Protocol):
@@ -102,7 +110,8 @@ class ParticleModel(nn.Module, ABC):
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's."""
     share: Share | None = None
-    """Told by training before each step that several processes take together; None in a process alone."""
+    """Told before what is not the whole batch of a step, because several processes take it together or it is
+    taken in parts."""
     step_bytes_per_image: int = 0
     """Memory that a training step takes for each image, about; a batch that does not fit is taken in parts
     whose gradients are added. 0 says that it is small, or that a batch must stay whole."""
@@ -134,8 +143,8 @@ class ParticleModel(nn.Module, ABC):
     ) -> Tensor:
         """Random numbers `(rows, *size)` by `torch.randn` or its like, a row per particle of the batch.
 
-        Processes that share a step's batch draw for all of it and keep their rows: the numbers do not depend
-        on how many they are.
+        Parts of a step's batch draw for all of it and keep their rows: the numbers do not depend on how many
+        they are. Those that one process takes after each other start from the same state of its generators.
         """
         if self.share is None:
             return draw(rows, *size, device=device)
@@ -146,17 +155,37 @@ class ParticleModel(nn.Module, ABC):
         return self.drawn(torch.randn, *values.shape, device=values.device).to(values.dtype)
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Values `(b, ...)` of this process's rows → those of the whole batch, with their gradient."""
-        if self.share is None:
+        """Values `(b, ...)` of this process's rows → those of all processes now, with their gradient."""
+        if self.share is None or len(values) == self.share.now[1]:
             return values
-        first, total = self.share
+        start, total = self.share.now
+        first = self.share.first - start
         empty = values.new_zeros(total, *values.shape[1:])
         whole: Tensor = _Summed.apply(torch.cat([empty[:first], values, empty[first + len(values) :]]))
         return whole
 
     def own(self, values: Tensor, rows: int) -> Tensor:
-        """The rows of this process, of values of the whole batch."""
-        return values if self.share is None else values[self.share.first : self.share.first + rows]
+        """The rows of this process, of values of all processes."""
+        first = 0 if self.share is None else self.share.first - self.share.now[0]
+        return values[first : first + rows]
+
+    def in_parts(self, batches: Batches, index: Tensor, at_once: int) -> Iterator[tuple[Batch, float]]:
+        """The particles at `index` in parts of `at_once`, each with its weight in the mean over all of them.
+
+        Random numbers drawn for the parts are those of the whole.
+        """
+        if at_once >= len(index):
+            yield batches.take(index), 1.0
+            return
+        device = next(self.parameters()).device
+        states = generator_states(device)
+        for start in range(0, len(index), at_once):
+            some = index[start : start + at_once]
+            if start:
+                set_generator_states(states, device)
+            self.share = Share(start, len(index), (start, len(some)))
+            yield batches.take(some), len(some) / len(index)
+        self.share = None
 
     def pose_posterior(self, batch: Batch) -> Tensor | None:
         """`(b, r, m, m)` the probability of angle 2 pi i / r and shift (y, x), none in the middle.

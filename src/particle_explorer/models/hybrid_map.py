@@ -169,7 +169,8 @@ class HybridMap(ParticleModel):
             return
         n_pixels = float(self.map.mask.sum()) * self.data.n_channels
         residual = self.gathered(square).mean() / n_pixels
-        self.noise.lerp_(residual.clamp(_LEAST_NOISE, 1.0), 0.05)
+        part = 1.0 if self.share is None else self.share.now[1] / self.share.total
+        self.noise.lerp_(residual.clamp(_LEAST_NOISE, 1.0), 0.05 * part)
 
     def _show(self, row: Tensor, z: Tensor) -> None:
         row, z = self.gathered(row), self.gathered(z)

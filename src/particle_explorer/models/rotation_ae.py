@@ -134,8 +134,10 @@ class RotationAE(ParticleModel):
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         if part == "critic":
-            self._n_asked += 1
-            if self.settings.adversarial == "none" or (self._n_asked - 1) % self.settings.critic_every:
+            due = self._n_asked % self.settings.critic_every == 0
+            if self.share is None or sum(self.share.now) == self.share.total:  # the last part of a batch
+                self._n_asked += 1
+            if self.settings.adversarial == "none" or not due:
                 return {}
         turned, angle, target = self._examples(batch)
         if part == "critic":
@@ -165,11 +167,11 @@ class RotationAE(ParticleModel):
     def _judged(self, images: Tensor) -> tuple[slice, float]:
         """Which rows the discriminator sees, and what each counts in their mean.
 
-        Counted from the start of the whole batch: processes that share it, some of which may see none, add
-        up to what one alone would find.
+        Counted from the start of the whole batch: its parts, some of which may see none, add up to what the
+        whole would find.
         """
         rows = len(images)
-        first, total = (0, rows) if self.share is None else self.share
+        first, total = (0, rows) if self.share is None else self.share[:2]
         return slice(-first % JUDGED_EVERY, None, JUDGED_EVERY), total / (
             rows * math.ceil(total / JUDGED_EVERY)
         )

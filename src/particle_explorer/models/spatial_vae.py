@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from particle_explorer.configs import DataSpec, SpatialVAEConfig
-from particle_explorer.devices import autocast
+from particle_explorer.devices import autocast, images_at_once
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch, Batches, Encoding, ParticleModel, Step
 from particle_explorer.models.layers import (
@@ -181,6 +181,7 @@ class SpatialVAE(ParticleModel):
         size = min(self.batch_size, n)
         n_steps = max(1, min(TRIAL_IMAGES, TRIAL_EPOCHS * n) // size)
         scored = torch.randperm(n)[:TRIAL_SCORED].split(TRIAL_SCORED // 8)
+        at_once = images_at_once(self.step_bytes_per_image, TRIAL_SCORED // 8, self.disc.device)
         best, weights = math.inf, self.state_dict()
         for trial in range(n_starts):
             if trial:
@@ -191,22 +192,29 @@ class SpatialVAE(ParticleModel):
             self.content_frozen = True
             for step in range(n_steps):
                 self.shift_frozen = 2 * step < n_steps
-                batch = batches.take(torch.randint(n, (size,)))
-                with autocast(self, batch.images.device, self.precision):
-                    losses = self(batch)
                 optimiser.zero_grad(set_to_none=True)
-                torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+                for batch, weight in self.in_parts(batches, torch.randint(n, (size,)), at_once):
+                    with autocast(self, batch.images.device, self.precision):
+                        losses = self(batch)
+                    (torch.stack([loss.float() for loss in losses.values()]).sum() * weight).backward()
                 optimiser.step()
                 if step % 10 == 0:
                     done = (trial * n_steps + step) / (n_starts * n_steps)
                     yield Step(f"learning pose, start {trial + 1} of {n_starts}", done)
             with torch.no_grad(), fast_products(self.precision):
-                bounds = [torch.stack(list(self(batches.take(some)).values())).sum() for some in scored]
+                bounds = [self._bound(batches, some, at_once) for some in scored]
             bound = float(torch.stack(bounds).mean())
             if bound < best:
                 best, weights = bound, {name: value.clone() for name, value in self.state_dict().items()}
         self.load_state_dict(weights)
         self.chosen = True
+
+    def _bound(self, batches: Batches, index: Tensor, at_once: int) -> Tensor:
+        """The negative evidence bound per image, of these images together."""
+        parts = self.in_parts(batches, index, at_once)
+        return torch.stack(
+            [torch.stack(list(self(part).values())).sum() * weight for part, weight in parts]
+        ).sum()
 
     def training_state(self) -> dict[str, Any]:
         return {"chosen": self.chosen}
