@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Interpolation = Literal["bilinear", "bicubic", "fourier"]
+_FOLDS = (2, 4)
+"""Waves around each shell that powers are described by."""
 
 
 def rotation_matrix(angle: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ class FourierBand(nn.Module):
             for s in range(int(shell.max()) + 1):
                 here = (shell == s).nonzero()[:, 0]
                 waves = [torch.ones_like(turn), radius - s]
-                waves += [wave(fold * turn) for fold in (2, 4) for wave in (torch.cos, torch.sin)]
+                waves += [wave(fold * turn) for fold in _FOLDS for wave in (torch.cos, torch.sin)]
                 rows = torch.zeros(len(waves), len(shell), dtype=torch.float64)
                 rows[:, here] = torch.stack(waves)[:, here]
                 back = torch.zeros_like(rows)
@@ -240,6 +242,16 @@ class FourierBand(nn.Module):
         """`(..., 2)` px (y, x) → `(..., q)` factors that move an image by them."""
         turn = -2 * torch.pi * (shifts.to(self.frequency.dtype) @ self.frequency.T)
         return torch.polar(torch.ones_like(turn), turn)
+
+
+def turned_powers(coefficients: Tensor, angle: Tensor) -> Tensor:
+    """`(b, j)` coefficients in `FourierBand.power_basis` of functions that are turned by `(b,)` rad."""
+    found = coefficients.unflatten(1, (-1, 2 + 2 * len(_FOLDS))).clone()
+    for fold, i in zip(_FOLDS, (2, 4), strict=True):
+        cos, sin = (fold * angle).cos()[:, None], (fold * angle).sin()[:, None]
+        of_cos, of_sin = found[..., i].clone(), found[..., i + 1].clone()
+        found[..., i], found[..., i + 1] = of_cos * cos - of_sin * sin, of_cos * sin + of_sin * cos
+    return found.flatten(1)
 
 
 def real_rows(coefficients: Tensor) -> Tensor:

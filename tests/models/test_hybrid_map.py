@@ -17,7 +17,7 @@ from particle_explorer.models.base import Batch
 from particle_explorer.models.build import build_model
 from particle_explorer.models.hybrid_map import HybridMap
 from particle_explorer.models.pose_posterior import posterior
-from particle_explorer.transforms import place
+from particle_explorer.transforms import fourier_radius, place
 
 
 def model_of(box_px: int = 24, n_channels: int = 1, n_particles: int = 600, **settings: object) -> HybridMap:
@@ -76,6 +76,13 @@ def waving(n: int, swings: Tensor) -> Tensor:
             away = (y - reach * at.sin()) ** 2 + (x - reach * at.cos()) ** 2
             image = image + strength * torch.exp(-away / (2 * 1.3**2))
     return image[:, None]
+
+
+def blobs(n: int, n_images: int) -> Tensor:
+    """Junk of no shape, standard deviation 1."""
+    images = torch.randn(n_images, 1, n, n)
+    images = torch.fft.irfft2(torch.fft.rfft2(images) / (1 + fourier_radius(n) ** 2), s=(n, n))
+    return images / images.std()
 
 
 def stack(n: int, n_images: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,13 +171,15 @@ def test_every_box_trains_encodes_and_decodes(box_px: int, n_channels: int) -> N
     assert latest is not None and latest[1].shape == (6, 4)
 
 
-def test_through_a_ctf_what_is_compared_is_the_image_itself() -> None:
-    """The score of a mode is that of C m against the image, written out."""
+@pytest.mark.parametrize(("box_px", "astigmatism_A"), [(32, 0.0), (32, 6000.0), (33, 6000.0)])
+def test_through_a_ctf_what_is_compared_is_the_image_itself(box_px: int, astigmatism_A: float) -> None:
+    """The score of a mode is that of C m against the image, written out; astigmatism turns with the image."""
     torch.manual_seed(0)
-    model = model_of(32, n_particles=8)
-    defocus = np.linspace(8000, 16000, 8)
-    ctf = torch.from_numpy(np.abs(ctf_2d(32, 5.0, defocus, defocus)))
-    images = 4 * waving(32, torch.rand(8, 3))  # smooth: turning noise costs some of its finest detail
+    n = box_px
+    model = model_of(n, n_particles=8)
+    defocus, angle = np.linspace(8000, 16000, 8), np.linspace(0, 150, 8)
+    ctf = torch.from_numpy(np.abs(ctf_2d(n, 5.0, defocus + astigmatism_A, defocus, angle)))
+    images = 4 * waving(n, torch.rand(8, 3))  # smooth: turning noise costs some of its finest detail
     batch = Fitted(images, ctf).take(torch.arange(8))
     modes = {
         "angle": torch.rand(8, 1) * 6,
@@ -179,19 +188,57 @@ def test_through_a_ctf_what_is_compared_is_the_image_itself() -> None:
         "centre": torch.zeros(8, 2),
     }
     with torch.no_grad():
-        model.decoder.base.add_(waving(32, torch.zeros(1, 3))[0])
+        model.decoder.base.add_(waving(n, torch.zeros(1, 3))[0])
         views, ctf_square = model._views(batch, modes)
         mean, log_sd = model._encoded(views[:, 0])
         score = model._seen(views, ctf_square, modes).score[:, 0]
         drawn = model.map.whitened(
             place(model.decoder(mean), modes["angle"][:, 0], modes["move"][:, 0], mode="bicubic")
         )
-        seen = torch.fft.irfft2(torch.fft.rfft2(drawn) * ctf[:, None], s=(32, 32))
+        seen = torch.fft.irfft2(torch.fft.rfft2(drawn) * ctf[:, None], s=(n, n))
         white = model.map.whitened(images)
         expected = (white * seen).sum((1, 2, 3)) - 0.5 * seen.square().sum((1, 2, 3))
         kl = (-log_sd + 0.5 * (torch.exp(2 * log_sd) + mean**2 - 1)).sum(1)
         expected = expected - kl + model.map.log_prior(modes["move"][:, 0])
+        # turned on a finer grid, images keep their finest detail
+        at = modes["angle"][:, 0], modes["move"][:, 0]
+        drawn = model.map.whitened(place(model.decoder(mean), *at, mode="fourier"))
+        seen = torch.fft.irfft2(torch.fft.rfft2(drawn) * ctf[:, None], s=(n, n))
+        norm = model.map.norms(model.map.whitened(model.decoder(mean)), ctf_square[:, 0])
+    torch.testing.assert_close(norm, seen.square().sum((1, 2, 3)), rtol=0.02, atol=0)
     assert float((score - expected).abs().max()) < 0.1 * float(expected.std())
+
+
+def test_junk_has_no_say_in_the_content() -> None:
+    """It is known by the map, and whatever its images show, the gradient is that of the particles."""
+    torch.manual_seed(0)
+    images, *_ = stack(26, 300, 0.2)
+    is_junk = torch.arange(300) % 4 == 0
+    images[is_junk] = 4 * blobs(26, 75) + torch.randn(75, 1, 26, 26)
+    model = model_of(26, n_particles=300)
+    for _ in model.start(Fitted(images)):
+        pass
+    junk = model._modes["junk"]
+    assert float(junk[is_junk].quantile(0.2)) > 0.99 and float(junk[~is_junk].quantile(0.9)) < 0.01
+    weight = model._weight(model._modes)
+    assert float(weight.mean()) == pytest.approx(1, abs=0.05)
+    gradients = []
+    for shown in (images, torch.where((junk > 0.9999)[:, None, None, None], 5 * images.flip(0), images)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        torch.stack(list(model(Fitted(shown).take(torch.arange(300))).values())).sum().backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in model.parts()["model"]]))
+    assert float(junk.max()) > 0.9999
+    assert float((gradients[1] - gradients[0]).norm()) < 0.01 * float(gradients[0].norm())
+
+
+@pytest.mark.parametrize("settings", [{"junk": False}, {"varies": "classes"}])
+def test_without_junk_and_of_different_objects_all_images_count_alike(settings: dict[str, object]) -> None:
+    model = model_of(16, nodes_per_dim=2, n_particles=12, **settings)
+    model.map.n_epochs = 1
+    for _ in model.start(Fitted(torch.randn(12, 1, 16, 16))):
+        pass
+    assert bool((model._weight(model._modes) == 1).all())
 
 
 def test_what_is_needed_to_resume_goes_through_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ and m = D(z),
     log p(y | pose) - log p(y | noise alone) ≥ E_q[ y · m_pose - ½ ‖m_pose‖² ] - KL(q(z | y, pose) ‖ N(0, 1)),
 
 and the poses of a particle share it by that bound, exactly. One of them, drawn by its share, carries the
-gradient. The canonical frame is the map's, registered before the content is learned.
+gradient, by as much as it is no junk. The canonical frame is the map's, registered before the content is
+learned.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class HybridMap(ParticleModel):
         self.kl_weight = 1.0
         self._ramp = _KL_RAMP
         self._modes: dict[str, Tensor] = {}
-        """By row of the session: `angle` `(N, p)`, `move` and `score` of its poses, and its `centre`."""
+        """By row of the session: `angle` `(N, p)`, `move` and `score` of its poses, its `centre`, and the
+        probability that it is `junk`."""
         self._last_z: Tensor | None = None
 
     @property
@@ -152,15 +154,27 @@ class HybridMap(ParticleModel):
             share = (seen.score / self.noise).softmax(1)
             dice = self.drawn(torch.rand, len(share), 1, device=share.device)
             chosen = (share.cumsum(1) < dice).sum(1).clamp_max(share.shape[1] - 1)
-            view = views[torch.arange(len(views), device=views.device), chosen]
+            at = torch.arange(len(views), device=views.device), chosen
+            view, ctf_square = views[at], None if ctf_square is None else ctf_square[at]
+            weight = self._weight(modes)
         mean, log_sd = self._encoded(view)
         z = mean + log_sd.exp() * self.normal_like(mean)
         fit, square = self._fit(view, self.map.whitened(self.decoder(z)), ctf_square)
         if self.training:
             self._learn_noise(view, square, ctf_square)
             self._show(batch.row, mean.detach())
-        kl = gaussian_kl(mean, log_sd).sum(1).mean()
-        return {"negative_log_likelihood": -fit.mean() / self.noise, "kl": self.kl_weight * kl}
+        kl = (weight * gaussian_kl(mean, log_sd).sum(1)).mean()
+        fit = (weight * fit).mean()
+        return {"negative_log_likelihood": -fit / self.noise, "kl": self.kl_weight * kl}
+
+    def _weight(self, modes: dict[str, Tensor]) -> Tensor:
+        """`(b,)` what images have to say: the probability of being no junk, 1 in the mean over the stack.
+
+        Of different objects some are junk to a map of two dimensions because it does not show them yet.
+        """
+        if self.map.classes:
+            return torch.ones_like(modes["junk"])
+        return (1 - modes["junk"]) / (1 - self.map.junk_share)
 
     @torch.no_grad()
     def _learn_noise(self, view: Tensor, square: Tensor, ctf_square: Tensor | None) -> None:
@@ -190,13 +204,16 @@ class HybridMap(ParticleModel):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         self._modes = dict(state["modes"])
+        if self._modes and "junk" not in self._modes:  # of an older version
+            self._modes["junk"] = torch.zeros_like(self._modes["angle"][:, 0])
         self._last_z = state["last_z"]
 
     # ---- content at given poses
 
     def _found(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         names = {"angle": "mode_angle", "move": "mode_move", "score": "mode_score", "centre": "centre"}
-        return {name: encoded[key] for name, key in names.items()}
+        junk = encoded.get("junk_probability", torch.zeros_like(encoded["angle"]))
+        return {name: encoded[key] for name, key in names.items()} | {"junk": junk}
 
     def _known(self, batch: Batch) -> dict[str, Tensor]:
         """The poses of a batch, kept from the start or found now."""
@@ -228,7 +245,7 @@ class HybridMap(ParticleModel):
         b, p = views.shape[:2]
         flat = views.flatten(0, 1)
         mean, log_sd = self._encoded(flat)
-        each = None if ctf_square is None else ctf_square.repeat_interleave(p, 0)
+        each = None if ctf_square is None else ctf_square.flatten(0, 1)
         fit, _ = self._fit(flat, self.map.whitened(self.decoder(mean)), each)
         score = fit - self.noise * gaussian_kl(mean, log_sd).sum(1)
         score = score.view(b, p) + self.map.log_prior(modes["move"])

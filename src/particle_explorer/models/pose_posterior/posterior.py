@@ -19,8 +19,8 @@ from particle_explorer.models.pose_posterior.placing import Placing
 from particle_explorer.models.pose_posterior.refinement import refine
 from particle_explorer.models.pose_posterior.search import search
 from particle_explorer.models.pose_posterior.seen import Seen
-from particle_explorer.models.pose_posterior.shells import filtered, in_shell, ring_mean
-from particle_explorer.transforms import unplace
+from particle_explorer.models.pose_posterior.shells import filtered
+from particle_explorer.transforms import FourierBand, real_rows, turned_powers, unplace
 
 
 class PosePosterior(Placing):
@@ -34,6 +34,8 @@ class PosePosterior(Placing):
         self.register_buffer("n_encode_proposals", torch.tensor(24))
         self.n_encode_proposals: Tensor
         """Poses of an image that all nodes are scored at."""
+        self.all_waves = FourierBand(self.box, self.box)
+        """What a decoder of more dimensions draws is compared in all of them."""
         self._fine = FineTemplates()
         self.register_load_state_dict_pre_hook(upgraded)
 
@@ -169,21 +171,23 @@ class PosePosterior(Placing):
         self, batch: Batch, centre: Tensor, angle: Tensor, move: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Images brought back from several poses `(b, p)`, `(b, p, 2)`: `(b, p, c, n, n)` whitened, times
-        their CTF, and `(b, shells)` the mean CTF² of each shell."""
+        their CTF, and `(b, p, j)` CTF² as it lies over what is drawn, for `norms`."""
         images, transfer, _, _ = self.seen(batch, centre)
         factor = self.whitener() if transfer is None else self.whitener() * transfer[:, None]
         white = filtered(images, factor)
         p = angle.shape[1]
         back = unplace(white.repeat_interleave(p, 0), angle.flatten(), move.flatten(0, 1), mode="bicubic")
-        square = None if transfer is None else ring_mean(transfer.square(), self.shell)
+        square = None
+        if transfer is not None:
+            square = self.weights_of(transfer, self.all_waves)[:, None].expand(-1, p, -1)
+            square = turned_powers(square.flatten(0, 1), -angle.flatten()).unflatten(0, (-1, p))
         return back.unflatten(0, (-1, p)), square
 
     def norms(self, whitened: Tensor, ctf_square: Tensor | None) -> Tensor:
-        """`(b,)` ‖C m‖² of whitened images, C² being that of `brought_back`."""
+        """`(b,)` ‖C m‖² of whitened images, C² `(b, j)` being that of `brought_back`."""
         if ctf_square is None:
             return whitened.square().flatten(1).sum(1)
-        power = ring_mean(torch.fft.rfft2(whitened).abs().square().sum(1), self.shell) / self.box**2
-        return (power * in_shell(self.shell) * ctf_square).sum(1)
+        return (self.powers(real_rows(self.all_waves(whitened)), self.all_waves) * ctf_square).sum(1)
 
     @torch.no_grad()
     def refined(
