@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from particle_explorer.io import joining
 from particle_explorer.io.joining import merge_stars
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
+from particle_explorer.io.star import quoted
 from particle_explorer.session import Session
 
 K = 10
@@ -230,6 +232,43 @@ def test_import_takes_several_star_files(tmp_path: Path, capsys: pytest.CaptureF
     assert "is no star file; of several files opened together all must be" in capsys.readouterr().err
     assert main(["import", str(b), str(a), "--session", str(tmp_path / "turned")]) == 2
     assert sorted(path.name for path in tmp_path.glob("*_joined*.star")) == joined
+
+
+@pytest.mark.parametrize("folder", ["my data", "user@lab", "o'clock 1"])
+def test_names_with_spaces_and_at_signs_are_joined(tmp_path: Path, folder: str) -> None:
+    """From outside of the project the names lead nowhere, so they become absolute, quoted where need be."""
+    root = tmp_path / "project"
+    (root / folder).mkdir(parents=True)
+    stars = [extract(root / folder, name, 32, 2.0, COORDINATE_XY) for name in ("one", "two")]
+    for star in stars:
+        name = re.compile(rf"\d+@{star.stem}.mrcs")
+        written = name.sub(lambda m: quoted(m[0].replace("@", f"@{folder}/")), star.read_text())
+        star.write_text(written)
+    images = np.concatenate([read(star).images.read(np.arange(K)) for star in stars])
+    for out, start in ((root / "merged.star", ""), (tmp_path / "merged.star", f"{root}/")):
+        merge_stars(stars, out)
+        merged = read(out)
+        assert merged.table["rlnImageName"].iloc[K] == f"000001@{start}{folder}/two.mrcs"
+        np.testing.assert_array_equal(merged.images.read(np.arange(2 * K)), images)
+
+
+def test_what_cannot_be_read_again_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my data").mkdir()
+    one, two = (extract(tmp_path / "my data", name, 32, 2.0, COORDINATE_XY) for name in ("one", "two"))
+    monkeypatch.setattr(joining, "quoted", str)
+    with pytest.raises(UserError, match="7 values, but block data_particles has 6 columns"):
+        merge_stars([one, two], tmp_path / "merged.star")
+    assert not (tmp_path / "merged.star").exists()
+
+
+def test_an_unknown_optics_group_is_a_sentence(tmp_path: Path) -> None:
+    one, two = (extract(tmp_path, name, 32, 2.0, COORDINATE_XY) for name in ("one", "two"))
+    two.write_text(two.read_text().replace(" 1 keep-003", " 7 keep-003"))
+    said = r"two\.star, row 4: optics group 7 is not in the optics table, which has 1$"
+    with pytest.raises(UserError, match=said):
+        merge_stars([one, two], tmp_path / "merged.star")
+    with pytest.raises(UserError, match=said):
+        read(two)
 
 
 def test_joining_tells_how_far_it_is_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

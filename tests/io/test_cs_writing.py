@@ -163,6 +163,80 @@ def test_a_selection_with_poses_changes_nothing_else(job: Any, aligned: str) -> 
     assert ("particle.alignments2D" in text) and ">good_passthrough.cs'" in text
 
 
+@pytest.mark.parametrize("said", [PSIZE_A, 0.0])
+@pytest.mark.parametrize("aligned", ["primary", "passthrough"])
+def test_a_pixel_size_given_at_import_leaves_shifts_as_they_are(job: Any, aligned: str, said: float) -> None:
+    """Only the ratio of the file's own sizes counts (or that to the size in the stack's header)."""
+    source = job(aligned)
+    records = cryosparc.load(source).copy()
+    records["blob/psize_A"] = said
+    save(source, records)
+    particles = read(source)
+    truth = particles.table[["angle_deg", "shift_y_px", "shift_x_px"]].copy()
+    particles.table["pixel_size_A"] = 2.25
+    out = source.with_name("o.cs")
+    seen: list[Any] = []
+    notes = export(
+        out, particles, angle_deg=truth["angle_deg"],
+        shift_yx_px=truth[["shift_y_px", "shift_x_px"]].to_numpy(), check=seen.append,
+    )  # fmt: skip
+    name = {"primary": "o.cs", "passthrough": "o_passthrough.cs"}[aligned]
+    before = {"primary": source.name, "passthrough": "cryosparc_P1_J7_passthrough_particles.cs"}[aligned]
+    for field in ("alignments2D/shift", "alignments2D/psize_A"):
+        np.testing.assert_allclose(
+            cryosparc.load(source.with_name(name))[field],
+            cryosparc.load(source.with_name(before))[field], atol=1e-5,
+        )  # fmt: skip
+    np.testing.assert_allclose(seen[0][list(truth)], truth, atol=1e-4)
+    np.testing.assert_allclose(read(out).table[list(truth)], truth, atol=1e-4)
+    assert any("keeps its own pixel size, 1.5 Å" in note and "2.25 Å" in note for note in notes)
+
+
+def test_the_check_of_poses_knows_nothing_of_a_size_given_at_import(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shifts written by the size of the session are found out, as they are by any other program."""
+    source = job("primary", passthrough=False)
+    particles = read(source)
+    meant = particles.table[["shift_y_px", "shift_x_px"]].to_numpy().copy()
+    particles.table["pixel_size_A"] = 2.25
+    with_poses = cs_writing.with_poses
+
+    def wrong(group: Any, **words: Any) -> Any:
+        return with_poses(group, **{**words, "own_A": words["given_A"]})
+
+    monkeypatch.setattr(cs_writing, "with_poses", wrong)
+    seen: list[Any] = []
+    export(source.with_name("o.cs"), particles, angle_deg=np.zeros(6), shift_yx_px=meant, check=seen.append)
+    np.testing.assert_allclose(seen[0][["shift_y_px", "shift_x_px"]], meant * 1.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kept", [("shift", "pose", "class"), ("class",), ("shift", "pose"), ("pose", "psize_A")]
+)
+def test_older_files_with_some_of_the_alignments(job: Any, kept: tuple[str, ...]) -> None:
+    source = job("primary", passthrough=False)
+    fields = cryosparc.load(source).dtype.names or ()
+    whole = cryosparc.load(source)
+    names = [n for n in fields if not n.startswith("alignments2D/") or n.partition("/")[2] in kept]
+    save(source, made({name: whole[name] for name in names}))
+    particles = read(source)
+    seen: list[Any] = []
+    export(source.with_name("same.cs"), particles, check=seen.append)
+    assert cryosparc.load(source.with_name("same.cs")).tobytes() == cryosparc.load(source).tobytes()
+    for name in {"angle_deg", "shift_x_px", "class_id"} & set(seen[0]):
+        np.testing.assert_allclose(seen[0][name], particles.table[name], atol=1e-4)
+    assert ("shift_x_px" in seen[0]) == ("shift_x_px" in particles.table)
+    # a class alone invents no pose
+    export(source.with_name("class.cs"), particles, class_id=np.arange(6) + 1, check=seen.append)
+    assert set(cryosparc.load(source.with_name("class.cs")).dtype.names) == {*names, "alignments2D/class"}
+    shift = np.arange(12.0).reshape(6, 2)
+    export(source.with_name("new.cs"), particles, angle_deg=np.arange(6.0), shift_yx_px=shift)
+    again = read(source.with_name("new.cs")).table
+    np.testing.assert_allclose(again[["shift_y_px", "shift_x_px"]], shift, atol=1e-5)
+    np.testing.assert_allclose(again["angle_deg"], np.arange(6.0), atol=1e-4)
+
+
 def test_a_file_without_alignments_gets_the_whole_slot(job: Any) -> None:
     source = job(passthrough=False)
     out = source.with_name("posed.cs")
@@ -182,6 +256,11 @@ def test_latents_are_fields_of_their_own(job: Any) -> None:
     written = cryosparc.load(source.with_name("z.cs"))
     assert written["explorer/z_0"].tolist() == [0, 0.5, 1, 1.5]
     assert "particle.explorer" not in source.with_name("z.csg").read_text()
+    # and can be set anew in what was made of such an export
+    again = read(source.with_name("z.cs"))
+    export(source.with_name("y.cs"), again, further={"z_0": np.arange(4) * 2.0})
+    assert cryosparc.load(source.with_name("y.cs"))["explorer/z_0"].tolist() == [0, 2, 4, 6]
+    assert "alignments2D" not in source.with_name("y.csg").read_text()
 
 
 def test_a_star_file_becomes_a_small_group(render: Any) -> None:

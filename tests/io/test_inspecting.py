@@ -42,6 +42,14 @@ def test_the_sentences_of_a_star_file(render: Any) -> None:
     assert "3 classes" in text and "1 micrograph" in text
 
 
+def test_a_defocus_that_nobody_knows(render: Any) -> None:
+    rendered = render()
+    defocus = {"DefocusU": ["nan"] * 24, "DefocusV": ["nan"] * 24}
+    text = "\n".join(summarise(read(rendered.star("a.star", "3.1", **defocus))).lines())
+    assert "CTF parameters present, images not corrected; not usable without the defocus" in text
+    assert "nan" not in text
+
+
 def test_the_sentences_of_a_bare_stack() -> None:
     text = "\n".join(summarise(read_array(noisy(-1)[:, 0], "layer")).lines())
     assert "pixel size unknown" in text and "no CTF parameters" in text and "no poses" in text

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
 import starfile
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from particle_explorer.files import UserError
+from particle_explorer.files import Stopped, UserError
 from particle_explorer.io import relion
+from particle_explorer.io.inspecting import summarise
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read, read_array
-from particle_explorer.io.writing import export_averages, export_particles
+from particle_explorer.io.writing import export_averages, export_particles, project_root
 from particle_explorer.particles import Particles
 
 
@@ -397,6 +402,60 @@ def test_npy_images_are_written_as_a_stack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="memory only"):
         export(tmp_path / "x.star", read_array(images, "layer"))
     assert not (tmp_path / "x.star").exists()
+
+
+def _as(kind: str, images: np.ndarray, folder: Path) -> Path:
+    """The images in a file of a kind that RELION does not read, or not as a stack of particles."""
+    path = folder / f"s.{kind}"
+    if kind == "tif":
+        tifffile.imwrite(path, images)
+    elif kind == "npz":
+        np.savez(path, images=images)
+    elif kind == "h5":
+        with h5py.File(path, "w") as file:
+            file["a"] = images
+    else:
+        write_stack(folder / "s.mrcs", images, 2.0)
+        path.write_bytes(gzip.compress((folder / "s.mrcs").read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tif", "npz", "h5", "mrcs.gz"])
+def test_images_that_are_in_no_mrc_file_are_written_as_one(tmp_path: Path, kind: str) -> None:
+    images = np.random.default_rng(0).normal(size=(5, 8, 8)).astype("f4")
+    (tmp_path / "data").mkdir()
+    particles = read(_as(kind, images, tmp_path / "data"))
+    out = tmp_path / "o.star"
+    notes = export(out, particles[np.array([3, 1])])
+    assert any("o.mrcs" in note and f"(.{kind.split('.')[-1]})" in note for note in notes)
+    with mrcfile.open(tmp_path / "o.mrcs") as mrc:
+        np.testing.assert_array_equal(mrc.data, images[[1, 3]])
+    again = read(out)
+    np.testing.assert_array_equal(again.images.read([0, 1])[:, 0], images[[1, 3]])
+    assert again.notes == () and not (tmp_path / "o.mrcs").is_symlink()
+    assert summarise(again).lines()[0] == "2 particles in 1 file (star)"
+
+
+def test_writing_the_images_can_be_stopped(tmp_path: Path) -> None:
+    np.save(tmp_path / "s.npy", np.zeros((3, 8, 8), "f4"))
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped, match="nothing was written"):
+        export(tmp_path / "o.star", read(tmp_path / "s.npy"), stop=stop)
+    assert os.listdir(tmp_path) == ["s.npy"]
+
+
+def test_folders_may_have_an_at_sign(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / "user@lab").mkdir(parents=True)
+    write_stack(root / "user@lab" / "s.mrcs", np.random.default_rng(0).normal(size=(2, 8, 8)), 2.0)
+    source = root / "a.star"
+    source.write_text("data_\nloop_\n_rlnImageName\n1@user@lab/s.mrcs\n2@user@lab/s.mrcs\n")
+    particles = read(source)
+    assert export(root / "b.star", particles) == []
+    assert project_root(particles.table) == root
+    (note,) = export(tmp_path / "b.star", particles)
+    assert "(user@lab/s.mrcs)" in note and f"run RELION in {root}" in note
 
 
 def test_averages_are_an_image_stack(tmp_path: Path) -> None:

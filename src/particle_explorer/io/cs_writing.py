@@ -71,27 +71,35 @@ def filtered(source: Path, table: pd.DataFrame) -> Group:
     return Group(records, passed, {})
 
 
+def own_sizes(group: Group) -> NDArray[np.float64]:
+    """Å per pixel of the images as the records say it, those of the primary file first; NaN where they do
+    not."""
+    uid = pd.Index(group.records["uid"])
+    for records in (group.records, group.passed):
+        if records is not None and "blob/psize_A" in (records.dtype.names or ()):
+            said = records["blob/psize_A"].astype(np.float64)[pd.Index(records["uid"]).get_indexer(uid)]
+            return np.where(np.isfinite(said) & (said > 0), said, np.nan)
+    return np.full(len(uid), np.nan)
+
+
 def with_poses(
     group: Group,
     *,
     class_id: NDArray[np.int64] | None,
     angle_deg: NDArray[np.float64] | None,
     shift_yx_px: NDArray[np.float64] | None,
-    pixel_size_A: NDArray[np.float64],
+    own_A: NDArray[np.float64],
+    given_A: NDArray[np.float64],
 ) -> tuple[Group, list[str]]:
     """`alignments2D` set to these classes (from 1) and poses, rows in the order of the records; and notes.
 
     They go where the fields are, into the records or the passthrough; where there are none, they are added
     to the records. Shifts are in pixels of `alignments2D/psize_A`, which stays as it is where it is known.
+    `own_A` is the pixel size by which the records are read (NaN where they do not say it): only its ratio to
+    `alignments2D/psize_A` counts, whatever size was `given_A` for the images.
     """
     if class_id is None and angle_deg is None and shift_yx_px is None:
         return group, []
-    known = np.isfinite(pixel_size_A) & (pixel_size_A > 0)
-    if shift_yx_px is not None and not known.all():
-        raise UserError(
-            "the pixel size is not known, and cryoSPARC's shifts need it; give it at import "
-            "(--preprocess.pixel-size-A) or export without poses"
-        )
     home, order = group.records, np.arange(len(group.records))
     in_passed = group.passed is not None and not _has_alignments(home) and _has_alignments(group.passed)
     if in_passed:
@@ -100,24 +108,35 @@ def with_poses(
         order = pd.Index(group.records["uid"]).get_indexer(pd.Index(home["uid"]))
     had = _has_alignments(home)
     there = set(home.dtype.names or ())
-    wanted = ("shift", "pose", "psize_A", "class") if had else [name for name, _, _ in ALIGNMENTS]
-    sizes = np.where(known, pixel_size_A, 0.0)[order]
+    posed = angle_deg is not None or shift_yx_px is not None
+    wanted = {name for name, _, _ in ALIGNMENTS}
+    if had:
+        wanted = {*(["class"] if class_id is not None else []), *(["shift", "pose", "psize_A"] * posed)}
+    own, unit = own_A[order], np.where(np.isfinite(own_A), own_A, given_A)[order]
     if "alignments2D/psize_A" in there:
         said = home["alignments2D/psize_A"].astype(np.float64)
-        sizes = np.where(np.isfinite(said) & (said > 0), said, sizes)
+        unit = np.where(np.isfinite(said) & (said > 0), said, unit)
+    known = np.isfinite(unit) & (unit > 0)
+    if shift_yx_px is not None and not known.all():
+        raise UserError(
+            "the pixel size is not known, and cryoSPARC's shifts need it; give it at import "
+            "(--preprocess.pixel-size-A) or export without poses"
+        )
     new = [(name, kind, shape) for name, kind, shape in ALIGNMENTS if name in wanted]
     new = [item for item in new if f"alignments2D/{item[0]}" not in there]
     home = _with_fields(home, [(f"alignments2D/{name}", kind, shape) for name, kind, shape in new])
     for name, _, _ in new:
         home[f"alignments2D/{name}"] = 1 if name in _ONE else 0
-    values: dict[str, NDArray[Any]] = {"alignments2D/psize_A": sizes.astype("<f4")}
+    values: dict[str, NDArray[Any]] = {}
+    if "psize_A" in wanted:
+        values["alignments2D/psize_A"] = np.where(known, unit, 0.0).astype("<f4")
     if class_id is not None:
         values["alignments2D/class"] = (class_id[order] - 1).astype("<u4")
     pose, shift = to_cryosparc(
         np.zeros(len(home)) if angle_deg is None else angle_deg[order],
         np.zeros((len(home), 2)) if shift_yx_px is None else shift_yx_px[order],
-        np.where(sizes > 0, sizes, 1.0),
-        np.where(known, pixel_size_A, 1.0)[order],
+        np.where(known, unit, 1.0),
+        np.where(np.isfinite(own), own, np.where(known, unit, 1.0)),
     )
     if angle_deg is not None:
         values["alignments2D/pose"] = pose.astype("<f4")
@@ -132,6 +151,13 @@ def with_poses(
     ]
     if any(name.startswith("alignments3D/") for name in group.records.dtype.names or ()):
         notes.append("orientations in 3D (alignments3D) stay as they were")
+    other = np.isfinite(own_A) & (np.abs(own_A - given_A) > 1e-3 * own_A)
+    if posed and other.any():
+        row = int(np.flatnonzero(other)[0])
+        notes.append(
+            f"the file keeps its own pixel size, {own_A[row]:.4g} Å, by which its shifts are meant; the "
+            f"session has {given_A[row]:.4g} Å"
+        )
     if in_passed:
         return Group(group.records, home, values), notes
     return Group(home, group.passed, values), notes
@@ -141,12 +167,14 @@ def _has_alignments(records: Records) -> bool:
     return any(name.startswith("alignments2D/") for name in records.dtype.names or ())
 
 
-def with_latents(records: Records, latents: Mapping[str, NDArray[Any]]) -> Records:
-    """Further columns `explorer/NAME`, which cryoSPARC passes over."""
-    records = _with_fields(records, [(f"{_LATENTS}{name}", "<f4", ()) for name in latents])
-    for name, values in latents.items():
-        records[f"{_LATENTS}{name}"] = values
-    return records
+def with_latents(group: Group, latents: Mapping[str, NDArray[Any]]) -> Group:
+    """Further columns `explorer/NAME` of the records, which cryoSPARC passes over; those of an earlier export
+    are set anew."""
+    values = {f"{_LATENTS}{name}": np.asarray(column, "<f4") for name, column in latents.items()}
+    records = _with_fields(group.records, [(name, "<f4", ()) for name in values])
+    for name, column in values.items():
+        records[name] = column
+    return Group(records, group.passed, {**group.values, **values})
 
 
 def _with_fields(records: Records, fields: Sequence[tuple[str, str, tuple[int, ...]]]) -> Records:
@@ -301,7 +329,7 @@ def group_text(group: Group, source: Path | None, group_file: Path | None, out: 
         and group_file is not None
         and (group.passed is not None or named_files(group_file) == {source.name})
     ):
-        added = ["alignments2D"] if group.values else []
+        added = ["alignments2D"] if any(name.startswith("alignments2D/") for name in group.values) else []
         return edited_group(group_file, source, out, n, added)
     files = {primary.name: field_groups(group.records)}
     if group.passed is not None:
@@ -310,32 +338,29 @@ def group_text(group: Group, source: Path | None, group_file: Path | None, out: 
     return new_group("particle", "Particles selected in particle explorer", files, n, created)
 
 
-def poses_of(group: Group, pixel_size_A: NDArray[np.float64]) -> pd.DataFrame:
-    """What the records say of class and pose, in our words; rows in the order of the records."""
+def poses_of(group: Group, own_A: NDArray[np.float64]) -> pd.DataFrame:
+    """What the records say of class and pose, in our words; rows in the order of the records. `own_A` is the
+    pixel size by which they are read."""
     home = group.records
     order = np.arange(len(home))
-    if not _has_alignments(home):
-        if group.passed is None or not _has_alignments(group.passed):
-            return pd.DataFrame(index=order)
+    if not _has_alignments(home) and group.passed is not None:
         home = group.passed
         order = pd.Index(home["uid"]).get_indexer(pd.Index(group.records["uid"]))
-    home = home[order]
-    aligned = home["alignments2D/psize_A"].astype(np.float64)
-    known = np.isfinite(pixel_size_A) & (aligned > 0)
-    angle, shift = from_cryosparc(
-        home["alignments2D/pose"].astype(np.float64),
-        home["alignments2D/shift"].astype(np.float64),
-        np.where(known, aligned, 1.0),
-        np.where(known, pixel_size_A, 1.0),
-    )
-    return pd.DataFrame(
-        {
-            "angle_deg": angle,
-            "shift_y_px": shift[:, 0],
-            "shift_x_px": shift[:, 1],
-            "class_id": home["alignments2D/class"].astype(np.int64) + 1,
-        }
-    )
+    fields = {name: home[name][order] for name in home.dtype.names or () if name.startswith("alignments2D/")}
+    found: dict[str, NDArray[Any]] = {}
+    if "alignments2D/pose" in fields and "alignments2D/shift" in fields:
+        aligned = fields.get("alignments2D/psize_A", own_A).astype(np.float64)
+        known = np.isfinite(own_A) & np.isfinite(aligned) & (aligned > 0)
+        found["angle_deg"], shift = from_cryosparc(
+            fields["alignments2D/pose"].astype(np.float64),
+            fields["alignments2D/shift"].astype(np.float64),
+            np.where(known, aligned, 1.0),
+            np.where(known, own_A, 1.0),
+        )
+        found["shift_y_px"], found["shift_x_px"] = shift[:, 0], shift[:, 1]
+    if "alignments2D/class" in fields:
+        found["class_id"] = fields["alignments2D/class"].astype(np.int64) + 1
+    return pd.DataFrame(found, index=range(len(order)))
 
 
 def check_written(

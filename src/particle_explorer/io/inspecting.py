@@ -163,6 +163,7 @@ def summarise(particles: Particles) -> Summary:
     missing = [
         words
         for name, words in (
+            ("defocus_u_A", "the defocus"),
             ("voltage_kV", "the voltage"),
             ("spherical_aberration_mm", "the spherical aberration"),
             ("pixel_size_A", "the pixel size"),
@@ -171,8 +172,10 @@ def summarise(particles: Particles) -> Summary:
     ]
     defocus = None
     if has_ctf:
-        u, v = table["defocus_u_A"].to_numpy(float), table["defocus_v_A"].to_numpy(float)
-        defocus = float(np.nanmin(np.minimum(u, v))), float(np.nanmax(np.maximum(u, v)))
+        both = table[["defocus_u_A", "defocus_v_A"]].to_numpy(float)
+        both = both[np.isfinite(both)]
+        if both.size:
+            defocus = float(both.min()), float(both.max())
     said = np.unique(table["contrast_sign"])
     contrast, n_blank, n_same = _look(particles)
     groups = dict(size.groupby(table["optics_group"]).unique()) if "optics_group" in table else {}

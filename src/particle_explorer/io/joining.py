@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from particle_explorer.files import UserError, replacing
 from particle_explorer.io import relion
 from particle_explorer.io.paths import resolve_stacks
-from particle_explorer.io.star import Block, StarFile, format_block, unquoted
+from particle_explorer.io.star import Block, StarFile, format_block, quoted, unquoted
 
 _CHUNK_ROWS = 50_000
 _WATCHED_ROWS = 1_000
@@ -90,7 +90,7 @@ def merge_stars(
     optics, numbers = (None, [{} for _ in stars]) if old[0] else _merged_optics(stars, blocks)
     if optics is not None and "rlnOpticsGroup" not in labels:
         raise UserError("the particles of one of the files name no optics group (_rlnOpticsGroup)")
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     n = twice = 0
     whole = sum(block.n_rows for block in blocks)
     with replacing(out, overwrite=overwrite) as temporary:
@@ -102,31 +102,40 @@ def merge_stars(
             file.write("\n".join(["", "# version 30001", "", f"data_{name}", "", "loop_ ", *head]) + "\n")
             for star, block, number in zip(stars, blocks, numbers, strict=True):
                 shown = _shown_names(star, block, out, project_dir, notes)
-                for cells in _rows(star, block, labels):
+                for row, cells in enumerate(_rows(star, block, labels)):
                     if progress is not None and (n + twice) % _WATCHED_ROWS == 0:
                         progress((n + twice) / whole)
                     place = labels.index("rlnImageName")
                     image = unquoted(cells[place])
-                    index, _, stack = image.rpartition("@")
+                    stack = relion.split_image_name(image)[1]
                     if stack in shown:
-                        cells[place] = f"{index}@{shown[stack]}" if index else shown[stack]
-                        image = cells[place]
+                        image = image.removesuffix(stack) + shown[stack]
+                        cells[place] = quoted(image)
                     if image in seen:
                         twice += 1
                         continue
-                    seen.add(image)
+                    seen[image] = None
                     if number:
                         group = labels.index("rlnOpticsGroup")
-                        cells[group] = str(number[int(float(cells[group]))])
+                        cells[group] = _renumbered(star.path, row, unquoted(cells[group]), number)
                     file.write(" ".join(cells) + "\n")
                     n += 1
             file.write("\n")
         back = StarFile(temporary)
-        if relion.particles_block(back).n_rows != n or n + twice != whole:
+        found = back.table(relion.particles_block(back))["rlnImageName"]
+        if n + twice != whole or found.tolist() != list(seen):
             raise RuntimeError(f"{out} does not hold the particles that were to be written")
     if twice:
         notes.append(f"{twice} particles are in more than one file and were taken once")
     return [*notes, f"{n} particles of {len(stars)} files"]
+
+
+def _renumbered(path: Path, row: int, group: str, number: Mapping[int, int]) -> str:
+    """The new number of the optics group that particle `row` (from 0) names."""
+    try:
+        return str(number[int(float(group))])
+    except (KeyError, OverflowError, ValueError):
+        raise relion.unknown_group(path, row, group, number) from None
 
 
 def _rows(star: StarFile, block: Block, labels: Sequence[str]) -> Iterator[list[str]]:
@@ -181,7 +190,7 @@ def _shown_names(
     star: StarFile, block: Block, out: Path, project_dir: Path | None, notes: list[str]
 ) -> dict[str, str]:
     """Stack names that must be written anew, because from the place of `out` they lead elsewhere."""
-    names = {unquoted(cells[0]).rpartition("@")[2] for cells in _rows(star, block, ["rlnImageName"])}
+    names = {relion.split_image_name(unquoted(cells[0]))[1] for cells in _rows(star, block, ["rlnImageName"])}
     found = resolve_stacks(sorted(names), star.path, project_dir)
     shown = {}
     for name, path in found.items():

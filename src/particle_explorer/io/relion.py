@@ -7,7 +7,7 @@ Conventions: RELION 5 sources `metadata_label.h`, `ctf.h`, `stack_create.cpp`; t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,24 +169,39 @@ def read_particles(
     return Particles(images, table, star.path.absolute(), "star", tuple(notes))
 
 
+def split_image_name(name: str) -> tuple[str, str]:
+    """`000012@stack.mrcs` → ("000012", "stack.mrcs"), at the first @ as RELION does it, since folders may
+    have one too; a bare name is image 1."""
+    number, at, stack = name.partition("@")
+    return (number, stack) if at else ("1", name)
+
+
+def unknown_group(path: Path, row: int, group: object, known: Iterable[object]) -> UserError:
+    """What is wrong where particle `row` (from 0) names an optics group that the file does not list."""
+    return UserError(
+        f"{path}, row {row + 1}: optics group {group} is not in the optics table, which has "
+        f"{', '.join(map(str, known))}"
+    )
+
+
 def _split_image_names(
     star: StarFile, names: Sequence[str]
 ) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
     """`000012@stack.mrcs` → unique stack names, stack of every row, 0-based index; a bare name is image 1."""
-    parts = [name.partition("@") if "@" in name else ("1", "", name) for name in names]
+    parts = [split_image_name(name) for name in names]
     try:
-        numbers_written = [int(part[0]) for part in parts]
-        in_order = all(0 < number < 1 << 62 for number in numbers_written) and all(part[2] for part in parts)
+        numbers_written = [int(number) for number, _ in parts]
+        in_order = all(0 < number < 1 << 62 for number in numbers_written) and all(part[1] for part in parts)
     except ValueError:
         in_order = False
     if not in_order:
-        row = next(row for row, part in enumerate(parts) if not _is_place(part[0]) or not part[2])
+        row = next(row for row, part in enumerate(parts) if not _is_place(part[0]) or not part[1])
         raise UserError(
             f'{star.path}, row {row + 1}: the image name "{names[row]}" is not of the form '
             "000001@stack.mrcs, "
             f"with images counted from 1"
         )
-    stack_of, stacks = pd.factorize(np.array([part[2] for part in parts], dtype=object))
+    stack_of, stacks = pd.factorize(np.array([part[1] for part in parts], dtype=object))
     return [str(stack) for stack in stacks], stack_of, np.array(numbers_written, np.int64) - 1
 
 
@@ -222,11 +237,7 @@ def _with_optics(star: StarFile, table: pd.DataFrame, optics: pd.DataFrame, note
     unknown = np.flatnonzero(place < 0)
     if len(unknown):
         row = int(unknown[0])
-        raise UserError(
-            f"{star.path}, row {row + 1}: optics group {table['rlnOpticsGroup'].iloc[row]} is not in the "
-            "optics table, "
-            f"which has {', '.join(map(str, group))}"
-        )
+        raise unknown_group(star.path, row, table["rlnOpticsGroup"].iloc[row], group)
     joined = optics.drop(columns=names_of(list(optics.columns), list(table.columns))).take(place)
     return pd.concat([table, joined.set_axis(table.index)], axis=1)
 

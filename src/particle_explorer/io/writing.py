@@ -17,8 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from particle_explorer.files import Stopped, UserError, replacing, replacing_all
 from particle_explorer.io import cs_writing, relion
+from particle_explorer.io.descriptors import DescriptorPool
 from particle_explorer.io.mrc import MrcFile, write_stack, write_stack_in_batches
 from particle_explorer.io.reading import open_stacks
+from particle_explorer.io.stacks import MRC_SUFFIXES, open_stack
 from particle_explorer.io.star import format_block
 from particle_explorer.particles import ImageStack
 
@@ -171,7 +173,7 @@ def _export_star(
         notes += _place_note(out, table)
         pieces: Iterable[bytes] = text
     else:
-        names, notes = _image_names(out, table, overwrite, made)
+        names, notes = _image_names(out, table, overwrite, made, watch)
         written, values, more = _new_star(table, names, *new[:3], further)
         pieces, notes = [written.encode()], notes + more
     with replacing(out, overwrite=overwrite) as temporary:
@@ -199,7 +201,6 @@ def _export_group(
     watch: _Watch,
 ) -> list[str]:
     """A `.cs` file, its passthrough where there is one, and the `.csg` of both."""
-    sizes = table["pixel_size_A"].to_numpy(np.float64)
     notes: list[str] = []
     if source is not None:
         before = cs_writing.filtered(source, table)
@@ -211,10 +212,11 @@ def _export_group(
         class_id=new.class_id,
         angle_deg=new.angle_deg,
         shift_yx_px=new.shift_yx_px,
-        pixel_size_A=sizes,
+        own_A=_own_sizes(before, table),
+        given_A=table["pixel_size_A"].to_numpy(np.float64),
     )
     notes += more if source is not None else []
-    group = group._replace(records=cs_writing.with_latents(group.records, new.further))
+    group = cs_writing.with_latents(group, new.further)
     text = cs_writing.group_text(group, source, group_file, out)
     primary, passthrough, listing = cs_writing.group_paths(out)
     targets = [primary, listing, *([passthrough] if group.passed is not None else [])]
@@ -230,7 +232,8 @@ def _export_group(
         if group.passed is not None and before.passed is not None:
             passed = cs_writing.check_written(temporaries[2], group.passed, before.passed, group.values)
         if check is not None:
-            check(cs_writing.poses_of(cs_writing.Group(records, passed, {}), sizes).set_axis(table.index))
+            written = cs_writing.Group(records, passed, {})
+            check(cs_writing.poses_of(written, _own_sizes(written, table)).set_axis(table.index))
     notes.append(
         f"in cryoSPARC, Import Result Group with {listing.name}; "
         f"keep {' and '.join(path.name for path in targets)} together"
@@ -238,6 +241,22 @@ def _export_group(
     if source is not None:
         notes.append("image paths start from the cryoSPARC project folder, as in the source")
     return notes
+
+
+def _own_sizes(group: cs_writing.Group, table: pd.DataFrame) -> NDArray[np.float64]:
+    """Å per pixel by which the reader takes the shifts of these records: theirs, else that of the stacks, NaN
+    where neither says it; never a size that was given at import."""
+    own = cs_writing.own_sizes(group)
+    unsaid = np.isnan(own)
+    if unsaid.any():
+        codes, paths = pd.factorize(table["stack_path"])
+        pool = DescriptorPool()
+        try:
+            sizes = np.array([open_stack(path, pool).pixel_size_A for path in paths], np.float64)[codes]
+        except UserError:  # without the images, what the session took for it is all there is
+            sizes = table["pixel_size_A"].to_numpy(np.float64)
+        own = np.where(unsaid, sizes, own)
+    return own
 
 
 def star_label(name: str) -> str:
@@ -255,7 +274,7 @@ def _place_note(out: Path, table: pd.DataFrame) -> list[str]:
         return []
     first = table.drop_duplicates("stack_path")
     for name in first["rlnImageName"].tolist():
-        stack = str(name).rpartition("@")[2]
+        stack = relion.split_image_name(str(name))[1]
         if os.path.isabs(stack) or any(os.path.isfile(folder / stack) for folder in out.parents):
             continue
         root = project_root(table)
@@ -274,7 +293,9 @@ def project_root(table: pd.DataFrame) -> Path | None:
         return None
     first = table.drop_duplicates("stack_path")
     for name, path in zip(first[column].tolist(), first["stack_path"].tolist(), strict=True):
-        stack = Path(str(name).rpartition("@")[2].lstrip(">"))
+        # a path in a cs file has no index before it, but perhaps an @ in a folder
+        is_star = column == "rlnImageName"
+        stack = Path(relion.split_image_name(str(name))[1] if is_star else str(name).removeprefix(">"))
         if stack.is_absolute() or ".." in stack.parts:
             continue
         whole = Path(path)
@@ -374,7 +395,7 @@ def _finite(values: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[np.
 
 
 def _image_names(
-    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path]
+    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path], watch: _Watch
 ) -> tuple[list[str], list[str]]:
     """`rlnImageName` of every row, for stacks that may not be named as RELION wants them."""
     paths = table["stack_path"]
@@ -383,8 +404,8 @@ def _image_names(
             "some of the images exist in memory only; save them as a file before exporting particles"
         )
     unique = [str(path) for path in paths.unique()]
-    if any(path.lower().endswith(".npy") for path in unique):
-        return _copied_stack(out, table, overwrite, made)
+    if not all(path.lower().endswith(MRC_SUFFIXES) for path in unique):
+        return _copied_stack(out, table, overwrite, made, watch)
     notes = []
     shown: dict[str, str] = {}
     # a name with a space would end at it
@@ -444,9 +465,10 @@ def _link(folder: Path, stack: Path, made: list[Path]) -> Path:
 
 
 def _copied_stack(
-    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path]
+    out: Path, table: pd.DataFrame, overwrite: bool, made: list[Path], watch: _Watch
 ) -> tuple[list[str], list[str]]:
-    """RELION reads no .npy, so the exported images are written as a stack beside the star file."""
+    """Images that are not all in plain MRC files, as a stack beside the star file: a link named .mrcs to
+    anything else is read by no program."""
     stack = open_stacks(table)
     if stack.n_channels != 1:
         raise UserError("colour images cannot be exported for RELION, whose particle images have one channel")
@@ -458,18 +480,22 @@ def _copied_stack(
     sizes = table["pixel_size_A"].to_numpy(np.float64)
     was_there = path.exists()
     write_stack_in_batches(
-        path, _batches(stack), len(stack), int(boxes[0]), float(sizes[0]), overwrite=overwrite
+        path, _batches(stack, watch), len(stack), int(boxes[0]), float(sizes[0]), overwrite=overwrite
     )
     made += [] if was_there else [path]
     names = [f"{i:06d}@{path.name}" for i in range(1, len(table) + 1)]
+    paths = map(Path, table["stack_path"].unique())
+    others = {one.suffix.lower() or one.name for one in paths if one.suffix.lower() not in MRC_SUFFIXES}
     return names, [
-        f"RELION reads no .npy, so the {len(table)} images were written to {path}",
+        f"the images are not in .mrc or .mrcs files ({', '.join(sorted(others))}), so all {len(table)} were "
+        f"written to {path}",
         f"image names start from {out.parent}: run RELION there or import the star file from there",
     ]
 
 
-def _batches(stack: ImageStack) -> Iterator[NDArray[np.float32]]:
+def _batches(stack: ImageStack, watch: _Watch) -> Iterator[NDArray[np.float32]]:
     for first in range(0, len(stack), _BATCH):
+        watch(first)
         yield stack.read(np.arange(first, min(first + _BATCH, len(stack))))[:, 0]
 
 
