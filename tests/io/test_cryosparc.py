@@ -14,6 +14,8 @@ from particle_explorer.files import UserError
 from particle_explorer.io import cryosparc
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
+from particle_explorer.io.writing import export_particles
+from particle_explorer.session import Session
 
 UID = np.array([2**63 + 5, 17, 3, 2**53 + 1], np.uint64)
 
@@ -110,6 +112,80 @@ def test_passthrough_is_joined_on_uid_in_any_order(project: Path) -> None:
     assert particles.table["defocus_u_A"].tolist() == [1, 2, 3, 4]
     assert particles.table["pixel_size_A"].tolist() == [1.5] * 4  # the primary file counts
     assert any("joined" in note for note in particles.notes)
+
+
+def _passed(uid: np.ndarray = UID) -> np.ndarray:
+    """What a job passes on: here the images."""
+    found = records(len(uid))
+    found["uid"] = uid
+    return found
+
+
+def _alignments() -> np.ndarray:
+    found = np.zeros(4, [("uid", "<u8"), ("alignments2D/class", "<u4")])
+    found["uid"], found["alignments2D/class"] = UID, [3, 2, 1, 0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("primary", "passthrough"),
+    [
+        ("particles_selected.cs", "J47_passthrough_particles_selected.cs"),
+        ("particles_selected.cs", "P6_J47_passthrough_particles_selected.cs"),
+        ("particles_selected.cs", "passthrough_particles_selected.cs"),
+        ("J47_particles_selected.cs", "J47_passthrough_particles_selected.cs"),
+        ("cryosparc_P62_J262_005_particles.cs", "P62_J262_passthrough_particles.cs"),
+        ("cryosparc_P1_J7_020_particles.cs", "cryosparc_P1_J7_passthrough_particles.cs"),
+        ("J262_005_particles.cs", "J262_passthrough_particles.cs"),
+        ("split_0.cs", "J8_passthrough_split_0.cs"),
+        ("extracted_particles.cs", "J10_passthrough_particles.cs"),
+        ("J88_particles_exported.cs", "J88_passthrough_particles_exported.cs"),
+        ("good.cs", "good_passthrough.cs"),
+    ],
+)
+def test_passthrough_files_are_found_under_their_usual_names(
+    project: Path, primary: str, passthrough: str
+) -> None:
+    folder = project / "J5"
+    source = save(folder / primary, _alignments())
+    save(folder / passthrough, _passed())
+    # others of the same job, which hold other particles
+    save(folder / "J5_passthrough_particles_excluded.cs", _passed(UID[:2]))
+    (folder / "J5_passthrough_exposures.cs").write_bytes(b"damaged")
+    particles = read(source)
+    assert f"joined with {passthrough}" in particles.notes
+    assert particles.table["class_id"].tolist() == [4, 3, 2, 1] and len(particles.images) == 4
+    # and they go into a session and out of it again
+    session = Session.create(project / "session", particles)
+    assert session.source_path is not None
+    assert cryosparc.passthrough_of(session.source_path) == session.source_path.with_name(passthrough)
+    out = folder / "out.cs"
+    export_particles(out, table=session.table.iloc[:2], source=session.source_path, kind="cs")
+    assert cryosparc.load(folder / "out_passthrough.cs")["uid"].tolist() == UID[:2].tolist()
+    # and what was written is read with its own, though others hold the same particles
+    again = read(out)
+    assert "joined with out_passthrough.cs" in again.notes and again.table["class_id"].tolist() == [4, 3]
+
+
+def test_where_no_passthrough_fits_the_sentence_names_them(project: Path) -> None:
+    source = save(project / "J5" / "particles.cs", _alignments())
+    with pytest.raises(UserError, match=r"with its passthrough file beside it$"):
+        read(source)
+    save(project / "J5" / "J5_passthrough_particles.cs", _passed(UID[:3]))
+    said = r"J5_passthrough_particles\.cs does not hold every particle of particles\.cs$"
+    with pytest.raises(UserError, match=said):
+        read(source)
+    for name in ("a", "b"):
+        save(project / "J5" / f"J5_passthrough_{name}.cs", _passed())
+    with pytest.raises(UserError, match=r"several .*\(J5_passthrough_a\.cs, J5_passthrough_b\.cs\)"):
+        read(source)
+
+
+def test_the_passthrough_of_another_file_is_left_alone(project: Path) -> None:
+    source = save(project / "J5" / "all.cs", records())
+    save(project / "J5" / "good.cs", _alignments())
+    save(project / "J5" / "good_passthrough.cs", _passed())
+    assert read(source).notes == ()
 
 
 @pytest.mark.parametrize("path", [b">J3/extract/s.mrc", b"J3/extract/012345678901234567890_s.mrc"])

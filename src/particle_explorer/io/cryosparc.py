@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -53,20 +53,85 @@ def load(path: Path | str) -> Records:
     return np.frombuffer(data, dtype)
 
 
+class Passthrough(NamedTuple):
+    """What a job passed on of its particles, in a file of its own."""
+
+    path: Path | None
+    """None where no file fits."""
+    records: Records | None
+    words: str
+    """Why none does, where there are such files; "" where there are none or one fits."""
+
+
 def passthrough_of(path: Path) -> Path | None:
     """The file beside `path` that cryoSPARC wrote with the fields a job passed on, if there is one."""
+    return find_passthrough(path, load(path)["uid"]).path
+
+
+def find_passthrough(path: Path, uid: NDArray[Any]) -> Passthrough:
+    """The passthrough file of `path` among those beside it, which holds all particles `uid`.
+
+    Names vary with the version and the kind of job: that of the same name but for `passthrough` comes first,
+    then that of the same name without project, job and iteration (`particles_selected.cs`,
+    `P6_J47_passthrough_particles_selected.cs`), then the only one that holds the particles.
+    """
     if "passthrough" in path.name:
-        return None
-    wanted = _without_iteration(path.name)
-    beside = sorted(path.parent.glob("*passthrough*.cs"))
-    return next(
-        (other for other in beside if _without_iteration(other.name.replace("_passthrough", "")) == wanted),
-        None,
+        return Passthrough(None, None, "")
+    beside = sorted(
+        other for other in path.parent.glob("*passthrough*.cs") if not _belongs_elsewhere(other, path)
     )
+    own = _without_iteration(path.name)
+    plain = {other: _without_iteration(_PASSTHROUGH.sub("", other.name, count=1)) for other in beside}
+    same = [other for other in beside if plain[other] == own]
+    alike = [other for other in beside if other not in same and _bare(plain[other]) == _bare(own)]
+    others = [other for other in beside if other not in same and other not in alike]
+    for group in (same, alike, others):
+        fitting = []
+        for other in group:
+            try:
+                records = load(other)
+            except UserError:
+                if other in others:  # a damaged file that has perhaps nothing to do with this one
+                    continue
+                raise
+            if _holds(records, uid):
+                fitting.append((other, records))
+        if len(fitting) == 1:
+            return Passthrough(*fitting[0], "")
+        if fitting:
+            names = ", ".join(other.name for other, _ in fitting)
+            words = f"several passthrough files hold the particles of {path.name} ({names}): leave one beside"
+            return Passthrough(None, None, words)
+    if not beside:
+        return Passthrough(None, None, "")
+    names = ", ".join(other.name for other in beside[:5]) + ", …" * (len(beside) > 5)
+    verb = "do not hold" if len(beside) > 1 else "does not hold"
+    return Passthrough(None, None, f"{names} {verb} every particle of {path.name}")
+
+
+_PASSTHROUGH = re.compile(r"_passthrough|^passthrough_")
+_JOB = re.compile(r"^(cryosparc_)?(P\d+_)?J\d+_")
 
 
 def _without_iteration(name: str) -> str:
     return re.sub(r"_\d{3,}_", "_", name)
+
+
+def _bare(name: str) -> str:
+    return _JOB.sub("", name)
+
+
+def _belongs_elsewhere(other: Path, path: Path) -> bool:
+    """Whether `other` is the passthrough that was written with another file beside it (`NAME_passthrough.cs`
+    with `NAME.cs`)."""
+    stem = other.stem.removesuffix("_passthrough")
+    return stem not in (other.stem, path.stem) and other.with_name(f"{stem}.cs").is_file()
+
+
+def _holds(records: Records, uid: NDArray[Any]) -> bool:
+    """Whether every particle is in `records`, and none twice."""
+    own = np.unique(records["uid"])
+    return len(own) == len(records) and bool(np.isin(uid, own).all())
 
 
 def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Particles:
@@ -80,20 +145,18 @@ def read_particles(path: Path | str, *, project_dir: Path | None = None) -> Part
     if len(np.unique(uid)) != len(uid):
         raise UserError(f"{path} lists a particle twice: its uid values are not unique")
     fields: dict[str, NDArray[Any]] = {name: records[name] for name in records.dtype.names or ()}
-    other = passthrough_of(path)
-    if other is not None:
-        passed = load(other)
+    other, passed, words = find_passthrough(path, uid)
+    if other is not None and passed is not None:
         place = pd.Index(passed["uid"].astype(np.uint64)).get_indexer(pd.Index(uid))
-        if np.any(place < 0):
-            notes.append(f"{other.name} does not hold every particle of {path.name}, so it is left out")
-        else:
-            fields = {**{name: passed[name][place] for name in passed.dtype.names or ()}, **fields}
-            notes.append(f"joined with {other.name}")
+        fields = {**{name: passed[name][place] for name in passed.dtype.names or ()}, **fields}
+        notes.append(f"joined with {other.name}")
+    elif words:
+        notes.append(words)
     needed = [name for name in ("blob/path", "blob/idx") if name not in fields]
     if needed:
         raise UserError(
             f"{path} names no particle images (no field {' and '.join(needed)}); "
-            f"open the particles file, with its passthrough file beside it"
+            f"open the particles file, with its passthrough file beside it{f'; {words}' if words else ''}"
         )
     original = flat(fields)
 

@@ -56,18 +56,15 @@ class Group(NamedTuple):
 
 def filtered(source: Path, table: pd.DataFrame) -> Group:
     """The records of `source` for the rows of `table` (in the order of the source), and those of its
-    passthrough file, where that holds them all."""
+    passthrough file, where there is one."""
     records = cryosparc.load(source)
+    passed = cryosparc.find_passthrough(source, records["uid"]).records
     uid = table.index.to_numpy(np.uint64)
     records = records[np.isin(records["uid"].astype(np.uint64), uid)]
     if not np.array_equal(records["uid"].astype(np.uint64), uid):
         raise UserError(f"{source} does not hold the particles to be exported; it has changed since")
-    other = cryosparc.passthrough_of(source)
-    passed: Records | None = None
-    if other is not None:
-        passed = cryosparc.load(other)
-        chosen = np.isin(passed["uid"].astype(np.uint64), uid)
-        passed = passed[chosen] if int(chosen.sum()) == len(uid) else None
+    if passed is not None:
+        passed = passed[np.isin(passed["uid"].astype(np.uint64), uid)]
     return Group(records, passed, {})
 
 
