@@ -478,14 +478,28 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts_to_the_same_end(tiny_sessio
     np.testing.assert_allclose(losses[0][-1], losses[1][-1], rtol=1e-3)
 
 
-def test_a_device_that_runs_out_of_memory_is_asked_for_less(tiny_session, monkeypatch):
+def test_failed_allocations_are_known_by_what_torch_says():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**56)
+    assert devices.is_out_of_memory(failed.value)
+    assert devices.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as failed:
+        torch.ones(2) @ torch.ones(3)
+    assert not devices.is_out_of_memory(failed.value)
+
+
+ON_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError(ON_CPU)])
+def test_a_device_that_runs_out_of_memory_is_asked_for_less(tiny_session, monkeypatch, error):
     class Hungry(TinyModel):
         step_bytes_per_image = 1
         most = 5
 
         def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
             if len(batch.row) > self.most:
-                raise torch.OutOfMemoryError("no memory")
+                raise error
             return super().forward(batch, part)
 
     built = use(monkeypatch, Hungry)
@@ -493,6 +507,9 @@ def test_a_device_that_runs_out_of_memory_is_asked_for_less(tiny_session, monkey
     assert max(len(batch.row) for batch in built[-1].batches) == 4
     monkeypatch.setattr(Hungry, "most", 0)
     with pytest.raises(UserError, match=r"does not hold a step of 1 images; choose a smaller"):
+        finished(tiny_session)
+    error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
         finished(tiny_session)
 
 

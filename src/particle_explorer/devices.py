@@ -94,6 +94,14 @@ def set_generator_states(states: dict[str, torch.Tensor], device: torch.device) 
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this says that an allocation failed; of the CPU and of MPS it has no class of its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    of_cpu = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return any(words in str(error) for words in (*of_cpu, "MPS backend out of memory"))
+
+
 def images_at_once(bytes_per_image: int, most: int, device: torch.device) -> int:
     """How many images a step can hold: `most`, or a power of two. 0 bytes stand for little."""
     if not bytes_per_image:

@@ -37,6 +37,7 @@ from particle_explorer.devices import (
     describe_device,
     generator_states,
     images_at_once,
+    is_out_of_memory,
     set_generator_states,
     stand_back,
 )
@@ -320,17 +321,13 @@ class _Fit:
         for part, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = self._rate(fraction)
-            try:
-                losses = self._gradient(portions, part)
-            except torch.OutOfMemoryError as error:
-                if self.at_once == 1 or not self.model.step_bytes_per_image or self.team.size > 1:
-                    raise UserError(
-                        f"the memory of {describe_device(self.device)} does not hold a step of"
-                        f" {len(portions[0][0].row)} images; choose a smaller --train.batch-size or model"
-                    ) from error
-                # other programs took memory meanwhile: this step once more, in smaller parts
-                self.at_once = max(1, self.at_once // 2)
-                return self._step(index)
+            states, before = generator_states(self.device), self.model.training_state()
+            while (losses := self._fitting_gradient(portions, part)) is None:
+                # other programs took memory meanwhile: the same once more, in smaller parts
+                self.at_once = max(1, min(self.at_once, len(index)) // 2)
+                portions = list(self._portions(index))
+                set_generator_states(states, self.device)
+                self.model.load_training_state(before)
             if losses:  # else the part sits this step out
                 optimiser.step()
             named |= {
@@ -343,6 +340,22 @@ class _Fit:
         if self.config.train.schedule == "constant":
             return self.learning_rate
         return 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
+
+    def _fitting_gradient(
+        self, portions: list[tuple[Batch, Share | None, float]], part: str
+    ) -> dict[str, Tensor] | None:
+        """`_gradient`, or None where memory holds it in smaller parts only."""
+        try:
+            return self._gradient(portions, part)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.at_once == 1 or not self.model.step_bytes_per_image or self.team.size > 1:
+                raise UserError(
+                    f"the memory of {describe_device(self.device)} does not hold a step of"
+                    f" {len(portions[0][0].row)} images; choose a smaller --train.batch-size or model"
+                ) from error
+        return None
 
     def _portions(self, index: Tensor) -> Iterator[tuple[Batch, Share | None, float]]:
         """A batch in parts that fit, of each this process's share: where it lies, its weight in the whole."""

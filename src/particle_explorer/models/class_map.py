@@ -52,6 +52,8 @@ class ClassMap(PosePosterior):
     """Exact posterior over map × angle × shift, fitted; see the module's text.
 
     Memory while training: 2 to 4 bytes per proposal and 4·(latent_dim + 1) per particle of the session.
+    A step takes about seven times its images in float32 (measured: 1.7 MB an image of 256 px); all that grows
+    with nodes, angles and shifts is made for blocks of images of a fixed size, so batches are never split.
     """
 
     learning_rate = 2e-3

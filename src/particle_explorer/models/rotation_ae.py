@@ -87,6 +87,8 @@ class RotationAE(ParticleModel):
         self.critic = _Judge(c, 1)
         self.reader = _Judge(c, 2)
         self._n_asked = 0
+        # measured at 64 to 255 px: the decoder's 64 to 16 small maps, and turned and upright images
+        self.step_bytes_per_image = 4 * n * n * (38 + 2 * c)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The autoencoder; the discriminator and the reader of angles."""
@@ -135,7 +137,8 @@ class RotationAE(ParticleModel):
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         if part == "critic":
             due = self._n_asked % self.settings.critic_every == 0
-            if self.share is None or sum(self.share.now) == self.share.total:  # the last part of a batch
+            last = self.share is None or sum(self.share.now) == self.share.total
+            if last or not due:  # of a batch that is sat out nobody asks for the other parts
                 self._n_asked += 1
             if self.settings.adversarial == "none" or not due:
                 return {}

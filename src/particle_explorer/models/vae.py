@@ -53,6 +53,12 @@ class VAE(ParticleModel):
         self.register_buffer("disc", disc_pixels(n, radius), persistent=False)
         hidden = [config.hidden] * config.layers
         self.noise = PixelNoise(config.likelihood, data.n_channels)
+        # measured: the images, what is seen and drawn of them, and what the backward pass keeps of those
+        self.step_bytes_per_image = 4 * (
+            2 * data.n_channels * n * n
+            + 3 * len(self.disc) * (data.n_channels + self.noise.n_drawn)
+            + 4 * config.hidden * config.layers
+        )
         self.encoder = mlp([len(self.disc) * data.n_channels, *hidden], 2 * config.latent_dim)
         self.decoder = mlp([config.latent_dim, *hidden], len(self.disc) * self.noise.n_drawn)
 
