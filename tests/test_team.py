@@ -15,7 +15,14 @@ import torch
 
 from particle_explorer import team as team_module
 from particle_explorer import training
-from particle_explorer.configs import ClassMapConfig, CODAEConfig, RotationAEConfig, RunConfig, TrainConfig
+from particle_explorer.configs import (
+    ClassMapConfig,
+    CODAEConfig,
+    RotationAEConfig,
+    RunConfig,
+    SpatialVAEConfig,
+    TrainConfig,
+)
 from particle_explorer.files import UserError
 from particle_explorer.session import Run, Session
 from particle_explorer.team import Place, Team, device_of, place_among_several
@@ -25,6 +32,12 @@ MODELS: dict[str, Any] = {
     "codae": CODAEConfig(width=2),
     "rotation-ae": RotationAEConfig(latent_dim=3, critic_every=2, poses="self"),
     "class-map": ClassMapConfig(latent_dim=1, nodes_per_dim=4, angle_step_deg=30),
+    "mirrored, wide shifts": ClassMapConfig(
+        latent_dim=1, nodes_per_dim=3, angle_step_deg=30, mirror=True, shift_range_px=8
+    ),
+    "classes": ClassMapConfig(latent_dim=2, nodes_per_dim=3, angle_step_deg=30, varies="classes"),
+    "hybrid": ClassMapConfig(latent_dim=4, nodes_per_dim=2, angle_step_deg=30),
+    "spatial-vae": SpatialVAEConfig(hidden=16),
 }
 
 
@@ -53,7 +66,7 @@ def assert_same_weights(one: Run, two: Run) -> None:
         torch.testing.assert_close(second[name].float(), value.float(), rtol=2e-2, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["codae", "class-map"])
+@pytest.mark.parametrize("kind", ["codae", "class-map", "mirrored, wide shifts", "classes", "spatial-vae"])
 def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     one, two = (new_run(tiny_session, MODELS[kind], devices=n) for n in (1, 2))
     before = torch.get_num_threads()
@@ -65,6 +78,18 @@ def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     np.testing.assert_allclose(curve(two), curve(one), rtol=2e-3, atol=1e-5)
     assert_same_weights(one, two)
     assert not [path.name for path in two.path.iterdir() if path.name.startswith(".helper")]
+
+
+def test_processes_that_take_a_batch_in_parts_train_as_one_that_takes_it_whole(
+    tiny_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts are what fits into the memory of the process that has the least."""
+    one, two = (new_run(tiny_session, MODELS["hybrid"], devices=n) for n in (1, 2))
+    list(fit(one))
+    monkeypatch.setattr(training, "images_at_once", lambda *_: 16)  # in this process alone
+    list(fit(two))
+    np.testing.assert_allclose(curve(two), curve(one), rtol=2e-3, atol=1e-5)
+    assert_same_weights(one, two)
 
 
 def test_an_adversarial_team_that_is_stopped_and_resumed_trains_as_one(tiny_session: Session) -> None:

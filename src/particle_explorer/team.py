@@ -84,6 +84,12 @@ class Team:
         value = torch.tensor([float(flag)], device=self.device)
         return bool(self._reduced(value, "sum").item())
 
+    def least(self, number: int) -> int:
+        """The smallest of what the processes say."""
+        if self.size == 1:
+            return number
+        return int(self._reduced(torch.tensor([float(number)], device=self.device), "min").item())
+
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all processes into each tensor, in one message."""
         if self.size == 1:

@@ -218,7 +218,8 @@ class _Fit:
             self.session, self.rows, self.device, with_ctf=self.model.uses_ctf, with_pose=self.model.uses_pose
         )
         self.batch_size = min(train.batch_size or self.model.batch_size, len(self.rows))
-        self.at_once = images_at_once(self.model.step_bytes_per_image, self.batch_size, self.device)
+        fits = images_at_once(self.model.step_bytes_per_image, self.batch_size, self.device)
+        self.at_once = self.team.least(fits)  # all take the same parts
         self.learning_rate = train.learning_rate or self.model.learning_rate
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
         self._plan()
@@ -258,7 +259,8 @@ class _Fit:
         self._plan()
         # everybody has started alike, up to what devices compute differently
         state = torch.get_rng_state()
-        self.team.same(state, *self.model.state_dict().values())
+        known = _tensors_in(self.model.training_state())
+        self.team.same(state, *self.model.state_dict().values(), *known)
         torch.set_rng_state(state)
         if self.team.size > 1:
             self.model.agreed()
@@ -691,6 +693,15 @@ def _copied(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(_copied(value) for value in state)
     return state
+
+
+def _tensors_in(state: dict[str, Any]) -> Iterator[Tensor]:
+    """Those of a model's state, as they are."""
+    for value in state.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors_in(value)
 
 
 def _pickle_error() -> type[Exception]:

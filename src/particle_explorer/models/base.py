@@ -224,7 +224,8 @@ class ParticleModel(nn.Module, ABC):
         return None
 
     def agreed(self) -> None:
-        """Told where several processes train together: they have the weights and buffers of the first now."""
+        """Told where several processes train together: they have the weights, buffers and tensors of the
+        `training_state` of the first now."""
 
     def training_state(self) -> dict[str, Any]:
         """Tensors and numbers beyond the weights that resuming needs; loadable with `weights_only=True`."""

@@ -262,7 +262,6 @@ class ClassMap(PosePosterior):
 
     def agreed(self) -> None:
         self.keep(self.kept)
-        self._guide = None  # of this process's own layout
 
     def latest(self) -> tuple[Tensor, Tensor] | None:
         if self._last_z is None:
