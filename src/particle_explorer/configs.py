@@ -299,6 +299,13 @@ class TargetVAEConfig(Config):
     """Standard deviation of the shift prior in pixels of the cached images. 0 takes 0.05 of the box, which is
     the paper's."""
 
+    angle_sd_deg: float = setting(
+        0.0, "Spread of angles", unit="°", advanced=True, ge=0, le=180, zero="all angles alike"
+    )
+    """Standard deviation of the angle prior, about the images as they are. Choose it for particles that are
+    roughly upright already, as in a stack that was written aligned: the paper takes 45° for digits so turned.
+    0 is for particles that lie at any angle, as picked ones do; a file's angles do not turn its images."""
+
     shift_range_px: int = setting(0, "Shift range", unit="px", advanced=True, ge=0, le=128, zero="automatic")
     """Largest shift weighed, in pixels of the cached images. 0 takes three times the spread."""
 

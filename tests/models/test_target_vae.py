@@ -10,7 +10,7 @@ from torch import Tensor
 from particle_explorer.configs import DataSpec, TargetVAEConfig
 from particle_explorer.files import UserError
 from particle_explorer.models.base import Batch
-from particle_explorer.models.target_vae import TargetVAE
+from particle_explorer.models.target_vae import TargetVAE, angle_prior
 from particle_explorer.transforms import place
 
 
@@ -79,6 +79,46 @@ def test_the_mode_is_reported_and_not_a_mean_of_two() -> None:
     torch.testing.assert_close(z_std, torch.full((1, 2), 0.05), atol=1e-4, rtol=0)
     assert abs(float(angle_std) - 0.05) < 1e-3 and float(shift_std) < 1e-3
     assert abs(float(entropy) + 0.6 * math.log(0.3) + 0.4 * math.log(0.4)) < 1e-3
+
+
+@pytest.mark.parametrize("n_turns", [4, 8, 16])
+@pytest.mark.parametrize("sd_deg", [5.0, 45.0, 120.0])
+def test_turns_and_offsets_have_the_prior_of_the_angle(n_turns: int, sd_deg: float) -> None:
+    log_p, mean, sd = angle_prior(n_turns, math.radians(sd_deg))
+    angle = torch.linspace(-math.pi, math.pi, 721)[:-1]
+    around = 2 * math.pi * torch.arange(-4, 5)
+
+    def wrapped(mean: Tensor, sd: Tensor) -> Tensor:
+        normal = torch.distributions.Normal(mean, sd)
+        return normal.log_prob(angle[:, None, None] + around[:, None]).exp().sum(1)
+
+    turns = 2 * math.pi * torch.arange(n_turns) / n_turns
+    density = (log_p.exp() * wrapped(turns + mean, sd)).sum(1)
+    expected = wrapped(torch.zeros(1), torch.tensor([math.radians(sd_deg)]))[:, 0]
+    assert abs(float(density.mean()) * 2 * math.pi - 1) < 1e-3
+    assert (density - expected).abs().max() < 0.03 * expected.max()
+
+
+def test_without_a_spread_of_angles_all_are_alike() -> None:
+    log_p, mean, sd = angle_prior(8, 0.0)
+    assert (log_p == log_p[0]).all() and not mean.any() and torch.equal(sd, torch.full((8,), math.pi / 8))
+    even, near = model_of(), model_of(angle_sd_deg=20)
+    images = torch.randn(5, 1, 24, 24)
+    by_turn = [model.pose_posterior(batch_of(images)).sum((2, 3)) for model in (even, near)]
+    assert by_turn[0].max() < 0.25 < 0.5 < by_turn[1][:, 0].min()
+    torch.testing.assert_close(near.log_prior.logsumexp(0), angle_prior(8, math.radians(20))[0])
+
+
+def test_the_divergence_of_the_angle_is_that_from_its_prior() -> None:
+    model = model_of(angle_sd_deg=45)
+    images = torch.randn(3, 1, 24, 24)
+    log_q, mean, log_sd = model.infer(images)
+    normal = torch.distributions.Normal
+    prior = normal(model.offset_mean, model.offset_sd)
+    each = torch.distributions.kl_divergence(normal(mean[..., 0], log_sd[..., 0].exp()), prior)
+    losses = model(batch_of(images))
+    torch.testing.assert_close(losses["kl_angle"], (log_q.exp() * each).sum((1, 2)).mean())
+    assert model.offset_mean[1] < 0 < model.offset_mean[7]
 
 
 def test_angles_are_averaged_across_the_wrap() -> None:

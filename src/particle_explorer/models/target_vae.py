@@ -13,6 +13,8 @@ Where we differ from the published code:
 - the rotation centre is pixel `n // 2`, as in cryo-EM files, instead of the middle of the box;
 - the prior of the shift is a setting in pixels, and the grid reaches as far as it (the code fixes 0.1 of half
   the box and takes the grid from the sizes of kernel and padding);
+- a Gaussian prior of angles (`angle_sd_deg`) is wrapped and is that of the angle as a whole: it is in the
+  offset within each turn too (the code has it in the turns alone, which widens it by the offset's);
 - angles are averaged as unit vectors;
 - only pixels inside the particle's disc count, and each step draws a random share of them (rescaled: the
   gradient stays unbiased);
@@ -53,6 +55,28 @@ _ROWS_AT_ONCE = 65_536
 """Pixels decoded at a time outside training; bounds the memory."""
 _CELLS_AT_ONCE = 400_000
 """Cells of the grid encoded at a time outside training."""
+
+
+def angle_prior(n_turns: int, sd: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities `(r,)` of the turns; mean and sd (rad) of the offset from each.
+
+    A turn is a Gaussian window of π / r about its angle, and windows overlap to the same height everywhere.
+    So of an angle from the wrapped N(0, sd²) Bayes' rule says which turn it is in, and where in it.
+    An sd of 0 stands for a uniform prior.
+    """
+    window = math.pi / n_turns
+    if not sd:
+        return torch.zeros(n_turns), torch.zeros(n_turns), torch.full((n_turns,), window)
+    around = 2 * math.pi * torch.arange(-2, 3, dtype=torch.float64)
+    at = 2 * math.pi / n_turns * torch.arange(n_turns, dtype=torch.float64)[:, None] + around
+    both = sd**2 + window**2
+    log_p = -at.square() / (2 * both)
+    means = -at * (window**2 / both)
+    share = log_p.softmax(1)  # the turn at π is reached either way round
+    mean = (share * means).sum(1)
+    variance = (sd * window) ** 2 / both + (share * (means - mean[:, None]).square()).sum(1)
+    log_p = log_p.logsumexp(1)
+    return (log_p - log_p.logsumexp(0)).float(), mean.float(), variance.sqrt().float()
 
 
 class Posterior(nn.Module):
@@ -116,6 +140,9 @@ class TargetVAE(ParticleModel):
     """`(n * n, 2)` coordinates (x, y) of all pixels in px about pixel `n // 2`"""
     log_prior: Tensor
     """`(s, r)` of the cells of the grid"""
+    offset_mean: Tensor
+    """`(r,)` of the prior of the angle within each turn, rad"""
+    offset_sd: Tensor
 
     autocast = True
     learning_rate = 1e-3
@@ -155,10 +182,12 @@ class TargetVAE(ParticleModel):
             config.latent_dim, config.features, config.hidden, config.layers, self.noise.n_drawn
         )
         log_prior = -lifting.shifts.square().sum(1) / (2 * self.shift_sd_px**2)
-        log_prior = log_prior[:, None].expand(-1, self.n_turns)
+        log_turns, offset_mean, offset_sd = angle_prior(self.n_turns, math.radians(config.angle_sd_deg))
+        log_prior = log_prior[:, None] + log_turns
         log_prior = log_prior - log_prior.logsumexp((0, 1))
         self.register_buffer("log_prior", log_prior, persistent=False)
-        self.turn_sd = math.pi / self.n_turns
+        self.register_buffer("offset_mean", offset_mean, persistent=False)
+        self.register_buffer("offset_sd", offset_sd, persistent=False)
         cells = self.log_prior.numel()
         drawn = math.ceil(config.pixel_fraction * len(self.disc))
         # what the backward pass keeps in float32, its own copies, and the responses
@@ -191,7 +220,8 @@ class TargetVAE(ParticleModel):
             sd = torch.einsum("bsr,bsrd->bd", weight, log_sd.exp())
         noise = sd * self.normal_like(sd)
         angle, z = angle + noise[:, 0], latents + noise[:, 1:]
-        offset_kl = gaussian_kl(mean[..., 0] / self.turn_sd, log_sd[..., 0] - math.log(self.turn_sd))
+        off = (mean[..., 0] - self.offset_mean) / self.offset_sd
+        offset_kl = gaussian_kl(off, log_sd[..., 0] - self.offset_sd.log())
         content_kl = gaussian_kl(mean[..., 1:], log_sd[..., 1:]).sum(-1)
         return {
             "reconstruction": self._reconstruction(images, angle, shift, z),
