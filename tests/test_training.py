@@ -560,6 +560,20 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights(tiny_session, monk
         assert torch.equal(value, weights[name])
 
 
+def test_a_buffer_that_is_no_number_keeps_the_last_good_weights(tiny_session, monkeypatch):
+    class Exploding(TinyModel):
+        def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+            if len(self.told) > 16:  # in the third epoch
+                self.seen.fill_(torch.inf)
+            return super().forward(batch, part)
+
+    use(monkeypatch, Exploding)
+    run = new_run(tiny_session, checkpoint_minutes=600)
+    with pytest.raises(NotFinite, match="the weights of epoch 2 were kept"):
+        last(fit(run))
+    assert load_model(run).seen.isfinite()
+
+
 # ---------------------------------------------------------------------- models and devices
 
 
@@ -592,6 +606,12 @@ def test_encoding_another_stack_equals_encoding_the_session(tiny_session, tiny_p
     wider = replace(tiny_particles, table=tiny_particles.table.assign(pixel_size_A=3.5))
     with pytest.raises(UserError, match="Å per pixel"):
         list(encode_stack(model, tiny_session, wider))
+
+
+def test_a_mac_that_is_none_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^--device mps: torch finds no Apple GPU here; choose"):
+        choose_device("mps")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

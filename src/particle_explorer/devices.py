@@ -31,7 +31,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         return torch.device("cpu")
     if wanted == "mps" or (wanted == "auto" and n_cuda == 0 and torch.backends.mps.is_available()):
         if not torch.backends.mps.is_available():
-            raise UserError("there is no Apple GPU that torch can use here; choose --device auto or cpu")
+            raise UserError("--device mps: torch finds no Apple GPU here; choose --device auto or cpu")
         return torch.device("mps")
     if wanted in ("auto", "cuda"):
         if n_cuda:

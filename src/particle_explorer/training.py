@@ -478,7 +478,8 @@ class _Fit:
 
     def _keep_good(self) -> None:
         """Remember the state at the end of an epoch: what a stop in the next one, or a NaN, goes back to."""
-        if not all(bool(value.isfinite().all()) for value in self.model.parameters()):
+        # buffers too: noise and ranges that are learned without a gradient
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             if self._good is None:
                 raise NotFinite(
                     f"the start of {self.run_.name} gave weights that are not numbers; check the images"
