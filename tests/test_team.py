@@ -149,7 +149,7 @@ def slurm(rank: int) -> dict[str, str]:
         "SLURM_NODELIST": "localhost",
         "SLURM_NNODES": "1",
         "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
         "SLURM_NODEID": "0",
@@ -195,6 +195,27 @@ def test_a_batch_script_that_runs_once_is_no_team(monkeypatch) -> None:
     assert place_among_several() == Place(0, 2, 0, 2)
     monkeypatch.delenv("SLURM_STEP_ID")
     assert place_among_several() is None
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "n_tasks", "told"), [(4, 7, "2(x3),1"), (2, 4, "3,1"), (3, 6, "1,3,2"), (2, 3, "")]
+)
+def test_nodes_with_more_and_less_tasks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, n_nodes: int, n_tasks: int, told: str
+) -> None:
+    for name, value in slurm(0).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NNODES", str(n_nodes))
+    monkeypatch.setenv("SLURM_NTASKS", str(n_tasks))
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", told)
+    with pytest.raises(UserError, match=rf"{n_tasks} tasks on {n_nodes} nodes.*--ntasks-per-node") as refused:
+        place_among_several()
+    assert told in str(refused.value)
+    for equal in ("3(x2)", "3,3"):
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", equal)
+        monkeypatch.setenv("SLURM_NNODES", "2")
+        monkeypatch.setenv("SLURM_NTASKS", "6")
+        assert place_among_several() == Place(0, 6, 0, 3)
 
 
 def test_without_fabric_a_sentence_says_what_to_install(tiny_session: Session, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -160,9 +161,30 @@ def place_among_several() -> Place | None:
         return Place(rank, size, int(said.get("LOCAL_RANK", rank)), int(said.get("LOCAL_WORLD_SIZE", size)))
     # a batch script, which runs once, has the number of tasks too, but no step
     if "SLURM_STEP_ID" in said and int(said.get("SLURM_NTASKS", "1")) > 1:
-        size, n_nodes = int(said["SLURM_NTASKS"]), int(said.get("SLURM_NNODES", "1"))
-        return Place(int(said["SLURM_PROCID"]), size, int(said["SLURM_LOCALID"]), size // n_nodes)
+        return Place(
+            int(said["SLURM_PROCID"]),
+            int(said["SLURM_NTASKS"]),
+            int(said["SLURM_LOCALID"]),
+            _tasks_per_node(),
+        )
     return None
+
+
+def _tasks_per_node() -> int:
+    """How many processes `srun` runs on each node; `UserError` where nodes have more and less.
+
+    Fabric counts ranks and meets by equal nodes: with others it would wait for somebody who never comes.
+    """
+    said = os.environ
+    size, n_nodes = int(said["SLURM_NTASKS"]), int(said.get("SLURM_NNODES", "1"))
+    told = said.get("SLURM_STEP_TASKS_PER_NODE") or said.get("SLURM_TASKS_PER_NODE", "")
+    counts = set(re.findall(r"(\d+)(?:\(x\d+\))?", told))  # 2(x3),1 is 2, 2, 2 and 1
+    if len(counts) > 1 or size % n_nodes:
+        raise UserError(
+            f"srun runs {size} tasks on {n_nodes} nodes, not as many on each{f' ({told})' if told else ''};"
+            " training needs equal numbers: choose --ntasks-per-node and --nodes, and no --ntasks beside them"
+        )
+    return int(counts.pop()) if counts else size // n_nodes
 
 
 def _fabric(place: Place, device: torch.device) -> Fabric:
@@ -211,6 +233,8 @@ def _fabric(place: Place, device: torch.device) -> Fabric:
             return place.rank // place.local_size
 
     by_slurm = not place.port and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if by_slurm:  # Fabric asks for the option, also where srun was told the number of all tasks
+        os.environ["SLURM_NTASKS_PER_NODE"] = str(place.local_size)
     environment = SLURMEnvironment(auto_requeue=False) if by_slurm else Here()
     for name in ("lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
