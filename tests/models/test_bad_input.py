@@ -23,12 +23,14 @@ from particle_explorer.training import fit
 SMALL: dict[str, dict[str, object]] = {
     "class-map": {"latent_dim": 1, "nodes_per_dim": 3, "angle_step_deg": 30},
     "vae": {"hidden": 16},
+    "hybrid": {"latent_dim": 4, "nodes_per_dim": 2, "angle_step_deg": 30},
     "spatial-vae": {"hidden": 16},
     "target-vae": {"channels": 4, "kernel_functions": 8, "features": 16, "hidden": 8, "rotations": "P4"},
     "codae": {"width": 2},
     "rotation-ae": {"latent_dim": 2},
 }
 CONFIGS = {config.model_fields["kind"].default: config for config in get_args(get_args(ModelConfig)[0])}
+CONFIGS["hybrid"] = CONFIGS["class-map"]  # which is another model from four dimensions on
 KINDS = list(SMALL)
 NEXT = dict(zip(KINDS, [*KINDS[1:], KINDS[0]], strict=True))
 """Another kind for each"""
@@ -137,6 +139,7 @@ def test_a_box_too_small_is_refused_and_the_smallest_is_fitted(tmp_path: Path, k
         ("target-vae", "kernel_px", 25, "at most 24 px"),
         ("target-vae", "shift_range_px", 13, "up to 12 px"),
         ("class-map", "shift_range_px", 13, "up to 12 px"),
+        ("hybrid", "shift_range_px", 13, "up to 12 px"),
     ],
 )
 def test_a_kernel_or_search_wider_than_the_box_is_refused(
@@ -152,13 +155,14 @@ def test_weights_and_checkpoints_of_another_model_are_refused(
     fitted: Callable[[str], Run], kind: str
 ) -> None:
     run, other = fitted(kind), fitted(NEXT[kind])
+    called, theirs = (each.config.model.kind for each in (run, other))
     for name in ("model.safetensors", "resume.pt"):
         shutil.copy(other.path / name, run.path / name)
     text = said(lambda: load_model(run))
-    assert str(run.path / "model.safetensors") in text and f"weights of this run's {kind}" in text
+    assert str(run.path / "model.safetensors") in text and f"weights of this run's {called}" in text
     text = refused_fit(run, resume=True)
     assert str(run.path / "resume.pt") in text and "start a new run" in text
-    assert f"of the model {NEXT[kind]}, this run's is {kind}" in text
+    assert f"of the model {theirs}, this run's is {called}" in text
     # written before checkpoints told their kind
     state = torch.load(run.path / "resume.pt", weights_only=True)
     del state["kind"]
@@ -166,11 +170,24 @@ def test_weights_and_checkpoints_of_another_model_are_refused(
     assert "cannot be resumed from" in refused_fit(run, resume=True)
 
 
+@pytest.mark.parametrize(("kind", "other"), [("class-map", "hybrid"), ("hybrid", "class-map")])
+def test_maps_of_few_and_of_many_dimensions_do_not_take_each_others_weights(
+    fitted: Callable[[str], Run], kind: str, other: str
+) -> None:
+    run = fitted(kind)
+    for name in ("model.safetensors", "resume.pt"):
+        shutil.copy(fitted(other).path / name, run.path / name)
+    assert str(run.path / "model.safetensors") in said(lambda: load_model(run))
+    text = refused_fit(run, resume=True)
+    assert str(run.path / "resume.pt") in text and "start a new run" in text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_another_size_are_refused(fitted: Callable[[str], Run], kind: str) -> None:
     run = fitted(kind)
     config = json.loads((run.path / "config.json").read_text())
-    config["model"]["latent_dim"] = run.config.model.latent_dim % 2 + 1
+    dims = run.config.model.latent_dim
+    config["model"]["latent_dim"] = dims + 1 if kind == "hybrid" else dims % 2 + 1
     (run.path / "config.json").write_text(json.dumps(config))
     changed = Session.open(run.session.path).run(run.name)
     assert "has the shape" in said(lambda: load_model(changed))
