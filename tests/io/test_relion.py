@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from particle_explorer.files import UserError
 from particle_explorer.io.mrc import write_stack
 from particle_explorer.io.reading import read
+from particle_explorer.io.writing import export_particles
 from particle_explorer.preprocess import fourier_crop
 
 IMAGES = np.arange(6.0)[:, None, None] + np.random.default_rng(0).normal(size=(6, 8, 8)) * 0.1
@@ -166,6 +167,21 @@ def test_reading_tells_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPat
     assert shares == pytest.approx([0.7 / 3, 1.4 / 3, 0.7, 1.0])
 
 
+def test_stacks_are_found_above_what_a_link_leads_to(tmp_path: Path) -> None:
+    """A link to a star file in another project, named from that project's root."""
+    folder = tmp_path / "project" / "Extract" / "job001"
+    folder.mkdir(parents=True)
+    write_stack(folder / "s.mrcs", IMAGES, 1.5)
+    source = star(folder, one_block("1@Extract/job001/s.mrcs\n2@Extract/job001/s.mrcs\n"))
+    (tmp_path / "mine").mkdir()
+    link = tmp_path / "mine" / "p.star"
+    link.symlink_to(source)
+    particles = read(link)
+    assert len(particles) == 2 and particles.source == link
+    (note,) = export_particles(tmp_path / "mine" / "o.star", table=particles.table, source=link, kind="star")
+    assert f"run RELION in {tmp_path / 'project'}" in note
+
+
 def test_every_missing_stack_is_listed_at_once(folder: Path) -> None:
     rows = "".join(f"1@{name}\n" for name in (S, "gone/a.mrcs", "gone/b.mrcs", "gone/a.mrcs"))
     with pytest.raises(
@@ -190,6 +206,7 @@ def test_every_missing_stack_is_listed_at_once(folder: Path) -> None:
         (OPTICS + "1 1.5 300 0\n" + one_block(f"1@{S} 4\n", GROUPED), "row 1: optics group 4"),
         (OPTICS + "1 1.5 300 0\n2 1 300 0\n" + one_block(f"1@{S}\n"), "do not say which"),
         (OPTICS + "1 1.5 300 0\n1 1 300 0\n" + one_block(f"1@{S} 1\n", GROUPED), "twice"),
+        (f"data_particles\n_rlnImageName 1@{S}\n_rlnOpticsGroup 1\n", "one particle as labels with a value"),
         (one_block("m.mrc\n", "rlnMicrographName"), "lists micrographs"),
         (one_block("1 2 m.mrc\n", "rlnCoordinateX rlnCoordinateY rlnMicrographName"), "lists coordinates"),
         (one_block("1@c.mrcs\n", "rlnReferenceImage"), "describes a model"),

@@ -397,7 +397,7 @@ def test_npy_images_are_written_as_a_stack(tmp_path: Path) -> None:
     np.save(tmp_path / "s.npy", images)
     particles = read(tmp_path / "s.npy")
     notes = export(tmp_path / "o.star", particles[np.array([4, 1])])
-    assert any("o.mrcs" in note for note in notes)
+    assert any("o_images.mrcs" in note for note in notes)
     np.testing.assert_array_equal(read(tmp_path / "o.star").images.read([0, 1])[:, 0], images[[1, 4]])
     with pytest.raises(UserError, match="memory only"):
         export(tmp_path / "x.star", read_array(images, "layer"))
@@ -427,13 +427,29 @@ def test_images_that_are_in_no_mrc_file_are_written_as_one(tmp_path: Path, kind:
     particles = read(_as(kind, images, tmp_path / "data"))
     out = tmp_path / "o.star"
     notes = export(out, particles[np.array([3, 1])])
-    assert any("o.mrcs" in note and f"(.{kind.split('.')[-1]})" in note for note in notes)
-    with mrcfile.open(tmp_path / "o.mrcs") as mrc:
+    assert any("o_images.mrcs" in note and f"(.{kind.split('.')[-1]})" in note for note in notes)
+    with mrcfile.open(tmp_path / "o_images.mrcs") as mrc:
         np.testing.assert_array_equal(mrc.data, images[[1, 3]])
     again = read(out)
     np.testing.assert_array_equal(again.images.read([0, 1])[:, 0], images[[1, 3]])
-    assert again.notes == () and not (tmp_path / "o.mrcs").is_symlink()
+    assert again.notes == () and not (tmp_path / "o_images.mrcs").is_symlink()
     assert summarise(again).lines()[0] == "2 particles in 1 file (star)"
+
+
+@pytest.mark.parametrize("name", ["o.npy", "o.mrc"])
+def test_averages_beside_particles_do_not_take_the_place_of_their_images(tmp_path: Path, name: str) -> None:
+    images = np.random.default_rng(0).normal(size=(5, 8, 8)).astype("f4")
+    (tmp_path / "in").mkdir()
+    if name == "o.npy":
+        np.save(tmp_path / "in" / name, images)
+    else:
+        write_stack(tmp_path / "in" / name, images, 2.0)
+    out = tmp_path / "o.star"
+    for _ in range(2):
+        export(out, read(tmp_path / "in" / name), overwrite=True)
+        export_averages(out.with_suffix(".mrcs"), images[:1] * 0, 2.0, overwrite=True)
+        np.testing.assert_array_equal(read(out).images.read(np.arange(5))[:, 0], images)
+    assert len(list(tmp_path.glob("*.mrcs"))) == 2
 
 
 def test_writing_the_images_can_be_stopped(tmp_path: Path) -> None:

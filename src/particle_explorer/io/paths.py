@@ -31,17 +31,18 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
 
     Tried in turn: the name as it is, if absolute; under `project_dir`, dropping leading folders of the name
     one by one; beside `source` and under each folder above it (RELION's and cryoSPARC's project root is one
-    of them); the same without cryoSPARC's unique-number prefix of the file name; at last anywhere below
-    `project_dir`, where just one file has that name. Names may be absolute or hold `..`, as RELION follows
-    them too.
+    of them), and where `source` is a link, beside and above what it leads to; the same without cryoSPARC's
+    unique-number prefix of the file name; at last anywhere below `project_dir`, where just one file has that
+    name. Names may be absolute or hold `..`, as RELION follows them too.
     """
     source = Path(os.path.abspath(source))
     if project_dir is not None and not Path(project_dir).is_dir():
         raise UserError(f"the project folder {project_dir} does not exist")
+    folders = _folders(source)
     found: dict[str, str] = {}
     missing: list[str] = []
     for name in names:
-        path = _find(name, source, project_dir)
+        path = _find(name, folders, project_dir)
         if path is None:
             missing.append(name)
         else:
@@ -71,7 +72,7 @@ def resolve_stacks(names: Iterable[str], source: Path, project_dir: Path | None 
 
 def find_file(name: str, source: Path) -> Path | None:
     """One file that a star or cs file names, looked for as `resolve_stacks` does; None where it is not."""
-    found = _find(name, Path(os.path.abspath(source)), None)
+    found = _find(name, _folders(Path(os.path.abspath(source))), None)
     return None if found is None else Path(found)
 
 
@@ -97,20 +98,25 @@ def _files_below(folder: Path, wanted: set[str]) -> dict[str, str]:
     return {name: path for name, path in found.items() if name not in several}
 
 
-def _find(name: str, source: Path, project_dir: Path | None) -> str | None:
+def _folders(source: Path) -> list[Path]:
+    """The folder of a file and those above it; then the same of the file that it is a link to."""
+    return list(dict.fromkeys([*source.parents, *Path(os.path.realpath(source)).parents]))
+
+
+def _find(name: str, folders: Iterable[Path], project_dir: Path | None) -> str | None:
     plain = name.replace("\\", "/") if os.sep == "\\" else name
     candidates = [plain, _TYPE_SUFFIX.sub("", plain)]
     folder, base = os.path.split(candidates[1])
     if _UID_PREFIX.match(base):
         candidates.append(os.path.join(folder, _UID_PREFIX.sub("", base)))
     for candidate in candidates:
-        for path in _places(candidate, source, project_dir):
+        for path in _places(candidate, folders, project_dir):
             if os.path.isfile(path):
                 return os.path.abspath(path)
     return None
 
 
-def _places(name: str, source: Path, project_dir: Path | None) -> Iterable[str]:
+def _places(name: str, folders: Iterable[Path], project_dir: Path | None) -> Iterable[str]:
     if os.path.isabs(name):
         yield name
     if project_dir is not None:
@@ -118,5 +124,5 @@ def _places(name: str, source: Path, project_dir: Path | None) -> Iterable[str]:
         for first in range(len(parts)):
             yield os.path.join(project_dir, *parts[first:])
     if not os.path.isabs(name):
-        for folder in source.parents:
+        for folder in folders:
             yield os.path.join(folder, name)

@@ -66,7 +66,9 @@ def particles_block(star: StarFile) -> Block:
         return found[0]
     labels = {label for block in star.blocks for label in [*block.labels, *block.values]}
     blocks = ", ".join(f"data_{block.name}" for block in star.blocks) or "no blocks"
-    if "rlnReferenceImage" in labels:
+    if "rlnImageName" in labels:
+        what = "lists one particle as labels with a value each; particles are read from a loop_ of rows"
+    elif "rlnReferenceImage" in labels:
         what = "describes a model (its classes), not particles; open the _data.star beside it"
     elif "rlnMicrographName" in labels and "rlnCoordinateX" not in labels:
         what = "lists micrographs, not particle images; open the star file of the extracted particles"

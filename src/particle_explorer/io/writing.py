@@ -418,7 +418,7 @@ def _image_names(
     for path in unique:
         target = Path(path)
         if path in linked:
-            target = _link(folder, target, made)
+            target = _link(folder, target, out, made)
         shown[path] = _shown(target, out.parent)
     if linked:
         notes.append(
@@ -438,9 +438,9 @@ def _shown(stack: Path, folder: Path) -> str:
     return (stack.relative_to(folder) if stack.is_relative_to(folder) else stack).as_posix()
 
 
-def _link(folder: Path, stack: Path, made: list[Path]) -> Path:
+def _link(folder: Path, stack: Path, out: Path, made: list[Path]) -> Path:
     """A relative link named .mrcs to `stack`; an existing one is used again, anything else stays
-    untouched."""
+    untouched, and the name of `out` is left to its averages."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -448,6 +448,8 @@ def _link(folder: Path, stack: Path, made: list[Path]) -> Path:
     for attempt in range(1, 1000):
         name = re.sub(r"\s+", "_", stack.stem) + (f"-{attempt}" if attempt > 1 else "") + ".mrcs"
         link = folder / name
+        if link == out.with_suffix(".mrcs"):
+            continue
         if os.path.lexists(link):
             if os.path.exists(link) and os.path.samefile(link, stack):
                 return link
@@ -475,7 +477,7 @@ def _copied_stack(
     boxes = np.unique(stack.box_px)
     if len(boxes) > 1:
         raise UserError(f"images of several boxes ({', '.join(map(str, boxes))} px) cannot share one stack")
-    path = out.with_suffix(".mrcs")
+    path = out.with_name(f"{out.stem}_images.mrcs")  # NAME.mrcs is what averages beside it are called
     _refuse_originals(path, [], table)
     sizes = table["pixel_size_A"].to_numpy(np.float64)
     was_there = path.exists()
