@@ -473,7 +473,10 @@ def _copied_stack(
     anything else is read by no program."""
     stack = open_stacks(table)
     if stack.n_channels != 1:
-        raise UserError("colour images cannot be exported for RELION, whose particle images have one channel")
+        raise UserError(
+            "colour images cannot be exported for RELION, whose particle images have one channel; a table "
+            "(.csv, .parquet) or a list of rows (.txt) can"
+        )
     boxes = np.unique(stack.box_px)
     if len(boxes) > 1:
         raise UserError(f"images of several boxes ({', '.join(map(str, boxes))} px) cannot share one stack")
