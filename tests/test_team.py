@@ -132,6 +132,16 @@ def test_an_adversarial_batch_in_parts_trains_as_one(tiny_session: Session, monk
     assert_same_weights(whole, parts)
 
 
+def test_content_has_the_range_of_the_batch_in_its_parts_too(tiny_session: Session, monkeypatch) -> None:
+    runs = []
+    for at_once in (50, 16):
+        monkeypatch.setattr(training, "images_at_once", lambda *_, at_once=at_once: at_once)
+        runs.append(new_run(tiny_session, MODELS["codae"]))
+        list(fit(runs[-1]))
+    np.testing.assert_allclose(curve(runs[1]), curve(runs[0]), rtol=2e-3, atol=1e-5)
+    assert_same_weights(*runs)
+
+
 def test_a_helper_that_dies_is_said_in_a_sentence(tiny_session: Session, monkeypatch) -> None:
     run = new_run(tiny_session, MODELS["rotation-ae"], devices=2)
     monkeypatch.setattr(sys, "executable", "/bin/false")

@@ -373,6 +373,10 @@ class _Fit:
         """The gradient of a batch taken in parts and by processes, as if it had been whole; its losses."""
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        alone_in_parts = len(portions) > 1 and self.team.size == 1
+        if alone_in_parts:
+            with autocast(self.model, self.device, self.config.train.precision):
+                self.model.look_ahead(batch for batch, _, _ in portions)
         states = generator_states(self.device)
         for i, (batch, share, weight) in enumerate(portions):
             if i:  # all draw the numbers of the whole batch
@@ -387,6 +391,8 @@ class _Fit:
                 value = loss.detach() * weight
                 sums[name] = sums[name] + value if name in sums else value
         self.model.share = None
+        if alone_in_parts:
+            self.model.look_ahead(())
         if self.team.size > 1:
             own = (p.grad for group in self.optimisers[part].param_groups for p in group["params"])
             self.team.add([gradient for gradient in own if gradient is not None] + list(sums.values()))

@@ -131,8 +131,8 @@ def test_a_large_box_is_built_in_little_memory_trains_and_encodes(kind: str) -> 
     assert model.decode(encoding.z, encoding.angle, encoding.shift).shape == images.shape
 
 
-IN_PARTS = [*(kind for kind in KINDS if kind != "codae"), "class-map of 4 dimensions"]
-"""Kinds whose batches are taken in parts where need be; the range of CODAE's content is that of a batch."""
+IN_PARTS = [*KINDS, "class-map of 4 dimensions"]
+"""Kinds whose batches are taken in parts where need be; a class map works in blocks of its own."""
 
 
 @pytest.mark.parametrize("kind", IN_PARTS)
@@ -159,7 +159,7 @@ def test_gradients_of_parts_add_up_to_that_of_the_batch(kind: str) -> None:
         (whole, told), (parts, told_in_parts) = found[7, part], found[3, part]
         assert len(whole) == len(parts) > 0 and model.share is None
         for one, other in zip(whole, parts, strict=True):
-            torch.testing.assert_close(other, one, atol=1e-4 * float(one.abs().max()), rtol=1e-3)
+            torch.testing.assert_close(other, one, atol=1e-3 * float(one.abs().max()), rtol=1e-3)
         for name, loss in told.items():
             torch.testing.assert_close(told_in_parts[name], loss, rtol=1e-4, atol=1e-5)
 

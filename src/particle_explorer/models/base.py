@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -114,7 +114,7 @@ class ParticleModel(nn.Module, ABC):
     taken in parts."""
     step_bytes_per_image: int = 0
     """Memory that a training step takes for each image, about; a batch that does not fit is taken in parts
-    whose gradients are added. 0 says that it is small, or that a batch must stay whole."""
+    whose gradients are added. 0 says that it is small."""
     autocast: bool = False
     """Whether steps and encoding may run under bf16 autocast; a model with products of its own says no."""
 
@@ -169,6 +169,12 @@ class ParticleModel(nn.Module, ABC):
         first = 0 if self.share is None else self.share.first - self.share.now[0]
         return values[first : first + rows]
 
+    def look_ahead(self, parts: Iterable[Batch]) -> None:
+        """Told all parts of a batch before they are taken one after the other; none when it is done.
+
+        For a loss that depends on the batch as a whole.
+        """
+
     def in_parts(self, batches: Batches, index: Tensor, at_once: int) -> Iterator[tuple[Batch, float]]:
         """The particles at `index` in parts of `at_once`, each with its weight in the mean over all of them.
 
@@ -178,6 +184,7 @@ class ParticleModel(nn.Module, ABC):
             yield batches.take(index), 1.0
             return
         device = next(self.parameters()).device
+        self.look_ahead(batches.take(some) for some in index.split(at_once))
         states = generator_states(device)
         for start in range(0, len(index), at_once):
             some = index[start : start + at_once]
@@ -186,6 +193,7 @@ class ParticleModel(nn.Module, ABC):
             self.share = Share(start, len(index), (start, len(some)))
             yield batches.take(some), len(some) / len(index)
         self.share = None
+        self.look_ahead(())
 
     def pose_posterior(self, batch: Batch) -> Tensor | None:
         """`(b, r, m, m)` the probability of angle 2 pi i / r and shift (y, x), none in the middle.

@@ -23,7 +23,8 @@ Our own choices, because neither text nor code states them (docs/decisions.md ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +77,29 @@ class EulerEncoding(nn.Module):
         self.register_buffer("range", torch.ones(d))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def stretch(self, raw: Tensor) -> Tensor:
-        """`(b, d)` network outputs → turns from the middle."""
+    def stretch(self, raw: Tensor, *, follow: bool = True) -> Tensor:
+        """`(b, d)` network outputs → turns from the middle; running values `follow` a batch once."""
         raw = raw.float()
         if self.training:
-            low = raw.amin(0)
-            span = (raw.amax(0) - low).clamp_min(_LEAST_RANGE)
-            with torch.no_grad():
-                keep = MOMENTUM if self.seen else 0.0
-                self.low.lerp_(low, 1 - keep)
-                self.range.lerp_(span, 1 - keep)
-                self.seen += 1
+            low, span = self._reach(raw)
+            if follow:
+                self.follow(raw)
         else:
             low, span = self.low, self.range
         return ((raw - low) / span - 0.5) * self.span * self.importance
+
+    def _reach(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        low = raw.amin(0)
+        return low, (raw.amax(0) - low).clamp_min(_LEAST_RANGE)
+
+    @torch.no_grad()
+    def follow(self, raw: Tensor) -> None:
+        """Move the running range towards that of a batch."""
+        low, span = self._reach(raw.float())
+        keep = MOMENTUM if self.seen else 0.0
+        self.low.lerp_(low, 1 - keep)
+        self.range.lerp_(span, 1 - keep)
+        self.seen += 1
 
     @torch.no_grad()
     def noise(self, turns: Tensor) -> Tensor:
@@ -109,6 +119,17 @@ class EulerEncoding(nn.Module):
     def forward(self, turns: Tensor) -> Tensor:
         angle = 2 * math.pi * (turns + self.middle)
         return torch.stack([angle.cos(), angle.sin()], -1).flatten(1)
+
+
+class _Ahead(NamedTuple):
+    """Of a batch that is taken in parts."""
+
+    content: Tensor
+    """`(b, d)` raw, without gradient"""
+    row: Tensor
+    """`(e,)` where the lowest and the highest of each coordinate are"""
+    images: Tensor
+    """`(e, c, n, n)` of those, which the range has its gradient from"""
 
 
 class CODAE(ParticleModel):
@@ -159,6 +180,9 @@ class CODAE(ParticleModel):
         blur = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
         self.register_buffer("blur", blur / blur.sum(), persistent=False)
         self.register_buffer("power", torch.tensor(float(n)))
+        # measured at 64 to 255 px: the encoder, and a view at each angle of the group
+        self.step_bytes_per_image = 4 * n * n * (80 + 2 * w + 13 * r + 18 * data.n_channels)
+        self._ahead: _Ahead | None = None
         self.moment_weight = 0.0
         self.is_warm = False
         self.schedule(0.0, 0)
@@ -237,10 +261,7 @@ class CODAE(ParticleModel):
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         images = batch.images
         score, angle, shift, raw = self.infer(images)
-        z = self.coordinates(self.gathered(raw))
-        if self.euler:
-            z = z + self.euler.noise(z)
-        image = self.aligned(self.own(z, len(images)))
+        image = self.aligned(self._drawn_from(raw))
         log_p = score.log_softmax(1)
         with torch.no_grad():
             error = self._errors(images, image, angle, shift)
@@ -258,6 +279,38 @@ class CODAE(ParticleModel):
             )
             losses["moments"] = self.moment_weight * moments
         return losses
+
+    def _drawn_from(self, raw: Tensor) -> Tensor:
+        """Coordinates `(b, d)` to draw from in training, in the range of the whole batch."""
+        if self.euler is None:
+            return raw
+        if self._ahead is None or self.share is None:
+            z = self.coordinates(self.gathered(raw))
+            return self.own(z + self.euler.noise(z), len(raw))
+        content, row, images = self._ahead
+        first, end = self.share.first, self.share.first + len(raw)
+        # the range is of particles in other parts too, and so is its gradient
+        others = (row < first) | (row >= end)
+        whole = torch.cat([content[:first], raw, content[end:]])
+        if others.any():
+            whole = whole.index_copy(0, row[others], self.infer(images[others])[3])
+        z = self.euler.stretch(whole, follow=False)
+        return (z + self.euler.noise(z))[first:end]
+
+    @torch.no_grad()
+    def look_ahead(self, parts: Iterable[Batch]) -> None:
+        """Content of the whole batch, for its range."""
+        self._ahead = None
+        if self.euler is None:
+            return
+        seen = [(self.infer(part.images)[3], part.images) for part in parts]
+        if seen:
+            content = torch.cat([raw for raw, _ in seen])
+            row = torch.cat([content.argmin(0), content.argmax(0)]).unique()
+            every = torch.cat([images for _, images in seen])
+            self._ahead = _Ahead(content, row, every[row])
+            if self.training:
+                self.euler.follow(content)
 
     def _moment_loss(self, images: Tensor, log_p: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
         centre, axis = self.moments(images)
