@@ -80,11 +80,12 @@ def test_two_processes_train_as_one(tiny_session: Session, kind: str) -> None:
     assert not [path.name for path in two.path.iterdir() if path.name.startswith(".helper")]
 
 
+@pytest.mark.parametrize("kind", ["codae", "hybrid"])
 def test_processes_that_take_a_batch_in_parts_train_as_one_that_takes_it_whole(
-    tiny_session: Session, monkeypatch: pytest.MonkeyPatch
+    tiny_session: Session, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The parts are what fits into the memory of the process that has the least."""
-    one, two = (new_run(tiny_session, MODELS["hybrid"], devices=n) for n in (1, 2))
+    one, two = (new_run(tiny_session, MODELS[kind], devices=n) for n in (1, 2))
     list(fit(one))
     monkeypatch.setattr(training, "images_at_once", lambda *_: 16)  # in this process alone
     list(fit(two))
@@ -113,9 +114,9 @@ def test_an_adversarial_batch_in_parts_trains_as_one(tiny_session: Session, monk
     runs, seen = [], []
     gradient = training._Fit._gradient
 
-    def watched(fit: Any, portions: Any, part: str) -> Any:
+    def watched(fit: Any, index: Any, portions: Any, part: str) -> Any:
         seen.append(len(portions))
-        losses = gradient(fit, portions, part)
+        losses = gradient(fit, index, portions, part)
         if len(seen) == 2:  # the first step of the critic does not fit, as is seen at its end
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return losses

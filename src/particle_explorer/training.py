@@ -324,7 +324,7 @@ class _Fit:
             for group in optimiser.param_groups:
                 group["lr"] = self._rate(fraction)
             states, before = generator_states(self.device), self.model.training_state()
-            while (losses := self._fitting_gradient(portions, part)) is None:
+            while (losses := self._fitting_gradient(index, portions, part)) is None:
                 # other programs took memory meanwhile: the same once more, in smaller parts
                 self.at_once = max(1, min(self.at_once, len(index)) // 2)
                 portions = list(self._portions(index))
@@ -344,11 +344,11 @@ class _Fit:
         return 0.5 * self.learning_rate * (1 + math.cos(math.pi * fraction))
 
     def _fitting_gradient(
-        self, portions: list[tuple[Batch, Share | None, float]], part: str
+        self, index: Tensor, portions: list[tuple[Batch, Share | None, float]], part: str
     ) -> dict[str, Tensor] | None:
         """`_gradient`, or None where memory holds it in smaller parts only."""
         try:
-            return self._gradient(portions, part)
+            return self._gradient(index, portions, part)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -369,14 +369,19 @@ class _Fit:
                 share = Share(first, len(index), (start, len(some)))
             yield self.batches.take(mine), share, weight * len(some) / len(index)
 
-    def _gradient(self, portions: list[tuple[Batch, Share | None, float]], part: str) -> dict[str, Tensor]:
+    def _gradient(
+        self, index: Tensor, portions: list[tuple[Batch, Share | None, float]], part: str
+    ) -> dict[str, Tensor]:
         """The gradient of a batch taken in parts and by processes, as if it had been whole; its losses."""
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        alone_in_parts = len(portions) > 1 and self.team.size == 1
-        if alone_in_parts:
+        in_parts = len(portions) > 1
+        if in_parts:
+            ahead = (batch for batch, _, _ in portions)
+            if self.team.size > 1:  # the rows of the others too
+                ahead = (self.batches.take(some) for some in index.split(self.at_once))
             with autocast(self.model, self.device, self.config.train.precision):
-                self.model.look_ahead(batch for batch, _, _ in portions)
+                self.model.look_ahead(ahead)
         states = generator_states(self.device)
         for i, (batch, share, weight) in enumerate(portions):
             if i:  # all draw the numbers of the whole batch
@@ -391,7 +396,7 @@ class _Fit:
                 value = loss.detach() * weight
                 sums[name] = sums[name] + value if name in sums else value
         self.model.share = None
-        if alone_in_parts:
+        if in_parts:
             self.model.look_ahead(())
         if self.team.size > 1:
             own = (p.grad for group in self.optimisers[part].param_groups for p in group["params"])
