@@ -52,7 +52,7 @@ class InMemory:
         return len(self.images)
 
     def take(self, index: Tensor) -> Batch:
-        return batch_of(self.images[index])
+        return Batch(self.images[index], None, index)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -283,3 +283,19 @@ def test_the_map_that_searches_computes_as_training_says(monkeypatch: pytest.Mon
         assert model.precision == model.map.precision == precision
         model.encode(Fitted(torch.randn(2, 1, 16, 16)).take(torch.arange(2)))
     assert told == ["auto", "float32"]
+
+
+def test_a_fit_that_goes_on_from_other_weights_finds_poses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    images = Fitted(torch.randn(12, 1, 16, 16))
+    model, asked = model_of(16, nodes_per_dim=2, n_particles=12).train(), []
+    find = model.map.encode_modes
+
+    def watched(batch: Batch, n_modes: int) -> dict[str, Tensor]:
+        asked.append(batch.row.tolist())
+        return find(batch, n_modes)
+
+    monkeypatch.setattr(model.map, "encode_modes", watched)
+    for rows in ([0, 1, 2], [2, 11], [1, 11]):
+        assert all(bool(loss.isfinite()) for loss in model(images.take(torch.tensor(rows))).values())
+    assert asked == [[0, 1, 2], [11]]

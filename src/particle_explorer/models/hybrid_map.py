@@ -85,7 +85,7 @@ class HybridMap(ParticleModel):
         self._ramp = _KL_RAMP
         self._modes: dict[str, Tensor] = {}
         """By row of the session: `angle` `(N, p)`, `move` and `score` of its poses, its `centre`, and the
-        probability that it is `junk`."""
+        probability that it is `junk`; nan where not known yet."""
         self._last_z: Tensor | None = None
 
     @property
@@ -122,14 +122,16 @@ class HybridMap(ParticleModel):
     def _find_modes(self, batches: Batches) -> Iterator[Step]:
         for i, part in enumerate(torch.arange(len(batches)).split(1000)):
             batch = batches.take(part)
-            found = self._found(self.map.encode_modes(batch, _N_MODES))
-            for name, values in found.items():
-                if name not in self._modes:
-                    size = max(self.data.n_particles, int(batch.row.max()) + 1)
-                    self._modes[name] = values.new_zeros(size, *values.shape[1:])
-                self._modes[name] = _long_enough(self._modes[name], int(batch.row.max()) + 1)
-                self._modes[name][batch.row] = values
+            self._keep_modes(batch.row, self._found(self.map.encode_modes(batch, _N_MODES)))
             yield Step("poses", min(1.0, (i + 1) * 1000 / len(batches)))
+
+    def _keep_modes(self, row: Tensor, found: dict[str, Tensor]) -> None:
+        size = max(self.data.n_particles, int(row.max()) + 1)
+        for name, values in found.items():
+            if name not in self._modes:
+                self._modes[name] = values.new_full((size, *values.shape[1:]), torch.nan)
+            self._modes[name] = _long_enough(self._modes[name], size)
+            self._modes[name][row] = values
 
     def _canonical_nodes(self) -> Tensor:
         """`(k, c, n, n)` the classes of the map in the frame that poses are reported in."""
@@ -215,11 +217,17 @@ class HybridMap(ParticleModel):
         junk = encoded.get("junk_probability", torch.zeros_like(encoded["angle"]))
         return {name: encoded[key] for name, key in names.items()} | {"junk": junk}
 
+    @torch.no_grad()
     def _known(self, batch: Batch) -> dict[str, Tensor]:
-        """The poses of a batch, kept from the start or found now."""
-        if self._modes and int(batch.row.max()) < len(self._modes["angle"]):
-            return {name: values[batch.row] for name, values in self._modes.items()}
-        return self._found(self.map.encode_modes(batch, _N_MODES))
+        """The poses of a batch, kept from the start; found now where a fit goes on from other weights."""
+        unknown = torch.arange(len(batch.row), device=batch.row.device)
+        if self._modes:
+            self._modes = {name: _long_enough(v, int(batch.row.max()) + 1) for name, v in self._modes.items()}
+            unknown = self._modes["angle"][batch.row, 0].isnan().nonzero()[:, 0]
+        if len(unknown):
+            some = Batch._make(None if field is None else field[unknown] for field in batch)
+            self._keep_modes(some.row, self._found(self.map.encode_modes(some, _N_MODES)))
+        return {name: values[batch.row] for name, values in self._modes.items()}
 
     def _views(self, batch: Batch, modes: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return self.map.brought_back(batch, modes["centre"], modes["angle"], modes["move"])
@@ -298,7 +306,7 @@ class HybridMap(ParticleModel):
 
 
 def _long_enough(values: Tensor, n: int) -> Tensor:
-    """`values` with at least `n` rows, zeros behind."""
+    """`values` with at least `n` rows, nan behind."""
     if len(values) >= n:
         return values
-    return F.pad(values, [0, 0] * (values.ndim - 1) + [0, n - len(values)])
+    return F.pad(values, [0, 0] * (values.ndim - 1) + [0, n - len(values)], value=torch.nan)
