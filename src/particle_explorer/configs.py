@@ -300,7 +300,7 @@ class TargetVAEConfig(Config):
     the paper's."""
 
     angle_sd_deg: float = setting(
-        0.0, "Spread of angles", unit="°", advanced=True, ge=0, le=180, zero="all angles alike"
+        0.0, "Spread of angles", unit="°", advanced=True, ge=0, le=180, zero="uniform"
     )
     """Standard deviation of the angle prior, about the images as they are. Choose it for particles that are
     roughly upright already, as in a stack that was written aligned: the paper takes 45° for digits so turned.
@@ -445,7 +445,7 @@ class TrainConfig(Config):
     learning_rate: float = setting(0.0, "Learning rate", advanced=True, ge=0, le=1, zero="automatic")
     """Step size of Adam. 0 takes the model's own."""
 
-    schedule: Literal["cosine", "constant"] = setting("cosine", "Course of the learning rate", advanced=True)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "Schedule", advanced=True)
     """`cosine` lets it fall to 0 by the end, so that a short training ends as well as a long one; `constant`
     keeps it, as the papers of spatial-VAE and TARGET-VAE do."""
 

@@ -19,6 +19,7 @@ from napari.components import ViewerModel
 from pytestqt.qtbot import QtBot
 from qtpy.QtCore import Qt
 from qtpy.QtTest import QTest
+from qtpy.QtWidgets import QToolButton
 
 from particle_explorer import jobs
 from particle_explorer.configs import ClassMapConfig, RunConfig, TrainConfig
@@ -60,6 +61,17 @@ def test_the_class_map_comes_first_and_every_model_is_explained(
         visible = [kind for kind, form in dock.forms.items() if form.isVisible()]
         assert visible == [dock.model.currentData()]
     assert dock.model.count() == len(model_classes())
+
+
+def test_no_form_is_wider_than_its_column(dock: TrainDock, tiny_session: Session) -> None:
+    dock.state.open_session(tiny_session)
+    for index in range(dock.model.count()):
+        dock.model.setCurrentIndex(index)
+        for form in (dock.forms[dock.model.currentData()], dock.train_form):
+            for fold in form.findChildren(QToolButton):
+                if fold.text().startswith("Advanced") and not fold.isChecked():
+                    fold.click()
+            assert form.minimumSizeHint().width() <= 360, dock.model.currentText()
 
 
 def test_the_form_is_the_command_line(dock: TrainDock, tiny_session: Session) -> None:

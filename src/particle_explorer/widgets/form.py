@@ -17,6 +17,7 @@ from magicgui.widgets.bases import ValueWidget
 from pydantic.fields import FieldInfo
 from qtpy.QtCore import QEvent, QObject, Qt, QTimer, Signal
 from qtpy.QtWidgets import (
+    QComboBox,
     QFormLayout,
     QLabel,
     QScrollArea,
@@ -216,7 +217,12 @@ def _editor(field: FieldInfo, unit: str, zero: str) -> ValueWidget[Any] | None:
         choices = typing.get_args(kind)
         if len(choices) == 1:
             return None
-        return ComboBox(choices=[(choice_words(choice), choice) for choice in choices])
+        words = [choice_words(choice) for choice in choices]
+        box = ComboBox(choices=list(zip(words, choices, strict=True)))
+        # as wide as there is room, or one long choice would push the form beyond the edge of its column
+        box.native.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+        box.native.setMinimumContentsLength(min(8, *map(len, words)))
+        return box
     if kind is bool:
         return CheckBox()
     low, high = _bounds(field)
